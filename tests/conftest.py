@@ -1,0 +1,32 @@
+"Shared fixtures: where the real data lies, if it is here at all, and a small phantom cohort made once."
+import os
+from pathlib import Path
+
+import pytest
+
+
+def find_real_data() -> Path | None:
+    "The folder of real test data: NEURAL_REAL_DATA, else `../shared/data` beside the checkout, else None."
+    named = os.environ.get("NEURAL_REAL_DATA")
+    if named: return Path(named)
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    return beside if beside.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    "Real radiographs and reports; the test is skipped, with this reason, where they are not on the machine."
+    found = find_real_data()
+    if found is None: pytest.skip("real data not here: set NEURAL_REAL_DATA to its folder")
+    if not (found / "real_cxr_dev" / "manifest.csv").is_file():
+        pytest.fail(f"NEURAL_REAL_DATA names a folder without real_cxr_dev/manifest.csv: {found.name}")
+    return found
+
+
+@pytest.fixture(scope="session")
+def phantom_cohort(tmp_path_factory) -> Path:
+    "Sixty small phantom studies in the MIMIC-CXR layout, written once for the whole test session."
+    from neural.phantom import write_cohort
+    out = tmp_path_factory.mktemp("phantom") / "cohort"
+    write_cohort(out, studies=60, size=256, seed=7, workers=2)
+    return out
