@@ -1,0 +1,84 @@
+# make reproduce   from an empty machine to the results table, on phantom studies (about ten minutes, no data needed)
+# make test        everything the project promises, checked: notebooks, tests, a smoke run, the pages
+# make lab         JupyterLab on the notebooks            make docs    the pages, in _docs/
+# make install     the environment of requirements.lock   make hooks   git hooks that keep notebooks clean
+# make clean       remove what can be made again (runs/ and the environment stay)
+#
+# Settings: STUDIES=400 SEED=1 PRESET=smoke VENV=/elsewhere PYTHON=/path/to/python3.11
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.PHONY: reproduce install test lab docs clean hooks smoke drift cohort
+.DEFAULT_GOAL := reproduce
+
+VENV ?= .venv
+BIN = $(VENV)/bin
+STUDIES ?= 200
+SIZE ?= 384
+SEED ?= 0
+PRESET ?= quickstart
+RUN ?= runs/$(PRESET)
+IS_311 = import sys; sys.exit(sys.version_info[:2] != (3, 11))
+PYTHON ?= $(shell for p in python3.11 python3 python; do if $$p -c '$(IS_311)' 2>/dev/null; then echo $$p; break; fi; done)
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export TOKENIZERS_PARALLELISM := false
+
+reproduce: cohort
+	@$(BIN)/neural run --preset $(PRESET) --manifest build/phantom/manifest.csv --run $(RUN)
+
+# The environment is made again only when the lock or the packaging changed.
+install:
+	@if ! "$(PYTHON)" -c '$(IS_311)' 2>/dev/null; then echo "Python 3.11 is needed and was not found. Install it, or name it: make install PYTHON=/path/to/python3.11" >&2; exit 1; fi
+	@want="$$(cat requirements.lock pyproject.toml | cksum) $$(pwd)"; \
+	if [ "$$(cat $(VENV)/.installed 2>/dev/null || true)" != "$$want" ]; then \
+	  echo "installing the environment into $(VENV) (a few minutes, about 2 GB)"; \
+	  "$(PYTHON)" -m venv $(VENV) || { echo "python -m venv failed; on Debian and Ubuntu install python3.11-venv" >&2; exit 1; }; \
+	  $(BIN)/python -m pip install --quiet -r requirements.lock; \
+	  $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .; \
+	  echo "$$want" > $(VENV)/.installed; \
+	fi
+
+# Phantom studies and their manifest; made again when a setting or the code that draws them changed.
+cohort: install
+	@want="$(STUDIES) $(SIZE) $(SEED) $$(cat neural/phantom.py neural/study.py | cksum)"; \
+	if [ "$$(cat build/phantom.made 2>/dev/null || true)" != "$$want" ]; then \
+	  rm -rf build/phantom build/phantom.made; mkdir -p build; \
+	  $(BIN)/neural phantom build/phantom --studies $(STUDIES) --size $(SIZE) --seed $(SEED); \
+	  $(BIN)/neural index mimic-cxr build/phantom -o build/phantom/manifest.csv --labels build/phantom/truth/labels.csv; \
+	  echo "$$want" > build/phantom.made; \
+	fi
+
+test: install
+	@$(MAKE) --no-print-directory drift
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/api --n_workers 2
+	$(BIN)/python -m pytest -q
+	@$(MAKE) --no-print-directory smoke
+	@$(MAKE) --no-print-directory docs
+
+# A fresh export and clean must change nothing. Told only from a clean checkout; elsewhere tests/test_house.py compares modules with notebooks.
+drift:
+	@if ! git rev-parse --git-dir >/dev/null 2>&1; then echo "drift check left out: not a git checkout"; \
+	elif [ -n "$$(git status --porcelain)" ]; then echo "drift check left out: the checkout has changes of its own"; \
+	else $(BIN)/nbdev_export; $(BIN)/nbdev_clean; changed="$$(git status --porcelain)"; \
+	  if [ -n "$$changed" ]; then echo "notebooks and modules have drifted apart; run nbdev_export and nbdev_clean, and commit:" >&2; echo "$$changed" >&2; exit 1; fi; fi
+
+# Every stage notebook, small, by papermill.
+smoke: install
+	@rm -rf build/smoke; mkdir -p build
+	@$(BIN)/neural phantom build/smoke/cohort --studies 24 --size 192 --seed 3
+	@$(BIN)/neural index mimic-cxr build/smoke/cohort -o build/smoke/manifest.csv --labels build/smoke/cohort/truth/labels.csv
+	@$(BIN)/neural run --preset smoke --manifest build/smoke/manifest.csv --run build/smoke/run
+
+docs: install
+	@$(BIN)/python -m neural.docs
+
+lab: install
+	@$(BIN)/jupyter lab nbs
+
+hooks: install
+	@$(BIN)/nbdev_install_hooks
+
+clean:
+	@rm -rf build _proc _docs _site_src .pytest_cache .last_checked
+	@find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print0 | xargs -0 rm -rf

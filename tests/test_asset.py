@@ -1,0 +1,293 @@
+"The asset under hostile conditions: random assets, damaged and forged bytes, damaged stores, crashes, planted identifiers."
+import json
+import os
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import neural.asset as asset_module
+from neural.asset import AssetError, AssetStore, StudyAsset, asset_html, check_key, dequantise, describe, quantise, vocabulary_hash
+from neural.study import NeuralError
+
+WORDS = tuple(f"word{i}" for i in range(20))
+PROVENANCE = dict(model_hash="0123456789abcdef", vocabulary_hash=vocabulary_hash(WORDS), keep_ratio=.023, selection="described", fusion="grounding")
+
+
+def random_asset(seed, k=None, m=None, d=None, codec=None, **over):
+    rng = np.random.default_rng(seed)
+    k, m, d = (k or int(rng.integers(1, 12))), (int(rng.integers(0, 9)) if m is None else m), (d or int(rng.integers(1, 40)))
+    r, g = (int(rng.integers(0, 2 * m)) if m else 0), (int(rng.integers(0, m * k)) if m else 0)
+    ties = np.unravel_index(np.sort(rng.choice(m * k, g, replace=False)), (m, k)) if g else (np.zeros(0, int),) * 2
+    fields = dict(study_id=f"s{seed}", track=("image+report", "image-only")[seed % 2], grid=(12, 12), patches=np.sort(rng.choice(144, k, replace=False)), relevance=rng.random(k),
+                  features=rng.normal(size=(k, d)) * 10.0 ** rng.integers(-8, 4), concepts=rng.integers(0, 20, m), assertions=rng.integers(0, 3, m),
+                  relations=np.column_stack([rng.integers(0, max(m, 1), (r, 2)), rng.integers(0, 3, r)]), grounding=np.column_stack(ties), weights=rng.random(g), provenance=PROVENANCE, codec=codec or ("int8", "f16")[seed % 3 == 0])
+    return StudyAsset(**{**fields, **over})
+
+
+def store_of(folder, n=30, codec="int8", track="image+report", shards=2, d=8):
+    store = AssetStore.create(folder, WORDS, {w: "Observation" for w in WORDS}, dim=d, codec=codec, track=track, provenance=PROVENANCE)
+    assets = [random_asset(i, d=d, codec=codec, track=track) for i in range(n)]
+    for part in np.array_split(np.arange(n), shards): store.append([assets[i] for i in part])
+    return store, assets
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_round_trip_of_random_assets(seed):
+    a = random_asset(seed)
+    b = StudyAsset.from_bytes(a.to_bytes())
+    assert a == b and hash(a) == hash(b) and b.to_bytes() == a.to_bytes()
+    for name in ("patches", "relevance", "features", "concepts", "assertions", "relations", "grounding", "weights"):
+        x, y = getattr(a, name), getattr(b, name)
+        assert x.dtype == y.dtype and x.shape == y.shape and np.array_equal(x, y)
+    assert (a.study_id, a.track, a.grid, a.provenance, a.codec) == (b.study_id, b.track, b.grid, b.provenance, b.codec)
+
+
+@pytest.mark.parametrize("k,m,d", [(1, 0, 1), (1, 1, 1), (144, 0, 3), (144, 8, 64), (4, 0, 1024)])
+def test_edge_sizes(k, m, d):
+    for codec in ("int8", "f16"):
+        a = random_asset(3, k=k, m=m, d=d, codec=codec)
+        assert StudyAsset.from_bytes(a.to_bytes()) == a
+        assert describe(a) and asset_html(a)
+
+
+def test_quantisation_error_is_bounded_and_does_not_drift():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        x = (rng.normal(size=(5, 17)) * 10.0 ** rng.uniform(-30, 28, size=(5, 1))).astype(np.float32)
+        codes, scales = quantise(x)
+        y = dequantise(codes, scales)
+        assert np.array_equal(codes * scales.astype(np.float64)[:, None], y)                # exact in float32: nothing is rounded twice
+        again = quantise(y)
+        assert np.array_equal(again[0], codes) and np.array_equal(again[1], scales)
+        big = np.abs(x).max(1) > 1e-29
+        assert (np.abs(y - x).max(1)[big] <= scales[big] * .5 * 1.04).all()
+
+
+def test_any_mutation_is_read_right_or_refused():
+    rng, a = np.random.default_rng(1), random_asset(8, k=5, m=4, d=6)
+    data = a.to_bytes()
+    for _ in range(300):
+        b = bytearray(data)
+        kind = rng.integers(4)
+        if kind == 0: b[rng.integers(len(b))] ^= 1 << rng.integers(8)
+        elif kind == 1: b = b[:rng.integers(len(b))]
+        elif kind == 2: b += bytes(rng.integers(0, 256, rng.integers(1, 40), dtype=np.uint8))
+        else:
+            at = rng.integers(len(b)); b[at:at + 4] = bytes(rng.integers(0, 256, 4, dtype=np.uint8))
+        try: assert StudyAsset.from_bytes(bytes(b)) == a
+        except AssetError as e: assert "\n" not in str(e)
+
+
+def test_forged_bytes_with_a_right_checksum_are_read_in_one_form_or_refused():
+    rng, read = np.random.default_rng(2), 0
+    for i in range(400):
+        a = random_asset(i, k=3, m=3, d=4)
+        b = bytearray(a.to_bytes()[:-8])
+        for _ in range(rng.integers(1, 4)): b[rng.integers(4, len(b))] = rng.integers(256)
+        forged = bytes(b) + asset_module._digest(bytes(b))
+        try: again = StudyAsset.from_bytes(forged)
+        except AssetError as e: assert "\n" not in str(e); continue
+        assert again.to_bytes() == forged
+        read += 1
+    assert 0 < read < 400           # a changed concept or code is another valid asset; a changed length is not
+
+
+def test_no_header_can_ask_for_memory(monkeypatch):
+    a = random_asset(8, k=5, m=4, d=6)
+    monkeypatch.setattr(asset_module, "_payload", lambda *_: pytest.fail("arrays were made before the sizes were checked"))
+    for at in (12, 16, 20, 24, 28, 32, 34):
+        b = bytearray(a.to_bytes()[:-8]); b[at:at + 2] = b"\xff\xff"
+        with pytest.raises(AssetError, match="its header speaks of"): StudyAsset.from_bytes(bytes(b) + asset_module._digest(bytes(b)))
+
+
+@pytest.mark.parametrize("prov", [b"[" * 4000, b"{}x", b'{"keep_ratio":NaN}', b'{"note":"Mr Smith"}', b"[]", b'{"fusion":"grounding","fusion":"none"}', b'{"keep_ratio":1}', b'{ }', b"\xff\xfe"])
+def test_forged_provenance(prov):
+    a = random_asset(4, k=2, m=0, d=3, provenance={})
+    head = bytearray(a.to_bytes()[:36]); key = a.study_id.encode()
+    head[34:36] = len(prov).to_bytes(2, "little")
+    body = bytes(head) + key + prov + a.to_bytes()[36 + len(key) + 2:-8]
+    with pytest.raises(AssetError): StudyAsset.from_bytes(body + asset_module._digest(body))
+
+
+@pytest.mark.parametrize("over", [
+    dict(track="report"), dict(grid=(12,)), dict(grid=(12, 1000)), dict(grid="ab"), dict(patches=[3, 1, 2]), dict(patches=[1, 1, 2]), dict(patches=[1, 2, 144]), dict(patches=[-1, 2, 3]), dict(patches=[[1], [2, 3]]),
+    dict(relevance=[.1, .2]), dict(relevance=[.1, .2, -.1]), dict(relevance=[.1, .2, np.nan]), dict(features=np.zeros((2, 4))), dict(features=np.full((3, 4), np.inf)), dict(features=np.zeros((3, 0))),
+    dict(concepts=[1, 2, 70000]), dict(concepts=[.5, 1, 2]), dict(assertions=[0, 1, 3]), dict(assertions=[0, 1]), dict(relations=[[0, 3, 0]]), dict(relations=[[0, 1, 3]]), dict(relations=[[0, 1]]),
+    dict(grounding=[[3, 0]], weights=[.1]), dict(grounding=[[0, 3]], weights=[.1]), dict(grounding=[[0, 0]], weights=[]), dict(grounding=[[0, 0]], weights=[np.inf]), dict(provenance=dict(date="2024-01-01")),
+    dict(provenance=dict(keep_ratio=0)), dict(provenance=dict(keep_ratio=True)), dict(provenance=dict(model_hash="Smith")), dict(codec="zip"), dict(study_id=""), dict(study_id="a\tb"), dict(study_id=b"x"),
+    dict(study_id="1.3.6.1.4.1.14519.5.2.1"), dict(codec="f16", features=np.full((3, 4), 1e6)),
+])
+def test_wrong_fields_are_refused(over):
+    fields = dict(relations=[], grounding=[], weights=[], provenance={}) | over
+    with pytest.raises(AssetError) as e: random_asset(5, k=3, m=3, d=4, **fields)
+    assert "\n" not in str(e.value)
+
+
+def test_released_selection_may_repeat_patches():
+    a = random_asset(6, k=3, m=0, d=2, patches=[2, 2, 9], provenance=dict(selection="released"))
+    assert StudyAsset.from_bytes(a.to_bytes()) == a and len(a.unified("none").visual) == 3
+
+
+def test_graphs_come_back():
+    a = random_asset(11, k=6, m=5, d=4, relations=[[0, 1, 0], [2, 1, 1]])
+    v, q, ties = a.graphs()
+    assert np.array_equal(v.patches, a.patches) and np.array_equal(q.concepts, a.concepts) and q.relations == [(0, 1, 0), (2, 1, 1)]
+    assert (ties > 0).sum() <= len(a.grounding)
+    for mode in ("none", "betweenness", "grounding"):
+        edges = set(map(tuple, a.unified(mode).edges.T.tolist()))
+        assert edges == {(j, i) for i, j in edges}
+    back = StudyAsset.from_graphs(a.study_id, a.track, v, q, None, a.provenance, a.codec)
+    assert np.array_equal(back.features, a.features) and np.array_equal(back.relevance, a.relevance)
+
+
+@pytest.mark.parametrize("codec", ["int8", "f16"])
+def test_store_reopened(tmp_path, codec):
+    store, assets = store_of(tmp_path / "s", n=300, codec=codec, shards=3)      # more than one row group per shard is possible
+    again = AssetStore(tmp_path / "s")
+    assert again.ids == [a.study_id for a in assets] and len(again) == 300 and list(again) == assets
+    for i in np.random.default_rng(0).permutation(300)[:40]: assert again[f"s{i}"] == assets[i]
+    assert again.verify() == [] and "s7" in again and "s999" not in again
+    assert again.bytes_per_study() == pytest.approx(sum(f.stat().st_size for f in (tmp_path / "s").iterdir()) / 300)
+    with pytest.raises(AssetError, match="s999 is not in"): again["s999"]
+
+
+def test_row_groups_are_crossed(tmp_path):
+    store = AssetStore.create(tmp_path / "s", WORDS, dim=8, provenance=PROVENANCE)
+    assets = [random_asset(i, d=8, codec="int8", track="image+report") for i in range(290)]
+    store.append(assets)
+    assert pq.ParquetFile(store.shards[0]).metadata.num_row_groups == 3
+    assert list(store) == assets and store["s289"] == assets[289] and store["s128"] == assets[128]
+
+
+def test_any_arrow_tool_reads_a_shard(tmp_path):
+    store, assets = store_of(tmp_path / "s", n=5, shards=1)
+    t = pq.read_table(tmp_path / "s" / store.shards[0].name).to_pylist()
+    assert [r["study_id"] for r in t] == [a.study_id for a in assets]
+    codes = np.frombuffer(t[2]["features"], np.int8).reshape(-1, 8)
+    assert np.allclose(codes * np.array(t[2]["scales"], np.float32)[:, None], assets[2].features)
+
+
+def test_a_flipped_bit_anywhere_is_found(tmp_path):
+    store, _ = store_of(tmp_path / "s", n=20, shards=1)
+    path, rng = store.shards[0], np.random.default_rng(3)
+    good = path.read_bytes()
+    for at in [0, 3, len(good) - 1, len(good) - 6, *rng.integers(4, len(good) - 8, 40)]:
+        b = bytearray(good); b[at] ^= 1 << rng.integers(8); path.write_bytes(b)
+        found = AssetStore(tmp_path / "s").verify()
+        assert found and all(name == path.name or name.startswith("s") for name, _ in found) and all("\n" not in why for _, why in found)
+    path.write_bytes(good)
+    assert store.verify() == []
+
+
+@pytest.mark.parametrize("column,value", [("patches", [7]), ("relevance", [float("nan")]), ("features", b"12345678"), ("scales", [1.0]), ("concepts", [999]), ("assertions", [3]), ("relations", [1]), ("weights", [.5] * 99), ("study_id", None), ("checksum", b"00000000")])
+def test_an_edited_row_is_named(tmp_path, column, value):
+    store, _ = store_of(tmp_path / "s", n=12, shards=1)
+    rows = pq.read_table(store.shards[0]).to_pylist()
+    rows[5][column] = value
+    pq.write_table(pa.Table.from_pylist(rows, schema=asset_module.SHARD_SCHEMA), store.shards[0])
+    found = AssetStore(tmp_path / "s").verify()
+    assert [n for n, _ in found] == ["None" if column == "study_id" else "s5"]
+    with pytest.raises(AssetError): list(AssetStore(tmp_path / "s"))
+
+
+def test_duplicates_and_strangers_are_refused_and_leave_no_trace(tmp_path):
+    store, assets = store_of(tmp_path / "s", n=6, shards=1)
+    before = sorted((f.name, f.stat().st_size) for f in (tmp_path / "s").iterdir())
+    new = lambda i, **kw: random_asset(i, **{**dict(d=8, codec="int8", track="image+report"), **kw})
+    for bad, said in (([new(50), new(3)], "s3 is already"), ([new(50), new(50)], "s50 is already"), ([new(50), new(51, d=9)], "dim is 9"), ([new(50, codec="f16")], "codec"), ([new(50, track="image-only")], "track"),
+                      ([new(50, grid=(14, 14))], "grid"), ([new(50, m=1, concepts=[20], assertions=[0], relations=[], grounding=[], weights=[])], "concept 20"), ([new(50, provenance=dict(model_hash="ffffffff"))], "provenance"), ([], "nothing to append")):
+        with pytest.raises(AssetError, match=said): store.append(bad)
+    assert sorted((f.name, f.stat().st_size) for f in (tmp_path / "s").iterdir()) == before and len(AssetStore(tmp_path / "s")) == 6
+    store.append([new(50, provenance={})])
+    assert AssetStore(tmp_path / "s")["s50"].provenance == PROVENANCE and store.verify() == []
+
+
+def test_a_crash_while_writing_leaves_the_store_as_it_was(tmp_path, monkeypatch):
+    store, assets = store_of(tmp_path / "s", n=6, shards=1)
+    extra = random_asset(60, d=8, codec="int8", track="image+report")
+    def crash(*_): raise KeyboardInterrupt
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt): store.append([extra])
+    monkeypatch.undo()
+    (tmp_path / "s" / ".shard-000001-aaaaaaaaaaaaaaaa.parquet.123.tmp").write_bytes(b"PAR1 half")
+    (tmp_path / "s" / "shard-000001.parquet.part").write_bytes(b"PAR1 half")
+    again = AssetStore(tmp_path / "s")
+    assert list(again) == assets and again.verify() == []
+    again.append([extra])
+    assert AssetStore(tmp_path / "s")["s60"] == extra
+
+
+def test_a_missing_shard_is_noticed(tmp_path):
+    store, _ = store_of(tmp_path / "s", n=9, shards=3)
+    store.shards[1].unlink()
+    with pytest.raises(AssetError, match="shard 1 is missing"): AssetStore(tmp_path / "s").ids
+    assert AssetStore(tmp_path / "s").verify()[0][0] == "s"
+
+
+def test_links_are_refused(tmp_path):
+    store, _ = store_of(tmp_path / "s", n=6, shards=2)
+    outside = tmp_path / "outside.parquet"
+    inside = store.shards[1]
+    inside.rename(outside); inside.symlink_to(outside)
+    with pytest.raises(AssetError, match="is a link"): AssetStore(tmp_path / "s").ids
+    other = tmp_path / "t"; other.mkdir(); (other / "store.json").symlink_to(tmp_path / "s" / "store.json")
+    with pytest.raises(AssetError, match="link"): AssetStore(other)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', "[" * 100000, '{"format": "other"}', '{"format": "neural-asset-store"}', '{"format": "neural-asset-store", "schema_version": 99}', '{"format": "neural-asset-store", "schema_version": true}'])
+def test_foreign_store_json(tmp_path, text):
+    (tmp_path / "store.json").write_text(text)
+    with pytest.raises(AssetError) as e: AssetStore(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("field,value", [("vocabulary", [{}]), ("vocabulary", ["a", "a"]), ("vocabulary", ["a" * 101]), ("kinds", {"a": 3}), ("dim", 0), ("dim", 10**12), ("dim", True), ("grid", [12]), ("grid", [12, "x"]), ("grid", [[1], [2, 3]]), ("track", "x"), ("codec", "pickle"), ("provenance", {"name": "x"}), ("extra", 1)])
+def test_forged_store_json(tmp_path, field, value):
+    store_of(tmp_path / "s", n=2, shards=1)
+    meta = json.loads((tmp_path / "s" / "store.json").read_text()); meta[field] = value
+    (tmp_path / "s" / "store.json").write_text(json.dumps(meta))
+    with pytest.raises(AssetError): AssetStore(tmp_path / "s")
+
+
+def test_a_parquet_file_of_something_else_is_refused(tmp_path):
+    store, _ = store_of(tmp_path / "s", n=4, shards=1)
+    pq.write_table(pa.table({"patient": ["x"], "label": [1]}), tmp_path / "s" / f"shard-000001-{'0' * 16}.parquet")
+    with pytest.raises(AssetError, match="columns of a shard"): AssetStore(tmp_path / "s").ids
+    assert [n for n, _ in store.verify()] == [f"shard-000001-{'0' * 16}.parquet"]
+
+
+def test_existing_folder_is_not_taken_over(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(AssetError, match="not empty"): AssetStore.create(tmp_path, WORDS)
+    with pytest.raises(AssetError, match="not empty"): AssetStore.create(tmp_path / "notes.txt", WORDS)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_planted_identifiers_reach_neither_asset_nor_store(tmp_path):
+    from neural.graph import knowledge_graph, visual_graph
+    from neural.report import ReportReader
+    planted = ["Zweistein", "1954-03-02", "03/02/1954", "MRN 8812345", "8812345", "1.2.840.113619.2.55.3.604688119", "p10000764", "Dr. Quux"]
+    report = f"FINDINGS: Mr. {planted[0]}, born {planted[1]} ({planted[2]}), {planted[3]}, study {planted[5]}, patient {planted[6]}. Right lower lobe opacity. No pleural effusion.\nIMPRESSION: Pneumonia, discussed with {planted[7]}."
+    reader = ReportReader()
+    q = knowledge_graph(reader(report), reader.vocabulary)
+    assert len(q) >= 2
+    v = visual_graph([5, 9], np.ones((2, 8)), [.5, .4], (12, 12))
+    store = AssetStore.create(tmp_path / "s", reader.vocabulary, reader.kinds, dim=8)
+    a = StudyAsset.from_graphs("key-1", "image+report", v, q, np.ones((len(q), 2)))
+    store.append([a])
+    rows = repr(pq.read_table(store.shards[0]).to_pylist()).encode()                          # what compression might hide
+    everything = a.to_bytes() + rows + repr(store["key-1"].__dict__).encode() + b"".join(f.name.encode() + f.read_bytes() for f in (tmp_path / "s").iterdir())
+    for secret in planted: assert secret.encode() not in everything and secret.encode("utf-16-le") not in everything
+    for word in (b"label", b"patient", b"report_text", b"StudyInstanceUID"): assert word not in everything
+
+
+def test_html_is_inert():
+    a = random_asset(9, k=2, m=2, d=2, study_id="<img src=x onerror=alert(1)>", concepts=[0, 1], assertions=[0, 2], relations=[], grounding=[], weights=[])
+    page = asset_html(a, ["<script>alert(1)</script>", "b\"'"])
+    assert "<script" not in page and "<img" not in page and "http" not in page.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_errors_are_neural_errors():
+    assert issubclass(AssetError, NeuralError) and check_key("s1") == "s1"

@@ -1,0 +1,217 @@
+"The classifiers: nothing idle, nothing one-way, nothing learned from what was left out."
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from torch.nn import functional as F
+
+from neural.asset import StudyAsset
+from neural.classify import (KINDS, PARTS, GraphClassifier, TypedConv, collate, edge_shares, known_targets, load_classifier, predict, predict_logits, save_classifier,
+                             to_data, train_classifier)
+from neural.graph import EDGE_TYPES, REVERSE, SHOWS
+from neural.study import NeuralError
+
+torch.set_num_threads(1)
+
+
+def random_asset(seed, k=None, m=None, d=6, words=10):
+    rng = np.random.default_rng(seed)
+    k, m = k or int(rng.integers(1, 9)), int(rng.integers(0, 7)) if m is None else m
+    r = int(rng.integers(0, m)) if m > 1 else 0
+    ties = np.argwhere(rng.random((m, k)) < .4)
+    return StudyAsset(f"s{seed}", "image+report", (12, 12), np.sort(rng.choice(144, k, replace=False)), rng.random(k), rng.normal(size=(k, d)), rng.permutation(words)[:m], rng.integers(0, 3, m),
+                      [(i, i + 1, int(rng.integers(3))) for i in range(r)], ties, rng.random(len(ties)) + .1)
+
+
+def planted(n, signal, seed, k=4, m=3, d=6, words=10):
+    rng, y, out = np.random.default_rng(seed), np.arange(n) % 2, []
+    for i in range(n):
+        x = rng.normal(size=(k, d))
+        if signal == "patch": x[rng.integers(k), 2] += 4 * y[i]
+        concepts = np.r_[0, rng.choice(np.arange(1, words), m - 1, replace=False)]
+        assertions = np.r_[2 - 2 * y[i] if signal == "assertion" else 0, rng.integers(0, 3, m - 1)]
+        out.append(StudyAsset(f"s{i}", "image+report", (12, 12), np.sort(rng.choice(144, k, replace=False)), rng.random(k), x, concepts, assertions, [(0, 1, 1)], [(0, 0), (1, 1)], [1., 1.]))
+    return out, y.astype(float)
+
+
+@pytest.mark.parametrize("fusion", ["betweenness", "grounding", "none"])
+@pytest.mark.parametrize("parts", [PARTS, ("visual",), ("knowledge",)])
+def test_every_edge_has_its_way_back_with_its_reverse_type(fusion, parts):
+    batch = collate([random_asset(i) for i in range(30)], fusion, parts)
+    a, b = batch.edge_index
+    there = sorted(zip(a.tolist(), b.tolist(), batch.edge_type.tolist()))
+    back = sorted(zip(b.tolist(), a.tolist(), np.array(REVERSE, int)[batch.edge_type].tolist()))
+    assert there == back
+    if batch.num_edges: assert (batch.batch[a] == batch.batch[b]).all() and a.max() < batch.num_nodes
+    cross = batch.is_patch[a] != batch.is_patch[b]
+    assert bool(cross.any()) == (fusion != "none" and parts == PARTS)
+    assert (batch.edge_type[cross] >= SHOWS).all()
+
+
+def test_batch_holds_each_study_unchanged():
+    assets = [random_asset(i) for i in range(12)]
+    batch = collate(assets)
+    for i, a in enumerate(assets):
+        g, mine = to_data(a), batch.batch == i
+        assert mine.sum() == g.num_nodes == len(a.patches) + len(a.concepts)
+        assert torch.equal(batch.is_patch[mine], g.is_patch)
+    assert torch.equal(batch.x, torch.cat([to_data(a).x for a in assets])) and batch.num_graphs == 12
+    assert np.array_equal(np.concatenate([a.concepts * 3 + a.assertions for a in assets]), batch.word)
+
+
+def test_shares_sum_to_one_per_listener_and_type():
+    batch = collate([random_asset(i) for i in range(20)])
+    slot = batch.edge_index[1] * len(EDGE_TYPES) + batch.edge_type
+    total = torch.zeros(batch.num_nodes * len(EDGE_TYPES)).index_add(0, slot, batch.edge_weight)
+    assert torch.allclose(total[total > 0], torch.ones(1)) and (total > 0).sum() == len(slot.unique())
+    assert edge_shares(np.array([[0], [1]]), np.array([0]), np.array([1e-6]), 2).tolist() == [1.0]
+
+
+def test_typed_convolution_against_a_plain_loop():
+    torch.manual_seed(0)
+    batch = collate([random_asset(i, m=5) for i in range(4)])
+    conv, h = TypedConv(5), torch.randn(batch.num_nodes, 5)
+    expected = torch.stack([h[i] @ conv.own[int(batch.is_patch[i])] + conv.bias[int(batch.is_patch[i])] for i in range(batch.num_nodes)])
+    for (a, b), t, w in zip(batch.edge_index.T.tolist(), batch.edge_type, batch.edge_weight): expected[b] = expected[b] + w * (h[a] @ conv.relation[t])
+    assert torch.allclose(conv(h, batch), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("parts", [PARTS, ("visual",), ("knowledge",)])
+def test_first_loss_is_ln2_and_gradient_reaches_everything(kind, parts):
+    assets, y = planted(64, "patch", 0)
+    torch.manual_seed(1)
+    model = GraphClassifier(kind, 6, 10, hidden=32, patches=144, dropout=.1, parts=parts)
+    loss = F.binary_cross_entropy_with_logits(model(collate(assets, parts=parts)), torch.tensor(y, dtype=torch.float))
+    loss.backward()
+    assert abs(loss.item() - math.log(2)) < .01
+    assert [n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_information_flows_both_ways_between_words_and_patches(kind):
+    torch.manual_seed(0)
+    g = collate([random_asset(3, k=4, m=4)])
+    assert (g.is_patch[g.edge_index[0]] != g.is_patch[g.edge_index[1]]).any()
+    model = GraphClassifier(kind, 6, 10, hidden=16)
+    h = model.nodes(g).detach().requires_grad_()
+    out = model.layers[0](h, g.edge_index) if kind == "gcn" else model.layers[0](h, g)
+    to_patches, = torch.autograd.grad(out[g.is_patch].sum(), h, retain_graph=True)
+    to_words, = torch.autograd.grad(out[~g.is_patch].sum(), h)
+    assert to_patches[~g.is_patch].abs().sum() > 0 and to_words[g.is_patch].abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("signal", ["patch", "assertion"])
+def test_planted_signal_is_learned_and_only_where_it_lies(kind, signal):
+    (a, ya), (b, yb), (c, yc) = (planted(n, signal, s) for n, s in ((240, 1), (80, 2), (200, 3)))
+    holds, lacks = ("visual", "knowledge") if signal == "patch" else ("knowledge", "visual")
+    score = lambda parts: roc_auc_score(yc, predict(train_classifier(a, ya, b, yb, kind, vocabulary_size=10, hidden=32, epochs=20, parts=parts)[0], c))
+    assert score(PARTS) > .9 and score((holds,)) > .9
+    assert abs(score((lacks,)) - .5) < .15
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unknown_targets_do_not_touch_the_model(kind):
+    (a, ya), (b, yb) = planted(60, "patch", 1), planted(30, "patch", 2)
+    mixed = [x for pair in zip(a, planted(60, "assertion", 9)[0]) for x in pair]           # every second study has no label
+    targets = np.stack([ya, np.full(60, np.nan)], 1).ravel()
+    p = [predict(train_classifier(t, y, b, yb, kind, vocabulary_size=10, hidden=16, epochs=3)[0], b) for t, y in ((a, ya), (mixed, targets))]
+    assert np.array_equal(*p)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_seed_same_bits(kind):
+    (a, ya), (b, yb) = planted(80, "patch", 1), planted(40, "patch", 2)
+    graphs = [to_data(x) for x in a]
+    run = lambda train, seed: train_classifier(train, ya, b, yb, kind, vocabulary_size=10, hidden=16, epochs=4, dropout=.3, seed=seed)
+    m, h = run(a, 5)
+    torch.manual_seed(99); np.random.seed(99)                                              # whatever the caller did before
+    (n, i), (o, _) = run(graphs, 5), run(a, 6)
+    assert h == i and np.array_equal(predict(m, b), predict(n, b)) and not np.array_equal(predict(m, b), predict(o, b))
+    assert not m.training
+
+
+def test_best_epoch_on_validate_is_the_one_returned():
+    (a, ya), (b, yb) = planted(80, "nothing", 1), planted(41, "nothing", 2)                # nothing to learn: the AUC wanders
+    model, history = train_classifier(a, ya, b, yb, "typed", vocabulary_size=10, hidden=16, epochs=15, lr=1e-2, patience=4)
+    assert not history[-1]["best"]
+    best = max(history, key=lambda r: (r["validate_auc"], -r["validate_loss"]))
+    assert roc_auc_score(yb, predict(model, b)) == pytest.approx(best["validate_auc"])
+    assert [r for r in history if r["best"]][-1] == best
+    assert len(history) == 15 or history[-1]["epoch"] - best["epoch"] == 4
+
+
+def test_training_leaves_the_callers_random_numbers_alone():
+    (a, ya), (b, yb) = planted(30, "patch", 1), planted(20, "patch", 2)
+    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    train_classifier(a, ya, b, yb, vocabulary_size=10, hidden=8, epochs=1, dropout=.5)
+    assert torch.equal(state, torch.get_rng_state()) and (numpy_state == np.random.get_state()[1]).all()
+
+
+def test_sigmoid_is_applied_once():
+    torch.manual_seed(0)
+    model, assets = GraphClassifier("gcn", 6, 10, hidden=8), [random_asset(i) for i in range(5)]
+    torch.nn.init.normal_(model.last.weight, std=30)
+    z = predict_logits(model, assets)
+    assert np.allclose(predict(model, assets), 1 / (1 + np.exp(-z))) and np.abs(z).max() > 1
+    assert predict(model, []).shape == (0,)
+
+
+def test_a_study_is_scored_alone_as_in_company():
+    torch.manual_seed(0)
+    assets = [random_asset(i) for i in range(17)]
+    for kind in KINDS:
+        for parts in (PARTS, ("visual",), ("knowledge",)):
+            model = GraphClassifier(kind, 6, 10, hidden=8, parts=parts)
+            assert np.allclose(predict(model, assets), [predict(model, [a])[0] for a in assets], atol=1e-6)
+            assert np.allclose(predict(model, assets[::-1])[::-1], predict(model, assets), atol=1e-6)
+
+
+@pytest.mark.parametrize("call,said", [
+    (lambda a, y: train_classifier(a, np.ones(8), a, y, vocabulary_size=10), "train: 8 positive, 0 negative"),
+    (lambda a, y: train_classifier(a, y, a, np.zeros(8), vocabulary_size=10), "validate: 0 positive, 8 negative"),
+    (lambda a, y: train_classifier(a, np.full(8, np.nan), a, y, vocabulary_size=10), "8 unknown of 8"),
+    (lambda a, y: train_classifier(a, y[:3], a, y, vocabulary_size=10), "8 assets but 3 targets"),
+    (lambda a, y: train_classifier(a, y - 1, a, y, vocabulary_size=10), "neither 0, 1 nor nan"),
+    (lambda a, y: train_classifier(a, y, a, y, vocabulary_size=2), "not in the vocabulary of 2"),
+    (lambda a, y: train_classifier(a, y, a, y, "mpnn", vocabulary_size=10), "kind must be"),
+    (lambda a, y: train_classifier(a, y, a, y, vocabulary_size=10, parts=()), "parts must be"),
+    (lambda a, y: train_classifier(a, y, a, y, vocabulary_size=10, fusion="glue"), "fusion must be"),
+    (lambda a, y: train_classifier(a, y, a, y, vocabulary_size=10, lr=float("inf")), "no longer finite"),
+    (lambda a, y: predict(GraphClassifier("gcn", 5, 10), a), "was built for 5"),
+    (lambda a, y: predict(GraphClassifier("gcn", 6, 10, parts=("visual",)), [to_data(x) for x in a]), "reads visual"),
+    (lambda a, y: known_targets(a, [0, 1] * 3 + [2, np.nan], "test"), "test: 1 targets are neither"),
+])
+def test_refusals(call, said):
+    assets = [random_asset(i, m=3) for i in range(8)]
+    with pytest.raises(NeuralError, match=said) as e: call(assets, np.arange(8) % 2.)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_classifier_answers_the_same(tmp_path, kind):
+    torch.manual_seed(0)
+    model, assets = GraphClassifier(kind, 6, 10, hidden=8, patches=144, fusion="none", parts=("visual",)).eval(), [random_asset(i) for i in range(6)]
+    model.mean += 1
+    save_classifier(model, tmp_path / "c")
+    again = load_classifier(tmp_path / "c")
+    assert np.array_equal(predict(again, assets), predict(model, assets)) and again.config == model.config and not again.training
+    assert sorted(f.name for f in (tmp_path / "c").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_foreign_or_damaged_classifier_is_refused(tmp_path):
+    save_classifier(GraphClassifier("gcn", 6, 10, hidden=8), tmp_path)
+    good, weights = (tmp_path / "config.json").read_text(), (tmp_path / "model.safetensors").read_bytes()
+    for edit in (dict(format="x"), dict(hidden=9), dict(hidden=-1), dict(hidden="8"), dict(vocabulary_size=10**12), dict(kind="mpnn"), dict(parts=["labels"]), dict(parts=3), dict(extra=1), dict(dropout="x")):
+        (tmp_path / "config.json").write_text(json.dumps(json.loads(good) | edit))
+        with pytest.raises(NeuralError): load_classifier(tmp_path)
+    (tmp_path / "config.json").write_text(good)
+    for bad in (b"", weights[:100], b"\x80\x04" + weights[2:], b"\xff" * 64):
+        (tmp_path / "model.safetensors").write_bytes(bad)
+        with pytest.raises(NeuralError): load_classifier(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(NeuralError, match="no readable config"): load_classifier(tmp_path)

@@ -1,0 +1,94 @@
+"The `neural` command from a real shell: exit status, one line per error, quiet in a pipe."
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FIXTURES = Path(__file__).parent / "fixtures"
+COMMAND = [sys.executable, "-c", "from neural.cli import main; main()"]
+
+
+def neural(*words, cwd, **env) -> subprocess.CompletedProcess:
+    return subprocess.run([*COMMAND, *map(str, words)], cwd=cwd, capture_output=True, text=True, env={**os.environ, **env})
+
+
+def test_help_names_every_command(tmp_path):
+    said = neural("--help", cwd=tmp_path)
+    assert said.returncode == 0 and said.stderr == ""
+    for name in ("phantom", "index", "run", "build", "verify", "inspect", "predict"): assert f"\n  {name} " in said.stdout, f"`neural {name}` is missing"
+    for name in ("phantom", "index", "run", "build", "verify", "inspect", "predict"): assert neural(name, "--help", cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("words", [["--bogus"], ["frobnicate"], ["phantom"], ["phantom", "out", "--studies", "none"], ["phantom", "out", "--studies", "0"], ["index", "dicomdir", "."],
+                                   ["index", "folder", "not-here"], ["run", "-p", "nothing"], ["verify", "not-here"], ["inspect", "."]])
+def test_a_wrong_call_is_status_2_and_one_line(tmp_path, words):
+    said = neural(*words, cwd=tmp_path)
+    assert said.returncode == 2 and said.stdout == "" and len(said.stderr.strip().splitlines()) == 1 and "--help" in said.stderr, said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words, why", [
+    (["run", "--preset", "huge"], "no preset called huge"),
+    (["run", "nowhere"], "no stage called nowhere"),
+    (["run", "-p", "cuont=3"], "did you mean count?"),
+    (["run", "--manifest", "gone.csv"], "no manifest at gone.csv"),
+    (["run", "--run", "taken"], "not a run folder"),
+    (["verify", "taken"], "not an asset store"),
+    (["inspect", "taken", "s1"], "not an asset store"),
+    (["index", "mimic-cxr", "taken"], ""),
+])
+def test_a_refusal_is_status_1_and_one_line(tmp_path, words, why):
+    shutil.copytree(FIXTURES / "stages", tmp_path / "nbs/paper")
+    (tmp_path / "taken").mkdir(); (tmp_path / "taken/film.png").write_bytes(b"x")
+    said = neural(*words, cwd=tmp_path)
+    assert said.returncode == 1 and said.stdout == "" and len(said.stderr.strip().splitlines()) == 1 and why in said.stderr and said.stderr.startswith("neural: "), said
+
+
+def test_an_unforeseen_error_is_one_line_unless_asked_for_more(tmp_path):
+    broken = "import sys, neural.pipeline; neural.pipeline.run_pipeline = lambda *a, **k: {}['key']; from neural.cli import main; sys.argv = ['neural', 'run']; main()"
+    short = subprocess.run([sys.executable, "-c", broken], cwd=tmp_path, capture_output=True, text=True)
+    assert short.returncode == 1 and short.stderr == "neural: unexpected KeyError: 'key' (set NEURAL_DEBUG=1 to see where)\n"
+    long = subprocess.run([sys.executable, "-c", broken], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "NEURAL_DEBUG": "1"})
+    assert long.returncode == 1 and "Traceback" in long.stderr
+
+
+def test_in_a_pipe_a_run_is_one_line_per_stage(tmp_path):
+    words = ["run", "--stages", FIXTURES / "stages", "--preset", "small", "--run", "runs/a"]
+    first = neural(*words, cwd=tmp_path)
+    assert first.returncode == 0 and first.stderr == "", first.stderr
+    assert [line.split()[0] for line in first.stdout.splitlines()] == ["10_draw", "20_sum", "run:"]
+    assert json.loads((tmp_path / "runs/a/20_sum.json").read_text())["parameters"]["scale"] == 10.0
+    assert neural(*words, cwd=tmp_path, PYTHONIOENCODING="ascii").stdout.count("unchanged") == 2
+    failing = neural("run", "raises", "--stages", FIXTURES / "failing", "--run", "runs/b", "-p", "why=ünknown – finding", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert failing.returncode == 1 and len(failing.stderr.splitlines()) == 1 and "stopped in cell 4: ValueError" in failing.stderr
+
+
+def test_phantom_to_manifest(tmp_path):
+    made = neural("phantom", "cohort", "--studies", 12, "--size", 96, "--seed", 1, cwd=tmp_path)
+    assert made.returncode == 0 and made.stderr == "", made.stderr
+    assert neural("phantom", "cohort", cwd=tmp_path).returncode == 2                     # never over an existing cohort
+    said = neural("index", "mimic-cxr", "cohort", "-o", "lists/manifest.csv", "--labels", "cohort/truth/labels.csv", cwd=tmp_path)
+    assert said.returncode == 0 and said.stderr == "", said.stderr
+    assert "train" in said.stdout and "test" in said.stdout
+    assert (tmp_path / "lists/manifest.csv").is_file() and (tmp_path / "lists/exclusions.csv").is_file()
+    assert str(tmp_path) not in said.stdout
+
+
+def test_a_store_is_checked_and_shown(tmp_path):
+    from neural.asset import AssetStore, StudyAsset
+    store = AssetStore.create(tmp_path / "store", ["<script>alert(1)</script>", "lung"], dim=3, grid=(4, 4))
+    store.append([StudyAsset("<b>s1</b>", "image+report", (4, 4), [5], [.6], [[1., 2, 3]], concepts=[0], assertions=[2])])
+    assert neural("verify", "store", cwd=tmp_path).stdout == "assets: 1, all whole\n"
+    assert "absent" in neural("inspect", "store", "<b>s1</b>", cwd=tmp_path).stdout
+    assert neural("inspect", "store", "s2", cwd=tmp_path).returncode == 1
+    assert neural("inspect", "store", "<b>s1</b>", "--html", "page.html", cwd=tmp_path).returncode == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "<script" not in page and "<b>s1" not in page and "&lt;script&gt;" in page and page.count("http") == page.count("http://www.w3.org/2000/svg")
+    shard = next((tmp_path / "store").glob("*.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-30] + bytes(30))
+    said = neural("verify", "store", cwd=tmp_path)
+    assert said.returncode == 1 and "damaged" in said.stderr

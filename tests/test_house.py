@@ -1,0 +1,241 @@
+"The house in order: notebooks and modules belong together, nothing forbidden, nothing of one machine, one environment."
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from neural.pipeline import code_cells, imported_modules, is_fresh, machine_paths, parameters_cell, sha256_of, stage_parameters
+
+ROOT = Path(__file__).resolve().parents[1]
+CHAPTERS = sorted((ROOT / "nbs/api").glob("*.ipynb"))
+STAGES = sorted((ROOT / "nbs/paper").glob("*.ipynb"))
+NOTEBOOKS = CHAPTERS + STAGES + [ROOT / "nbs/index.ipynb"]
+MODULES = sorted(p for p in (ROOT / "neural").glob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+by_name = pytest.mark.parametrize
+
+
+def names(path): return path.name
+
+
+def options(source: str) -> str:
+    "The directive lines of a cell."
+    return "\n".join(line for line in source.splitlines() if line.startswith("#|"))
+
+
+def bare(source: str) -> str:
+    "A cell without lines only a notebook understands."
+    return re.sub(r"(?m)^\s*[%!].*$", "", source)
+
+
+# notebooks and modules
+
+@pytest.fixture(scope="session")
+def fresh_export(tmp_path_factory) -> Path:
+    "The library exported, and the notebooks cleaned, once more from scratch in another folder."
+    out = tmp_path_factory.mktemp("export")
+    shutil.copytree(ROOT / "nbs", out / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copy(ROOT / "settings.ini", out)
+    (out / "neural").mkdir(); shutil.copy(ROOT / "neural/__init__.py", out / "neural")
+    for tool in ("nbdev_export", "nbdev_clean"):
+        done = subprocess.run([Path(sys.executable).parent / tool], cwd=out, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_modules_are_what_the_notebooks_export(fresh_export):
+    made, kept = ({p.name: p.read_text() for p in folder.glob("*.py") if p.name != "__init__.py"} for folder in (fresh_export / "neural", ROOT / "neural"))
+    assert sorted(made) == sorted(kept), "a module without a notebook, or a notebook not exported: run nbdev_export"
+    assert [n for n in made if made[n] != kept[n]] == [], "modules and notebooks have drifted apart: run nbdev_export"
+
+
+def test_notebooks_are_clean(fresh_export):
+    dirty = [p.relative_to(ROOT).as_posix() for p in NOTEBOOKS if (fresh_export / p.relative_to(ROOT)).read_text() != p.read_text()]
+    assert dirty == [], "run nbdev_clean"
+
+
+def test_imports_only_run_upward():
+    number = {re.sub(r"^\d+_", "", p.stem): int(p.stem.split("_")[0]) for p in CHAPTERS}
+    assert len(set(number.values())) == len(CHAPTERS), "two chapters carry the same number"
+    wrong = [f"{p.stem} imports {m}" for p in CHAPTERS for source in code_cells(p) for m in imported_modules(source)
+             if m in number and number[m] > number[re.sub(r"^\d+_", "", p.stem)]]
+    assert wrong == []
+
+
+@by_name("path", NOTEBOOKS, ids=names)
+def test_notebook_is_fit_to_be_committed(path):
+    nb = nbformat.read(path, 4)
+    nbformat.validate(nb)
+    assert path.stat().st_size <= 400_000, "larger than 400 KB: smaller pictures"
+    outputs = [o for c in nb.cells for o in c.get("outputs", [])]
+    assert not [o for o in outputs if o.output_type == "error"]
+    text = "\n".join(c.source for c in nb.cells) + json.dumps([{k: v for k, v in o.get("data", {}).items() if k != "image/png"} or o.get("text") for o in outputs])
+    assert machine_paths(text) == [], "a path of this machine"
+    assert re.findall(r"(?<![\w.])/(?:home|root|Users|tmp|work)/[\w./-]+", text) == [], "a path of some machine"
+    assert not [c for c in nb.cells if re.search(r"eval:\s*false|skip_exec", options(c.source))], "every cell runs"
+
+
+@by_name("path", NOTEBOOKS, ids=names)
+def test_first_visible_code_seeds(path):
+    if path.name == "index.ipynb": pytest.skip("the home page runs nothing")
+    cells = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code" and not re.search(r"#\|\s*(export|default_exp|hide)", options(c.source)) and "parameters" not in c.metadata.get("tags", [])]
+    assert cells and re.search(r"seed|default_rng|Random\(", cells[0]), "the first visible code cell seeds the notebook"
+
+
+@by_name("path", NOTEBOOKS, ids=names)
+def test_figures_have_label_caption_and_words(path):
+    labels = []
+    for cell in nbformat.read(path, 4).cells:
+        pictures = any("image/png" in o.get("data", {}) for o in cell.get("outputs", []))
+        lines = options(cell.source)
+        if pictures: assert all(f"{need}: " in lines for need in ("label", "fig-cap", "fig-alt")), f"a picture without label, caption or alt text:\n{cell.source[:200]}"
+        labels += re.findall(r"label:\s*(\S+)", lines)
+    assert len(set(labels)) == len(labels), "two figures with one label"
+
+
+@by_name("path", CHAPTERS, ids=names)
+def test_export_cells_are_small(path):
+    cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code" and re.search(r"#\|\s*exports?\b", options(c.source))]
+    sizes = [len([l for l in c.source.splitlines() if l.strip() and not l.startswith("#|")]) for c in cells]
+    assert max(sizes) <= 40, f"an export cell of {max(sizes)} lines"
+
+
+# stages
+
+@by_name("path", STAGES, ids=names)
+def test_stage_form(path):
+    declared = stage_parameters(path)                       # exactly one parameters cell, all typed, all readable
+    assert {"run", "seed"} <= set(declared) and all(p.help for p in declared.values()), "every parameter has a comment"
+    assert "#| export" not in parameters_cell(path)
+    sources = code_cells(path)
+    assert not [s for s in sources if re.search(r"#\|\s*export", options(s))], "a stage exports nothing"
+    assert re.search(rf'record\(\s*[\'"]{path.stem}[\'"]', sources[-1]), "the last code cell records the stage"
+
+
+@by_name("path", STAGES, ids=names)
+def test_stage_outputs_belong_to_its_code(path):
+    assert is_fresh(path), "the code changed since its outputs were made: run the quickstart preset and `neural publish` it"
+
+
+def test_presets_speak_to_some_stage():
+    known = {n: p for path in STAGES for n, p in stage_parameters(path).items()}
+    found = sorted((ROOT / "nbs/paper/presets").glob("*.yaml"))
+    assert [p.stem for p in found] == ["paper", "quickstart", "smoke"]
+    for preset in found:
+        values = yaml.safe_load(preset.read_text())
+        assert set(values) <= set(known), f"{preset.name}: {set(values) - set(known)}"
+
+
+def test_published_figures_are_those_of_the_run():
+    published = ROOT / "figures/published.json"
+    if not published.is_file(): pytest.skip("no run has been published yet")
+    files = json.loads(published.read_text())["files"]
+    assert [n for n, digest in files.items() if not (ROOT / "figures" / n).is_file() or sha256_of(ROOT / "figures" / n) != digest] == []
+
+
+# forbidden things
+
+FORBIDDEN = {"pickle.load", "pickle.loads", "torch.load", "joblib.load", "np.load(allow_pickle=True)", "eval", "exec", "os.system", "yaml.load", "shelve.open", "marshal.loads"}
+
+
+def calls(source: str) -> set[str]:
+    "Names of everything a piece of code calls."
+    found = set()
+    for node in ast.walk(ast.parse(bare(source))):
+        if not isinstance(node, ast.Call): continue
+        found.add(ast.unparse(node.func))
+        if ast.unparse(node.func).endswith(".load") and any(k.arg == "allow_pickle" and getattr(k.value, "value", None) for k in node.keywords): found.add("np.load(allow_pickle=True)")
+        if any(k.arg == "shell" and getattr(k.value, "value", None) for k in node.keywords): found.add("shell=True")
+    return found
+
+
+@by_name("path", MODULES, ids=names)
+def test_no_module_runs_what_it_reads(path):
+    assert calls(path.read_text()) & (FORBIDDEN | {"shell=True"}) == set()
+
+
+def test_the_check_for_forbidden_calls_works():
+    assert calls("import torch\ntorch.load(f); np.load(f, allow_pickle=True); subprocess.run(c, shell=True)") >= {"torch.load", "np.load(allow_pickle=True)", "shell=True"}
+
+
+def test_nothing_is_left_unsaid():
+    texts = [*NOTEBOOKS, *MODULES, *(ROOT / "tests").glob("*.py"), ROOT / "Makefile", ROOT / "settings.ini", ROOT / "pyproject.toml", *ROOT.glob("*.md"), *(ROOT / "data_manifests").glob("*")]
+    words = "TO" + "DO", "FIX" + "ME", "XX" + "X:"
+    assert [(p.name, w) for p in texts if p.is_file() for w in words if re.search(rf"\b{w}\b", p.read_text(errors="replace"))] == []
+
+
+# environment
+
+def pins(text: str) -> list[str]:
+    "The `name==version` lines of a lock, comments left aside."
+    return [line.split("#")[0].strip() for line in text.splitlines() if line.split("#")[0].strip()]
+
+
+LOCK = (ROOT / "requirements.lock").read_text()
+
+
+def normal(name: str) -> str: return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_the_lock_pins_everything_once():
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", p) for p in pins(LOCK)), "exact pins only, no local versions"
+    assert len({normal(p.split("==")[0]) for p in pins(LOCK)}) == len(pins(LOCK))
+
+
+def test_environment_yml_equals_the_lock():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["dependencies"][:2] == ["python=3.11", "pip"]
+    assert sorted(environment["dependencies"][2]["pip"]) == sorted(pins(LOCK))
+
+
+def test_this_environment_is_the_lock():
+    wrong = []
+    for name, version in (p.split("==") for p in pins(LOCK)):
+        try: here = metadata.version(name).split("+")[0]
+        except metadata.PackageNotFoundError: here = "missing"
+        if here != version: wrong.append(f"{name}: {here}, lock {version}")
+    assert wrong == [], "make install"
+
+
+def test_what_is_imported_is_named_as_a_direct_dependency():
+    direct = {normal(p.split("==")[0]) for p in pins(LOCK.split("# what those pull in")[0])}
+    homes = metadata.packages_distributions()
+    sources = [p.read_text() for p in MODULES + sorted((ROOT / "tests").glob("*.py"))] + [s for p in CHAPTERS + STAGES for s in code_cells(p)]
+    wanted = set()
+    for source in sources:
+        for node in ast.walk(ast.parse(bare(source))):
+            if isinstance(node, ast.Import): wanted |= {a.name.split(".")[0] for a in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level: wanted.add(node.module.split(".")[0])
+    foreign = {m for m in wanted if m not in sys.stdlib_module_names and m not in ("neural", "conftest")}
+    assert {m for m in foreign if not {normal(d) for d in homes.get(m, [m])} & direct} == set(), "add it to requirements.lock with its reason"
+
+
+# papers and pages
+
+def test_citation_parses():
+    cff = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cff["cff-version"] == "1.2.0" and cff["title"] and cff["message"] and cff["authors"] and cff["license"] == "Apache-2.0"
+    from neural import __version__
+    assert cff["version"] == __version__
+    assert all(r["type"] and r["title"] and r["authors"] for r in cff["references"])
+
+
+def test_licence_and_continuous_integration():
+    assert "Apache License" in (ROOT / "LICENSE").read_text() and len((ROOT / "LICENSE").read_text()) > 11_000
+    assert os.access(ROOT / ".ci/run", os.X_OK) and "make test" in (ROOT / ".ci/run").read_text()
+
+
+def test_readme_is_the_home_page(tmp_path):
+    "README.md is nbs/index.ipynb in markdown: jupyter nbconvert --to markdown nbs/index.ipynb --output-dir . --output README.md"
+    from nbconvert import MarkdownExporter
+    body, _ = MarkdownExporter().from_filename(str(ROOT / "nbs/index.ipynb"))
+    said = (ROOT / "README.md").read_text()
+    assert [line.strip() for line in body.splitlines() if line.strip()] == [line.strip() for line in said.splitlines() if line.strip()]
