@@ -13,7 +13,7 @@ SHELL := /bin/bash
 
 VENV ?= .venv
 BIN = $(VENV)/bin
-STUDIES ?= 200
+STUDIES ?= 1400
 SIZE ?= 384
 SEED ?= 0
 PRESET ?= quickstart

@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['EXPORT', 'public_names', 'is_import_cell', 'split_title', 'reading_copy', 'cell_options', 'number_figures',
            'link_figures', 'page_name', 'relative_links', 'write_source', 'listed_notebooks', 'write_config',
-           'to_mathml', 'finish_page', 'page_faults', 'process_notebooks', 'smalldocs', 'build_docs', 'main']
+           'to_mathml', 'finish_page', 'finish_style', 'page_faults', 'process_notebooks', 'smalldocs', 'build_docs',
+           'readme_text', 'main']
 
-# %% ../nbs/api/44_docs.ipynb #c9b410b4
+# %% ../nbs/api/44_docs.ipynb #17a3b30b
 import argparse, ast, contextlib, io, os, re, shutil, subprocess, sys
 from pathlib import Path
 import nbformat
 import yaml
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_markdown_cell, new_raw_cell
+from .pipeline import read_notebook
 from .study import NeuralError
 
 # %% ../nbs/api/44_docs.ipynb #1e90ff0d
@@ -203,7 +205,14 @@ def finish_page(
         if not table.find_parent(class_="sd-table"): table.wrap(soup.new_tag("div", attrs={"class": "sd-table"}))
     return str(soup)
 
-# %% ../nbs/api/44_docs.ipynb #d0190f12
+# %% ../nbs/api/44_docs.ipynb #ccdcbd10
+def finish_style(
+    css: str,  # a style sheet
+) -> str:      # without what it would fetch
+    "Drop the imports of a style sheet that lead elsewhere."
+    return re.sub(r"@import\s+(?:url\(\s*['\"]?(?:https?:)?//[^)]*\)|['\"](?:https?:)?//[^'\"]*['\"])[^;]*;", "", css)
+
+# %% ../nbs/api/44_docs.ipynb #13db95df
 def page_faults(
     html: str,  # a finished page
 ) -> list[str]: # what is wrong with it
@@ -211,12 +220,14 @@ def page_faults(
     soup = BeautifulSoup(html, "html.parser")
     faults = [f"fetches {t.get('src') or t.get('href')}" for t in soup.select("script[src], link[href], img[src], iframe[src], source[src]")
               if re.match(r"(https?:)?//", t.get("src") or t.get("href")) and t.get("rel") not in (["canonical"], ["alternate"])]
-    faults += ["has a picture without alt text" for img in soup.select("main img") if not (img.get("alt") or "").strip()]
+    for img in soup.select("main img"):
+        above = img.find_previous(["h1", "h2", "h3"])
+        if not (img.get("alt") or "").strip(): faults.append(f"has a picture without alt text{f' below {above.get_text().strip()!r}' if above else ''}; add label, fig-cap and fig-alt to its cell")
     faults += [f"shows a raw formula {s.get_text()[:30]}" for s in soup.select("span.math")]
     for code in soup.select("pre, code, script, style, math"): code.decompose()
     return faults + [f"has a loose reference {r}" for r in re.findall(r"@(?:fig|eq|sec)-[\w-]+", soup.get_text())]
 
-# %% ../nbs/api/44_docs.ipynb #206d3d5e
+# %% ../nbs/api/44_docs.ipynb #91a9197f
 def process_notebooks(
     root,  # folder with settings.ini
 ) -> Path: # folder of processed notebooks
@@ -227,7 +238,7 @@ def process_notebooks(
     for path in sorted((Path(root)/"nbs").rglob("*.ipynb")):
         if any(part.startswith((".", "_")) for part in path.relative_to(root).parts): continue
         target = copies/path.relative_to(Path(root)/"nbs"); target.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(reading_copy(nbformat.read(path, 4)), target)
+        nbformat.write(reading_copy(read_notebook(path)), target)
     with contextlib.chdir(root), contextlib.redirect_stdout(io.StringIO()): return Path(root).resolve()/proc_nbs("build/nbs", n_workers=0, force=True)
 
 # %% ../nbs/api/44_docs.ipynb #01cdd93f
@@ -239,7 +250,7 @@ def smalldocs(
     complaints = [l for l in (done.stdout + done.stderr).splitlines() if "warning" in l.lower() or "broken" in l.lower()]
     if done.returncode or complaints: raise NeuralError(f"smalldocs {words[0]}: {(complaints or (done.stdout + done.stderr).splitlines() or ['failed'])[0]}")
 
-# %% ../nbs/api/44_docs.ipynb #53da63b6
+# %% ../nbs/api/44_docs.ipynb #cda9ccab
 def build_docs(
     root=".",      # folder with settings.ini and nbs/
     output=None,   # folder for the pages; `_docs` in the root if None
@@ -253,13 +264,26 @@ def build_docs(
     write_config(root/"nbs/_quarto.yml", site, [p.relative_to(processed).as_posix() for p in processed.rglob("*.ipynb")], output)
     if (root/"nbs/styles.css").is_file(): shutil.copy(root/"nbs/styles.css", site)
     smalldocs("render", site)
-    for path in sorted(output.rglob("*.html")): path.write_text(finish_page(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for suffix, finish in ((".html", finish_page), (".css", finish_style)):
+        for path in sorted(output.rglob(f"*{suffix}")): path.write_text(finish(path.read_text(encoding="utf-8")), encoding="utf-8")
     smalldocs("check", site)
     faults = [f"{p.relative_to(output)} {f}" for p in sorted(output.rglob("*.html")) for f in page_faults(p.read_text(encoding="utf-8"))]
     if faults: raise NeuralError(f"{len(faults)} faults in the pages, first: {faults[0]}")
     return pages
 
-# %% ../nbs/api/44_docs.ipynb #56ac7f3a
+# %% ../nbs/api/44_docs.ipynb #1f525710
+def readme_text(
+    index,            # the home notebook
+    folder="nbs",     # where it lies, seen from the README
+) -> str:             # Markdown
+    "The home page as README text, with links that hold from the top of the checkout."
+    from nbconvert import MarkdownExporter
+    body, resources = MarkdownExporter().from_notebook_node(read_notebook(index))
+    if resources.get("outputs"): raise NeuralError("the home page makes pictures; show those of figures/ by a link, so that README.md can show them too")
+    def moved(match): return f"]({os.path.normpath(os.path.join(folder, match[1]))}"
+    return re.sub(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", moved, body).strip() + "\n"
+
+# %% ../nbs/api/44_docs.ipynb #f330b513
 def main(
     words=None,  # command line; sys.argv if None
 ):
@@ -267,7 +291,10 @@ def main(
     parser = argparse.ArgumentParser(prog="python -m neural.docs", description="Build the pages from the committed notebooks.")
     parser.add_argument("--root", default=".", help="folder with settings.ini (default: here)")
     parser.add_argument("--out", default=None, help="folder for the pages (default: _docs)")
+    parser.add_argument("--readme", action="store_true", help="write README.md from nbs/index.ipynb, and no pages")
     asked = parser.parse_args(words)
+    if asked.readme:
+        Path(asked.root, "README.md").write_text(readme_text(Path(asked.root, "nbs/index.ipynb")), encoding="utf-8"); return
     try: pages = build_docs(asked.root, asked.out)
     except NeuralError as e: raise SystemExit(f"docs: {e}") from None
     print(f"{len(pages)} pages with {sum(map(len, pages.values()))} figures in {asked.out or '_docs'}")

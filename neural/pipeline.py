@@ -585,7 +585,7 @@ def settle_manifest(
     if path and not path.is_file(): raise NeuralError(f"no manifest at {manifest or os.path.relpath(path)}; make one with `neural index`")
     return path
 
-# %% ../nbs/api/40_pipeline.ipynb #0c6bc123
+# %% ../nbs/api/40_pipeline.ipynb #13217839
 def run_stage(
     stage: Stage,      # the stage
     run,               # run folder
@@ -595,13 +595,12 @@ def run_stage(
     **options,         # verbose, time_limit
 ) -> tuple[dict, list[str]]:  # its finished record, and why it ran (empty if it was skipped)
     "Run a stage unless nothing it depends on changed since it last finished (this companion's choice)."
-    if "manifest" in parameters and not manifest: raise NeuralError(f"stage {stage.name} needs a manifest; make one with `neural index` and give it with --manifest")
-    links = {"run": ".", "manifest": os.path.relpath(manifest, Path(run).resolve()) if manifest else ""}
+    links = {"run": "."} | ({"manifest": os.path.relpath(manifest, Path(run).resolve())} if manifest else {})
     parameters = {k: links.get(k, v) for k, v in parameters.items()}
     entry, reasons = read_record(run, stage.name), ["forced"] if force else None
     if reasons is None: reasons = why_run(entry, stage_inputs(stage, run, parameters, manifest, entry.get("reads")), run)
     if not reasons: return entry, []
-    before, former = run_files(run), entry.get("outputs", {})
+    before, former = run_files(open_run(run)), entry.get("outputs", {})
     write_json(Path(run)/f"{stage.name}.json", {"schema": SCHEMA, "stage": stage.name, "outputs": former})
     execute_stage(stage, run, parameters, **options)
     return finish_record(stage, run, parameters, before, former, manifest), reasons

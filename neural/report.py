@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'ASSERTIONS', 'RELATIONS', 'load_lexicon', 'expand_braces', 
            'Relation', 'Annotation', 'ruler_patterns', 'cue_terms', 'build_pipeline', 'squeeze', 'ReportReader',
            'show_annotation', 'labels_of', 'openi_scores', 'train_tokenizer', 'swap_laterality']
 
-# %% ../nbs/api/04_report.ipynb #a0f29c26
+# %% ../nbs/api/04_report.ipynb #4e69b451
 import functools, hashlib, itertools, json, math, re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
@@ -16,7 +16,7 @@ from typing import Iterable, Iterator
 import matplotlib.pyplot as plt
 import spacy, yaml
 from fastcore.basics import patch
-from negspacy.negation import Negex
+from negspacy.negation import Negex  # registers the pipe "negex"
 from spacy.language import Language
 from spacy.tokens import Doc
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -176,12 +176,12 @@ def squeeze(
         new.append(word); old.extend([m.start()] * len(word) if gap else range(m.start(), m.end()))
     return "".join(new), old
 
-# %% ../nbs/api/04_report.ipynb #6a8d2937
+# %% ../nbs/api/04_report.ipynb #cb6cf0e7
 @dataclass
 class _Item:
     "One entity while its relations are sought."
     span: object           # spaCy span
-    group: str             # finding, place, side, modifier or cue
+    group: str             # finding, place, side, modifier, or a cue: suggests, either, doubt, denial
     concept: str           # canonical name
     assertion: str         # present, uncertain or absent
     sentence: int          # number of its sentence
@@ -206,7 +206,7 @@ class _Gaps:
         i, j = a.span.end, b.span.start
         return self.hard[j] - self.hard[i], self.verb[j] - self.verb[i], self.stop[j] - self.stop[i]
 
-# %% ../nbs/api/04_report.ipynb #55587085
+# %% ../nbs/api/04_report.ipynb #697ffd9a
 class ReportReader:
     "Finds mentions with assertion and relations by rules: spaCy's entity ruler, negspacy twice, and the lexicon's readings."
     def __init__(self):
@@ -215,7 +215,6 @@ class ReportReader:
         self.glue, self.copulas = set(self.lexicon["glue"]), set(self.lexicon["copulas"])
         self.readings = {(place, word): rule for rule in self.lexicon["readings"] for place in rule["of"] for word in rule["says"]}
         self.reading_words = {word for _, word in self.readings}
-        self.normality = set(self.lexicon["normality"])
         self.hedges, self._kind = tuple(self.lexicon["uncertain_words"]), self.kinds
     def __call__(self, text: str) -> Annotation:
         "Annotates one text."
@@ -421,13 +420,13 @@ def _annotate(self: ReportReader, doc: Doc, text: str, old: list[int] | None) ->
                 if item.group == wanted and not item.also: step(items, at, gaps)
     return _assemble(everything, text, old, self._kind)
 
-# %% ../nbs/api/04_report.ipynb #aba62767
-_SPOKEN = ("finding", "place", "side", "modifier")
+# %% ../nbs/api/04_report.ipynb #d0280754
+_MENTIONED = ("finding", "place", "side", "modifier")
 
-# %% ../nbs/api/04_report.ipynb #a76fd42d
+# %% ../nbs/api/04_report.ipynb #5da3615e
 def _assemble(items: list[_Item], text: str, old: list[int] | None, kinds: dict) -> Annotation:
     "Numbers the mentions and writes the relations down."
-    flat = [m for item in items if item.group in _SPOKEN for m in (item.also or [item])]
+    flat = [m for item in items if item.group in _MENTIONED for m in (item.also or [item])]
     number = {id(m): n for n, m in enumerate(flat)}
     mentions, relations = [], {}
     for m in flat:
@@ -503,12 +502,12 @@ def _counts_for(entry: dict) -> list[str]: # CheXpert labels of one lexicon entr
     label = entry.get("label", [])
     return [label] if isinstance(label, str) else label
 
-# %% ../nbs/api/04_report.ipynb #f2911866
+# %% ../nbs/api/04_report.ipynb #fa0407a9
 def _no_finding(annotation: Annotation, labels: dict, known: dict) -> float | None:
     "1 where findings are denied and none is raised, 0 where one is present, unknown otherwise."
     raised = [labels[l] for l in LABELS[1:-1]]
     if 1.0 in raised: return 0.0
-    doubt = -1.0 in raised or any(m.concept in known and m.assertion != "absent" and "label" not in known[m.concept] for m in annotation.mentions)
+    doubt = -1.0 in raised
     denied = any(m.concept in known and m.assertion == "absent" and known[m.concept].get("label") != "Support Devices" for m in annotation.mentions)
     return 1.0 if denied and not doubt else None
 
@@ -516,12 +515,12 @@ def _no_finding(annotation: Annotation, labels: dict, known: dict) -> float | No
 _RADGRAPH = {"present": ("DP", "definitely present"), "uncertain": ("U", "uncertain"), "absent": ("DA", "definitely absent")}
 _WORD = re.compile(r"\w+|[^\w\s]")
 
-# %% ../nbs/api/04_report.ipynb #d6ed6cc7
+# %% ../nbs/api/04_report.ipynb #e7aa74a2
 @functools.cache
 def _phrase_concepts() -> dict[str, str]: # phrase, its tokens parted by one space -> concept
     "Looks a concept up by its words."
     rows = ruler_patterns(load_lexicon())
-    return {" ".join(_WORD.findall(r["pattern"].lower())): r["id"] for r in rows if r["label"] in _SPOKEN}
+    return {" ".join(_WORD.findall(r["pattern"].lower())): r["id"] for r in rows if r["label"] in _MENTIONED}
 
 # %% ../nbs/api/04_report.ipynb #da2024d6
 def _says_normal(words: str, concept: str) -> bool:
@@ -582,18 +581,19 @@ def _radgraph_entity(
         if other not in ids or other == key: raise NeuralError(f"{where}: relation points to entity {other[:20]!r}, which is not another entity of this text")
     return *_radgraph_label(entity.get("label"), where), first, last, ties
 
-# %% ../nbs/api/04_report.ipynb #8d7f8df7
+# %% ../nbs/api/04_report.ipynb #94ce45bb
 def _checked(data: dict) -> tuple[list[str], dict]: # tokens, and id -> checked entity
     "Checks a RadGraph object from a foreign file."
     if not isinstance(data, dict) or not isinstance(data.get("text"), str) or not isinstance(data.get("entities"), dict):
         raise NeuralError("a RadGraph annotation is an object with a 'text' and an object of 'entities'; check the file")
     tokens = data["text"].split()
-    if len(tokens) > 20_000 or len(data["entities"]) > 5_000: raise NeuralError(f"RadGraph annotation of {len(tokens)} tokens and {len(data['entities'])} entities: that is no report")
+    if len(tokens) > 20_000 or len(data["entities"]) > 5_000:
+        raise NeuralError(f"RadGraph annotation of {len(tokens)} tokens and {len(data['entities'])} entities: that is no report")
     ids = set(data["entities"])
     return tokens, {k: _radgraph_entity(k, e, len(tokens), ids) for k, e in data["entities"].items()}
 
-# %% ../nbs/api/04_report.ipynb #f3f5e067
-def _spoken(
+# %% ../nbs/api/04_report.ipynb #faff8858
+def _meanings(
     words: str,        # an entity's words
     kind: str,         # Anatomy or Observation
     said: str,         # its assertion
@@ -610,7 +610,7 @@ def _spoken(
     known = lexicon["anatomy"].keys() | lexicon["sides"].keys() if kind == "Anatomy" else lexicon["observations"].keys() | lexicon["modifiers"].keys()
     return [(concept if concept in known else words.lower(), said, None)]
 
-# %% ../nbs/api/04_report.ipynb #17de013a
+# %% ../nbs/api/04_report.ipynb #e0beb9c2
 @patch(cls_method=True)
 def from_radgraph(
     cls: Annotation,
@@ -621,11 +621,11 @@ def from_radgraph(
     text, starts = " ".join(tokens), list(itertools.accumulate((len(t) + 1 for t in tokens), initial=0))
     ends = [s + len(t) for s, t in zip(starts, tokens)]
     words = {k: text[starts[e[2]]:ends[e[3]]] for k, e in entities.items()}
-    concept = {k: _spoken(words[k], e[0], e[1], [])[0][0] for k, e in entities.items()}
+    concept = {k: _meanings(words[k], e[0], e[1], [])[0][0] for k, e in entities.items()}
     mentions, own, numbers = [], [], defaultdict(list)  # own: entity and places of each mention; numbers: mentions of each entity
     for key in sorted(entities, key=lambda k: entities[k][2:4]):
         kind, said, first, last, ties = entities[key]
-        for name, assertion, rests in _spoken(words[key], kind, said, [(other, concept[other]) for t, other in ties if t == "located_at"]):
+        for name, assertion, rests in _meanings(words[key], kind, said, [(other, concept[other]) for t, other in ties if t == "located_at"]):
             numbers[key].append(len(mentions)); own.append((key, rests))
             mentions.append(Mention(starts[first], ends[last], words[key], name, kind, assertion))
     return cls(text, tuple(mentions), tuple(_radgraph_relations(entities, own, numbers)))
@@ -703,12 +703,13 @@ def train_tokenizer(
     words = _whole_words(texts, model.pre_tokenizer.pre_tokenize_str, {p for p, _ in vocab}, vocab_size - len(vocab))
     return T5Tokenizer(vocab=_steady(vocab + words), extra_ids=0)
 
-# %% ../nbs/api/04_report.ipynb #1704b9a4
+# %% ../nbs/api/04_report.ipynb #119ce09d
 _ABBREVIATED = "UL|LL|ML|UZ|MZ|LZ|IJ|SC|UE|PA|V|VH"
 _NEXT_TO_LETTER = "lung|base|basilar|apex|apical|upper|mid|middle|lower|pleural|effusion|sided?|hemithorax|hilum|hilar|rib|PICC|IJ"
 _SIDED = re.compile(rf"""(?P<lobe>(?:\b(?:left|right)\s+)?\b(?:lingular?|middle\ lobes?)\b)
     | \b(?P<word>left|right)(?=$|[^a-z]|ward|most|side) | \b(?P<curve>levo|dextro)(?=-?[a-z])
-    | \b(?P<letter>(?-i:[LR](?=(?:{_ABBREVIATED})\b)|[lr](?=(?:ul|ll|ml)\b)|[LR](?=[ -](?:{_NEXT_TO_LETTER})\b)|[LR](?=\s?[<>])|(?<=[<>])[LR]\b|(?<=[<>]\s)[LR]\b))""", re.I | re.X)
+    | \b(?P<letter>(?-i:[LR](?=(?:{_ABBREVIATED})\b)
+        |[lr](?=(?:ul|ll|ml)\b)|[LR](?=[ -](?:{_NEXT_TO_LETTER})\b)|[LR](?=\s?[<>])|(?<=[<>])[LR]\b|(?<=[<>]\s)[LR]\b))""", re.I | re.X)
 _MIRROR = {"left": "right", "right": "left", "levo": "dextro", "dextro": "levo", "l": "r", "r": "l"}
 
 # %% ../nbs/api/04_report.ipynb #a383d0fd
@@ -716,20 +717,22 @@ def _like(word: str, new: str) -> str:
     "Gives `new` the case of `word`."
     return new.upper() if word.isupper() else new.capitalize() if word[0].isupper() else new
 
-# %% ../nbs/api/04_report.ipynb #6de77064
-def _mirror_lobe(words: str) -> str:
+# %% ../nbs/api/04_report.ipynb #0eaabe01
+def _mirror_lobe(
+    words: str, # 'lingula', 'right middle lobe' and the like, with the side where it is named
+) -> str:       # the same place on a mirrored film
     "Mirrors a lobe that only one lung has: the lingula is on the left and the middle lobe on the right unless a side is named."
-    side, _, lobe = words.rpartition(" ") if words.lower().endswith(("lingula", "lingular")) else re.match(r"(?:(\w+)(\s+))?(middle lobes?)", words, re.I).groups(default="")
-    if lobe.lower().startswith("lingula"):
-        if side.strip().lower() == "right": return _like(words, lobe.lower())
-        return _like(side.strip(), "right") + " " + lobe if side else _like(words, "right") + " " + (lobe if words.isupper() else lobe.lower())
-    return _like(side, _MIRROR[side.lower()]) + _ + lobe if side else _like(words, "left") + " " + (lobe if words.isupper() else lobe.lower())
+    side, gap, lobe = re.fullmatch(r"(?:(left|right)(\s+))?(.*)", words, re.I | re.S).groups()
+    lingula = lobe.lower().startswith("lingula")
+    new = _MIRROR[(side or ("left" if lingula else "right")).lower()]
+    if lingula and new == "left": return _like(words, lobe.lower())  # its own side goes without saying
+    return _like(words, new) + (gap or " ") + (lobe if side or words.isupper() else lobe.lower())
 
-# %% ../nbs/api/04_report.ipynb #232f490c
+# %% ../nbs/api/04_report.ipynb #5590fba8
 def swap_laterality(
     text: str,  # any report text
 ) -> str:       # the same text, left and right exchanged, case kept; twice gives the text back (but for an implied or doubled side, see prose)
-    "Mirrors the words of a report, to go with a mirrored image (against NEURAL's note 3.2: the released flip leaves the words alone)."
+    "Mirrors the words of a report, to go with a mirrored image (the released training flips images and leaves the words alone)."
     def turn(m):
         if m["lobe"]: return _mirror_lobe(m["lobe"])
         return _like(m[0], _MIRROR[m[0].lower()])

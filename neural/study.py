@@ -6,14 +6,14 @@
 __all__ = ['LABELS', 'SPLITS', 'POLICIES', 'LABEL_VALUES', 'FRONTAL_VIEWS', 'LATERAL_VIEWS', 'COLUMNS', 'MAX_REPORT',
            'TABLE_KEYS', 'IMAGE_SUFFIXES', 'ALIASES', 'MESH', 'MESH_PARENTS', 'MESH_UNCODED', 'LAYOUTS', 'NeuralError',
            'label_value', 'apply_policy', 'Box', 'View', 'Study', 'view_of', 'targets', 'split_of', 'Exclusions',
-           'readable', 'read_table', 'bounded', 'check_relative', 'inside', 'Manifest', 'check_studies', 'check_study',
-           'to_rows', 'from_rows', 'read_boxes', 'as_folder', 'refuse_links', 'read_xml', 'xml_sections', 'tar_xml',
-           'row_starts', 'read_row', 'row_text', 'report_text', 'archived', 'walk', 'Stems', 'Source', 'open_source',
-           'locate', 'label_columns', 'blank_labels', 'read_labels', 'json_rows', 'read_box_table', 'mimic_split',
-           'mimic_views', 'mimic_truth', 'index_mimic', 'cell', 'chexpert_key', 'chexpert_study', 'chexpert_split',
-           'chexpert_labels', 'index_chexpert', 'openi_views', 'openi_id', 'coded', 'mesh_labels', 'openi_documents',
-           'read_views', 'index_openi', 'folder_labels', 'join', 'folder_table', 'folder_views', 'index_folder',
-           'folder_split', 'admit', 'hashed', 'index_dataset']
+           'readable', 'bounded', 'read_table', 'check_relative', 'inside', 'check_study', 'check_studies', 'Manifest',
+           'to_rows', 'publish', 'from_rows', 'read_boxes', 'as_folder', 'refuse_links', 'read_xml', 'xml_sections',
+           'tar_xml', 'row_starts', 'read_row', 'row_text', 'report_text', 'archived', 'walk', 'Stems', 'Source',
+           'open_source', 'locate', 'label_columns', 'blank_labels', 'read_labels', 'json_rows', 'cell', 'named_labels',
+           'read_box_table', 'mimic_split', 'mimic_views', 'mimic_truth', 'index_mimic', 'chexpert_key',
+           'chexpert_study', 'chexpert_split', 'chexpert_labels', 'index_chexpert', 'openi_views', 'openi_id', 'coded',
+           'mesh_labels', 'openi_documents', 'read_views', 'index_openi', 'folder_labels', 'join', 'folder_table',
+           'folder_views', 'folder_split', 'index_folder', 'admit', 'hashed', 'index_dataset']
 
 # %% ../nbs/api/00_study.ipynb #77dc53fd
 import csv, gzip, hashlib, io, json, math, os, re, tarfile, zlib
@@ -88,10 +88,10 @@ class View:
     masks: tuple[str, ...] = ()    # mask PNGs relative to the root, named `...__<finding>.png`
     boxes: tuple[Box, ...] = ()    # annotated rectangles
 
-# %% ../nbs/api/00_study.ipynb #cc089dba
+# %% ../nbs/api/00_study.ipynb #ad3a9636
 @dataclass(frozen=True)
 class Study:
-    "One exam: a patient, its radiographs, one report, its labels (NEURAL, sec. 2.1)."
+    "One exam: a patient, its radiographs, one report, its labels (this companion's choice)."
     study_id: str                  # unique in its manifest
     patient_id: str                # decides the split
     split: str                     # one of `SPLITS`
@@ -176,15 +176,6 @@ def check(self: Exclusions,
         raise NeuralError(f'{lost} of {total} studies left out ({share:.1%}, limit {limit:.1%}: {why}); mend the data, or raise the limit on purpose')
     return share
 
-# %% ../nbs/api/00_study.ipynb #97e540b9
-@patch
-def save(self: Exclusions,
-    path: str|Path,  # CSV file to write: study_id, reason, detail
-):
-    "Writes one row per study left out."
-    with open(path, 'w', newline='', encoding='utf-8') as f:
-        csv.writer(f, lineterminator='\n').writerows([('study_id', 'reason', 'detail'), *self.rows])
-
 # %% ../nbs/api/00_study.ipynb #be24c5cb
 @contextmanager
 def readable(
@@ -195,7 +186,18 @@ def readable(
     except (csv.Error, json.JSONDecodeError, UnicodeError, EOFError, OSError, zlib.error, tarfile.TarError) as e:
         raise NeuralError(f'{name}: cannot be read ({type(e).__name__}); fetch it again and compare its checksum') from e
 
-# %% ../nbs/api/00_study.ipynb #21a63f9b
+# %% ../nbs/api/00_study.ipynb #2774cadc
+def bounded(
+    f,              # an open text file
+    name: str,      # named if a line is refused
+    max_line: int,  # characters
+) -> Iterator[str]: # its lines
+    "The lines of a text file, none longer than `max_line`."
+    for line in iter(lambda: f.readline(max_line), ''):
+        if len(line) >= max_line: raise NeuralError(f'{name}: a line of more than {max_line} characters; this is not a table')
+        yield line
+
+# %% ../nbs/api/00_study.ipynb #46b971ac
 def read_table(
     path: str|Path,           # a .csv or .csv.gz file with a header
     need: tuple=(),           # columns that must be there
@@ -211,15 +213,14 @@ def read_table(
             if None in row or None in row.values(): raise NeuralError(f'{path.name} line {rows.line_num}: not as many cells as the header; mend the row')
             yield row
 
-def bounded(
-    f,              # an open text file
-    name: str,      # named if a line is refused
-    max_line: int,  # characters
-) -> Iterator[str]: # its lines
-    "The lines of a text file, none longer than `max_line`."
-    for line in iter(lambda: f.readline(max_line), ''):
-        if len(line) >= max_line: raise NeuralError(f'{name}: a line of more than {max_line} characters; this is not a table')
-        yield line
+# %% ../nbs/api/00_study.ipynb #97e540b9
+@patch
+def save(self: Exclusions,
+    path: str|Path,  # CSV file to write: study_id, reason, detail
+):
+    "Writes one row per study left out."
+    with open(path, 'w', newline='', encoding='utf-8') as f:
+        csv.writer(f, lineterminator='\n').writerows([('study_id', 'reason', 'detail'), *self.rows])
 
 # %% ../nbs/api/00_study.ipynb #7533153b
 @patch(cls_method=True)
@@ -229,14 +230,15 @@ def load(cls: Exclusions,
     "Reads what `save` wrote."
     return cls((r['study_id'], r['reason'], r['detail']) for r in read_table(path, ('study_id', 'reason', 'detail')))
 
-# %% ../nbs/api/00_study.ipynb #313c366c
+# %% ../nbs/api/00_study.ipynb #f68a0514
 def check_relative(
-    path: str,  # a path from a manifest or a table
-) -> str:       # the same path
+    path: str,      # a path from a manifest or a table
+    where: str='',  # named if it is refused
+) -> str:           # the same path
     "Refuses a path that is empty, absolute, goes up, or holds control characters."
     p = PurePosixPath(path)
     if not path or p.is_absolute() or '..' in p.parts or '\\' in path or re.match('[A-Za-z]:', path) or not path.isprintable():
-        raise NeuralError(f'path {path!r}: leaves the root or is not a plain relative path; write it relative to the root, with forward slashes')
+        raise NeuralError(f'{where}: path {path!r} leaves the root or is not a plain relative path; write it relative to the root, with forward slashes'.lstrip(': '))
     return path
 
 # %% ../nbs/api/00_study.ipynb #86d11d12
@@ -249,21 +251,21 @@ def inside(
     if not real.is_relative_to(base): raise NeuralError(f'path {path!r}: a link leads it out of the root; copy the file, or name its real folder')
     return real
 
-# %% ../nbs/api/00_study.ipynb #42c6605e
-class Manifest:
-    "The studies of one dataset, checked (this companion's choice)."
-    def __init__(self,
-        studies: Iterable[Study],    # one each; ids unique
-        root: str|Path='.',          # folder of reports, tables, masks
-        layout: str='',              # 'mimic-cxr', 'chexpert-plus', 'open-i', 'folder'
-        label_source: str='',        # who made the labels, such as a file name
-        image_root: str|Path=None,   # folder of the images; None: the root
-        notes: dict=None,            # what the index counted: text -> number
-    ):
-        self.studies, self.root, self.layout, self.label_source = list(studies), Path(root), layout, label_source
-        self.image_root, self.notes, self._texts = Path(image_root or root), dict(notes or {}), {}
-        check_studies(self.studies)
-        self._by_id = {s.study_id: s for s in self.studies}
+# %% ../nbs/api/00_study.ipynb #f98bf056
+def check_study(
+    s: Study,  # one study
+):
+    "Refuses one study that breaks the contract on its own."
+    where = f'study {s.study_id}'
+    if not s.study_id or not s.patient_id: raise NeuralError(f'{where}: blank study or patient id; every study needs both')
+    if s.split not in SPLITS: raise NeuralError(f'{where}: split {s.split!r} is not known; use one of {", ".join(SPLITS)}')
+    if not s.views: raise NeuralError(f'{where}: has no radiograph; leave it out')
+    for v in s.views:
+        for p in (v.image, *v.masks): check_relative(p, where)
+        if v.view not in ('frontal', 'lateral', ''): raise NeuralError(f'{where}: view {v.view!r} is not known; use frontal, lateral or blank')
+    if s.report: check_relative(s.report.partition('#')[0], where)
+    for label, value in s.labels.items():
+        if value not in LABEL_VALUES: raise NeuralError(f'{where}: label {label!r} is {value!r}, outside 1, 0, -1, blank; correct it')
 
 # %% ../nbs/api/00_study.ipynb #e85ef857
 def check_studies(
@@ -286,21 +288,21 @@ def check_studies(
         except NeuralError as e: raise NeuralError(f'{name(i)}{e}') from None
         ids.add(s.study_id)
 
-# %% ../nbs/api/00_study.ipynb #17b470b1
-def check_study(
-    s: Study,  # one study
-):
-    "Refuses one study that breaks the contract on its own."
-    where = f'study {s.study_id}'
-    if not s.study_id or not s.patient_id: raise NeuralError(f'{where}: blank study or patient id; every study needs both')
-    if s.split not in SPLITS: raise NeuralError(f'{where}: split {s.split!r} is not known; use one of {", ".join(SPLITS)}')
-    if not s.views: raise NeuralError(f'{where}: has no radiograph; leave it out')
-    for v in s.views:
-        for p in (v.image, *v.masks): check_relative(p)
-        if v.view not in ('frontal', 'lateral', ''): raise NeuralError(f'{where}: view {v.view!r} is not known; use frontal, lateral or blank')
-    if s.report: check_relative(s.report.partition('#')[0])
-    for label, value in s.labels.items():
-        if value not in LABEL_VALUES: raise NeuralError(f'{where}: label {label!r} is {value!r}, outside 1, 0, -1, blank; correct it')
+# %% ../nbs/api/00_study.ipynb #42c6605e
+class Manifest:
+    "The studies of one dataset, checked (this companion's choice)."
+    def __init__(self,
+        studies: Iterable[Study],    # one each; ids unique
+        root: str|Path='.',          # folder of reports, tables, masks
+        layout: str='',              # 'mimic-cxr', 'chexpert-plus', 'open-i', 'folder'
+        label_source: str='',        # who made the labels, such as a file name
+        image_root: str|Path=None,   # folder of the images; None: the root
+        notes: dict=None,            # what the index counted: text -> number
+    ):
+        self.studies, self.root, self.layout, self.label_source = list(studies), Path(root), layout, label_source
+        self.image_root, self.notes, self._texts = Path(image_root or root), dict(notes or {}), {}
+        check_studies(self.studies)
+        self._by_id = {s.study_id: s for s in self.studies}
 
 # %% ../nbs/api/00_study.ipynb #c82c04e6
 @patch
@@ -315,7 +317,7 @@ def __getitem__(self: Manifest,
     if study_id not in self._by_id: raise NeuralError(f'study {study_id}: not in this manifest of {len(self)} studies; look the id up in its first column')
     return self._by_id[study_id]
 
-# %% ../nbs/api/00_study.ipynb #7cf97b0c
+# %% ../nbs/api/00_study.ipynb #1c21404d
 @patch
 def of(self: Manifest,
     split: str,    # one of `SPLITS`
@@ -324,12 +326,13 @@ def of(self: Manifest,
     if split not in SPLITS: raise NeuralError(f'split {split!r} is not known; use one of {", ".join(SPLITS)}')
     return [s for s in self.studies if s.split == split]
 
+# %% ../nbs/api/00_study.ipynb #1d7eb708
 @patch(as_prop=True)
 def label_names(self: Manifest) -> tuple:  # in column order
     "The labels that every study of the manifest names."
     return tuple(self.studies[0].labels) if self.studies else ()
 
-# %% ../nbs/api/00_study.ipynb #1491d908
+# %% ../nbs/api/00_study.ipynb #25391954
 @patch
 def image_path(self: Manifest,
     view: View,  # a radiograph of this manifest
@@ -337,6 +340,7 @@ def image_path(self: Manifest,
     "Where the file of a radiograph is."
     return inside(self.image_root, view.image)
 
+# %% ../nbs/api/00_study.ipynb #4474f038
 @patch
 def mask_path(self: Manifest,
     mask: str,  # one of a view's `masks`
@@ -357,27 +361,86 @@ def to_rows(
         labels = ['' if x is None else f'{x:g}' for x in study.labels.values()]
         yield [study.study_id, study.patient_id, study.split, study.report, v.image, v.view, v.sha256, ';'.join(v.masks), boxes, *labels]
 
-# %% ../nbs/api/00_study.ipynb #9ddc0b1e
-@patch
-def save(self: Manifest,
-    path: str|Path,  # CSV file to write; a .json of the same name goes beside it
-):
-    "Writes the manifest whole or not at all: to a new file first, then renamed."
-    path = Path(path)
-    side = dict(root=str(self.root.resolve()), layout=self.layout, label_source=self.label_source, notes=self.notes, counts=self.counts())
-    if self.image_root != self.root: side['image_root'] = str(self.image_root.resolve())
-    for out, write in ((path.with_suffix('.json'), lambda f: json.dump(side, f, indent=1, ensure_ascii=False)),
-                       (path, lambda f: csv.writer(f, lineterminator='\n').writerows([[*COLUMNS, *self.label_names]] + [r for s in self for r in to_rows(s)]))):
-        part = out.with_name(out.name + '.part')
-        with open(part, 'w', newline='', encoding='utf-8') as f: write(f)
-        os.replace(part, out)
-
+# %% ../nbs/api/00_study.ipynb #78e36455
 @patch
 def counts(self: Manifest) -> dict:  # studies, radiographs, patients; per split; per label 1, 0, -1, unknown
     "What is in the manifest, in numbers."
     tally = lambda label: Counter('unknown' if s.labels[label] is None else f'{s.labels[label]:g}' for s in self)
     return dict(studies=len(self), radiographs=sum(len(s.views) for s in self), patients=len({s.patient_id for s in self}),
                 splits={n: len(self.of(n)) for n in SPLITS}, labels={n: dict(tally(n)) for n in self.label_names})
+
+# %% ../nbs/api/00_study.ipynb #6720d4e7
+@contextmanager
+def publish(
+    path: str|Path,  # file to write
+):
+    "A text file that appears whole or not at all."
+    path = Path(path); part = path.with_name(path.name + '.part')
+    with open(part, 'w', newline='', encoding='utf-8') as f: yield f
+    os.replace(part, path)
+
+# %% ../nbs/api/00_study.ipynb #52b6203d
+@patch
+def save(self: Manifest,
+    path: str|Path,  # CSV file to write; a .json of the same name goes beside it
+):
+    "Writes the manifest, and beside it where its files are and who made its labels."
+    side = dict(root=str(self.root.resolve()), layout=self.layout, label_source=self.label_source, notes=self.notes, counts=self.counts())
+    if self.image_root != self.root: side['image_root'] = str(self.image_root.resolve())
+    with publish(Path(path).with_suffix('.json')) as f: json.dump(side, f, indent=1, ensure_ascii=False)
+    with publish(path) as f:
+        out = csv.writer(f, lineterminator='\n')
+        out.writerow((*COLUMNS, *self.label_names))
+        for study in self: out.writerows(to_rows(study))
+
+# %% ../nbs/api/00_study.ipynb #ba2fb261
+def from_rows(
+    rows: Iterable[dict],  # of a manifest, one per radiograph
+    name: str,             # file name, for messages
+) -> tuple:                # (studies, the first row number of each)
+    "The studies of manifest rows; the rows of one study stand together."
+    studies, lines, last = [], [], None
+    for n, row in enumerate(rows, 2):
+        where = f'{name} row {n}'
+        labels = {k: label_value(v, f'{where}: {k}') for k, v in row.items() if k not in COLUMNS}
+        view = View(row['image'], row['view'], row['sha256'], tuple(filter(None, row['masks'].split(';'))), read_boxes(row['boxes'], where))
+        s = Study(row['study_id'], row['patient_id'], row['split'], (view,), row['report'], labels)
+        if last and s.study_id == last.study_id:
+            if replace(s, views=()) != replace(last, views=()): raise NeuralError(f'{where}: study {s.study_id} appears twice with another patient, split, report or label; make its rows agree')
+            last = studies[-1] = replace(last, views=(*last.views, view))
+        else: last = s; studies.append(s); lines.append(n)
+    return studies, lines
+
+# %% ../nbs/api/00_study.ipynb #ffa4e165
+def read_boxes(
+    cell: str,             # '' or a JSON list of [label, x, y, w, h]
+    where: str,            # named if the cell is refused
+) -> tuple[Box, ...]:      # the boxes
+    "Reads the boxes cell of a manifest row."
+    try: return tuple(Box(str(label), *map(float, xywh)) for label, *xywh in json.loads(cell or '[]'))
+    except (json.JSONDecodeError, TypeError, ValueError) as e: raise NeuralError(f'{where}: boxes are not a list of [label, x, y, w, h] with positive sizes; correct the cell') from e
+
+# %% ../nbs/api/00_study.ipynb #c1c7f8b4
+def as_folder(
+    path: str|Path,  # a folder
+    name: str,       # what it is, for the message
+) -> Path:           # absolute
+    "Refuses what is not a folder."
+    if not Path(path).is_dir(): raise NeuralError(f'{name} {Path(path).name!r}: not a folder here; name the folder that holds the data')
+    return Path(path).resolve()
+
+# %% ../nbs/api/00_study.ipynb #99ca60fa
+def refuse_links(
+    root: Path,             # folder that bounds the paths
+    paths: Iterable[str],   # relative paths
+):
+    "Refuses a path that a link leads out of the root; each folder is looked at once."
+    seen = set()
+    for path in paths:
+        for part in (*reversed(PurePosixPath(path).parents), path):
+            if str(part) in seen: continue
+            seen.add(str(part))
+            if os.path.islink(root/part): inside(root, str(part))
 
 # %% ../nbs/api/00_study.ipynb #c41cade9
 @patch(cls_method=True)
@@ -399,54 +462,7 @@ def load(cls: Manifest,
     refuse_links(m.root, (p for s in m for p in (s.report.partition('#')[0], *(x for v in s.views for x in v.masks)) if p))
     return m
 
-# %% ../nbs/api/00_study.ipynb #d1afeef4
-def from_rows(
-    rows: Iterable[dict],  # of a manifest, one per radiograph
-    name: str,             # file name, for messages
-) -> tuple:                # (studies, the first row number of each)
-    "The studies of manifest rows; the rows of one study stand together."
-    studies, lines, last = [], [], None
-    for n, row in enumerate(rows, 2):
-        where = f'{name} row {n}'
-        labels = {k: label_value(v, f'{where}: {k}') for k, v in row.items() if k not in COLUMNS}
-        view = View(row['image'], row['view'], row['sha256'], tuple(filter(None, row['masks'].split(';'))), read_boxes(row['boxes'], where))
-        s = Study(row['study_id'], row['patient_id'], row['split'], (view,), row['report'], labels)
-        if last and s.study_id == last.study_id:
-            if replace(s, views=()) != replace(last, views=()): raise NeuralError(f'{where}: study {s.study_id} appears twice with another patient, split, report or label; make its rows agree')
-            last = studies[-1] = replace(last, views=(*last.views, view))
-        else: last = s; studies.append(s); lines.append(n)
-    return studies, lines
-
-def read_boxes(
-    cell: str,             # '' or a JSON list of [label, x, y, w, h]
-    where: str,            # named if the cell is refused
-) -> tuple[Box, ...]:      # the boxes
-    "Reads the boxes cell of a manifest row."
-    try: return tuple(Box(str(label), *map(float, xywh)) for label, *xywh in json.loads(cell or '[]'))
-    except (json.JSONDecodeError, TypeError, ValueError) as e: raise NeuralError(f'{where}: boxes are not a list of [label, x, y, w, h] with positive sizes; correct the cell') from e
-
-# %% ../nbs/api/00_study.ipynb #5e992512
-def as_folder(
-    path: str|Path,  # a folder
-    name: str,       # what it is, for the message
-) -> Path:           # absolute
-    "Refuses what is not a folder."
-    if not Path(path).is_dir(): raise NeuralError(f'{name} {Path(path).name!r}: not a folder here; name the folder that holds the data')
-    return Path(path).resolve()
-
-def refuse_links(
-    root: Path,             # folder that bounds the paths
-    paths: Iterable[str],   # relative paths
-):
-    "Refuses a path that a link leads out of the root; each folder is looked at once."
-    seen = set()
-    for path in paths:
-        for part in (*reversed(PurePosixPath(path).parents), path):
-            if str(part) in seen: continue
-            seen.add(str(part))
-            if os.path.islink(root/part): inside(root, str(part))
-
-# %% ../nbs/api/00_study.ipynb #46b5e89f
+# %% ../nbs/api/00_study.ipynb #ad04d727
 MAX_REPORT = 2**20  # bytes; no radiology report comes near
 
 def read_xml(
@@ -458,6 +474,7 @@ def read_xml(
     try: return safe_xml.fromstring(data, forbid_dtd=True)
     except (plain_xml.ParseError, defusedxml.DefusedXmlException, ValueError) as e: raise NeuralError(f'{name}: not XML that can be read safely ({type(e).__name__}); fetch it again') from e
 
+# %% ../nbs/api/00_study.ipynb #cfe64682
 def xml_sections(
     root: plain_xml.Element,  # of an Open-i file
 ) -> str:                     # 'FINDINGS: ...' one section a line, as labelled in the file; blank ones left out
@@ -476,7 +493,7 @@ def tar_xml(
             if member.size > MAX_REPORT: raise NeuralError(f'{Path(path).name}: {member.name!r} is too large for a report; look at the archive')
             yield member.name, tar.extractfile(member).read()
 
-# %% ../nbs/api/00_study.ipynb #ed0ee246
+# %% ../nbs/api/00_study.ipynb #88686a76
 def row_starts(
     path: str|Path,   # a plain .csv file
     key: str,         # column that names a row
@@ -491,6 +508,7 @@ def row_starts(
             at = f.tell()
     return starts
 
+# %% ../nbs/api/00_study.ipynb #385b3fa0
 def read_row(
     path: str|Path,   # the same table
     start: int,       # byte at which the row begins
@@ -512,7 +530,7 @@ def row_text(
     parts = [(k[8:].replace('_', ' ').upper(), v.strip()) for k, v in row.items() if k.startswith('section_') and v and v.strip()]
     return '\n'.join(f'{name}: {text}' for name, text in parts) or (row.get('report') or '').strip()
 
-# %% ../nbs/api/00_study.ipynb #20bfd6c4
+# %% ../nbs/api/00_study.ipynb #145da2bd
 def report_text(
     manifest: Manifest,  # holds the root
     study: Study,        # of that manifest
@@ -527,6 +545,7 @@ def report_text(
         data = path.read_bytes()
     return xml_sections(read_xml(data, where)) if path.suffix == '.xml' else data.decode('utf-8', errors='replace').strip()
 
+# %% ../nbs/api/00_study.ipynb #102c22e0
 def archived(
     manifest: Manifest,  # remembers what it has opened
     path: Path,          # archive or table
@@ -604,19 +623,21 @@ class Source:
     exclusions: Exclusions = field(default_factory=Exclusions)
     notes: Counter = field(default_factory=Counter)
 
-# %% ../nbs/api/00_study.ipynb #c6d2734b
+# %% ../nbs/api/00_study.ipynb #3c8a3ab1
 def open_source(
-    root: str|Path,              # dataset folder
+    root: str|Path,              # dataset folder, or the .tgz of Open-i's reports
     images: str|Path|None=None,  # folder of the images, if not the root
     **options,                   # labels, views, extra_labels, fractions, salt
 ) -> Source:                     # ready for a layout
-    "Walks a dataset folder, and the image folder if it is another."
-    root = as_folder(root, 'root'); files = walk(root)
+    "Walks a dataset folder, and the image folder if it is another; a lone .tgz of reports is a folder of one."
+    archive = [Path(root).name] if Path(root).is_file() and str(root).endswith(('.tgz', '.tar.gz')) else None
+    root = as_folder(Path(root).parent if archive else root, 'root'); files = archive or walk(root)
     image_root = as_folder(images if Path(images).is_dir() else root/images, 'image root') if images else root
     for k in ('labels', 'views'):
         if options.get(k): options[k] = locate(root, options[k])
-    return Source(root, image_root, files, walk(image_root) if image_root != root else files, **options)
+    return Source(root, image_root, files, walk(image_root) if archive or image_root != root else files, **options)
 
+# %% ../nbs/api/00_study.ipynb #e2155daa
 def locate(
     root: Path,      # dataset folder
     path: str|Path,  # relative to it, or any path
@@ -640,7 +661,7 @@ def table(self: Source,
         if hits: return base/hits[0]
     if needed: raise NeuralError(f'no file named like {pattern!r} under the root; see the dataset card in data_manifests/')
 
-# %% ../nbs/api/00_study.ipynb #c7f1b2c8
+# %% ../nbs/api/00_study.ipynb #dcb99e5d
 ALIASES = {'airspace opacity': 'Lung Opacity'}
 
 def label_columns(
@@ -652,13 +673,14 @@ def label_columns(
     plain = {c: c.lower().replace('_', ' ').strip() for c in header}
     return {c: known[p] for c, p in plain.items() if p in known}
 
+# %% ../nbs/api/00_study.ipynb #5ef312df
 def blank_labels(
     extra: tuple=(),  # labels beside the fourteen
 ) -> dict:            # label -> None
     "All labels unknown: where every study starts."
     return dict.fromkeys((*LABELS, *extra))
 
-# %% ../nbs/api/00_study.ipynb #e0247265
+# %% ../nbs/api/00_study.ipynb #1b72e993
 def read_labels(
     path: Path,         # .csv, .csv.gz, or .json with one object a line
     key: Callable,      # row -> study id
@@ -673,6 +695,7 @@ def read_labels(
         if out.setdefault(key(row), labels) != labels: raise NeuralError(f'{path.name} line {n}: study {key(row)} is labelled twice, differently; keep one row')
     return out
 
+# %% ../nbs/api/00_study.ipynb #85102fc2
 def json_rows(
     path: Path,        # one JSON object a line
 ) -> Iterator[dict]:   # each of them
@@ -682,6 +705,27 @@ def json_rows(
             row = json.loads(line) if line.strip() else {}
             if not isinstance(row, dict): raise NeuralError(f'{path.name} line {n}: not a JSON object; the file holds one object a line')
             if row: yield row
+
+# %% ../nbs/api/00_study.ipynb #064a898a
+def cell(
+    row: dict,    # of a table
+    column: str,  # wanted
+    name: str,    # of the table
+) -> str:         # the cell
+    "A cell that must be there."
+    if column not in row: raise NeuralError(f'{name}: column {column!r} is missing; found {", ".join(row)}')
+    return row[column]
+
+# %% ../nbs/api/00_study.ipynb #ddd6beb8
+def named_labels(
+    src: Source,          # told where its labels come from
+    path: Path=None,      # a labels file; None: the one the user named, if any
+) -> dict|None:           # study id -> labels; None when no file is named
+    "The labels of a file with a `study_id` column."
+    path = path or src.labels
+    if path is None: return None
+    src.label_source = path.name
+    return read_labels(path, lambda row: cell(row, 'study_id', path.name).removeprefix('s'), src.extra_labels)
 
 # %% ../nbs/api/00_study.ipynb #9208e204
 def read_box_table(
@@ -711,7 +755,7 @@ def mimic_split(
         old[2].append(row['dicom_id'])
     return studies
 
-# %% ../nbs/api/00_study.ipynb #4d26eebc
+# %% ../nbs/api/00_study.ipynb #0ac1855c
 def mimic_views(
     dicoms: list,     # ids of one study
     position: dict,   # dicom id -> ViewPosition
@@ -722,6 +766,7 @@ def mimic_views(
     order = sorted(dicoms, key=lambda d: (rank.get(position.get(d, ''), 2), d))
     return tuple(View(p, view_of(position.get(d, ''))) for d in order if (p := pictures.find(d)))
 
+# %% ../nbs/api/00_study.ipynb #0f023071
 def mimic_truth(
     src: Source,  # with truth/ if it is a phantom cohort
 ) -> dict:        # study id -> mask paths
@@ -731,15 +776,15 @@ def mimic_truth(
         if p.startswith('truth/masks/') and '__' in p: masks.setdefault(p.rpartition('/')[2].partition('__')[0].removeprefix('s'), []).append(p)
     return masks
 
-# %% ../nbs/api/00_study.ipynb #eb4d8bd6
+# %% ../nbs/api/00_study.ipynb #42548a65
 def index_mimic(
     src: Source,         # a MIMIC-CXR or MIMIC-CXR-JPG tree
 ) -> Iterator[Study]:    # candidates; views may be empty
-    "The studies of MIMIC-CXR (NEURAL, sec. 3.1)."
+    "The studies of MIMIC-CXR, the first cohort of NEURAL."
     table = mimic_split(src.table(r'mimic-cxr-[\d.]+-split\.csv(\.gz)?'))
     position = {r['dicom_id']: r['ViewPosition'].strip().upper() for r in read_table(src.table(r'mimic-cxr-[\d.]+-metadata\.csv(\.gz)?'), ('dicom_id', 'ViewPosition'))}
-    source = src.labels or src.table(r'mimic-cxr-[\d.]+-chexpert\.csv(\.gz)?', needed=False) or src.table(r'mimic-cxr-[\d.]+-negbio\.csv(\.gz)?')
-    labels = read_labels(source, lambda r: cell(r, 'study_id', source.name).removeprefix('s'), src.extra_labels); src.label_source = source.name
+    names = [rf'mimic-cxr-[\d.]+-{who}\.csv(\.gz)?' for who in ('chexpert', 'negbio')]
+    labels = named_labels(src, src.labels or src.table(names[0], needed=False) or src.table(names[1]))
     pictures, reports = Stems(p for p in src.pictures if not p.startswith('truth/')), Stems(src.files, ('.txt',))
     truth = src.root/'truth/boxes.csv'; masks, boxes = mimic_truth(src), read_box_table(truth if truth.is_file() else None, 'dicom_id')
     for study, (patient, split, dicoms) in sorted(table.items()):
@@ -750,22 +795,14 @@ def index_mimic(
         src.notes['radiographs in the split file but not on disk'] += len(dicoms) - len(views)
         yield Study(study, patient, split, tuple(views), reports.find('s' + study), labels.get(study) or blank_labels(src.extra_labels))
 
-def cell(
-    row: dict,    # of a table
-    column: str,  # wanted
-    name: str,    # of the table
-) -> str:         # the cell
-    "A cell that must be there."
-    if column not in row: raise NeuralError(f'{name}: column {column!r} is missing; found {", ".join(row)}')
-    return row[column]
-
-# %% ../nbs/api/00_study.ipynb #1d249674
+# %% ../nbs/api/00_study.ipynb #95b860bb
 def chexpert_key(
     path: str,  # '.../train/patient1/study2/view1_frontal', with or without suffix
 ) -> str:       # its last four parts, without suffix
     "What names a CheXpert image, in the table and on disk."
     return re.sub(r'\.(dcm|png|jpe?g)$', '', '/'.join(PurePosixPath(path).parts[-4:]), flags=re.I)
 
+# %% ../nbs/api/00_study.ipynb #f9d359a4
 def chexpert_study(
     path: str,  # as above
 ) -> str:       # 'patient1_study2'
@@ -774,7 +811,7 @@ def chexpert_study(
     if len(parts) < 4: raise NeuralError(f'path {path!r}: not split/patient/study/view; this is not a CheXpert path')
     return f'{parts[1]}_{parts[2]}'
 
-# %% ../nbs/api/00_study.ipynb #32d4bd2c
+# %% ../nbs/api/00_study.ipynb #8f10efeb
 def chexpert_split(
     official: str,     # 'train' or 'valid'
     patient: str,      # its patient
@@ -784,6 +821,7 @@ def chexpert_split(
     if official not in ('train', 'valid'): raise NeuralError(f'CheXpert Plus: split {official!r} is not known; it has train and valid')
     return 'test' if official == 'valid' else split_of(patient, (0.9, 0.1, 0.), salt)
 
+# %% ../nbs/api/00_study.ipynb #f35f94bb
 def chexpert_labels(
     src: Source,  # with a labels file
 ) -> dict:        # study id -> labels
@@ -794,11 +832,11 @@ def chexpert_labels(
     src.label_source = path.name
     return read_labels(path, lambda r: chexpert_study(r.get('path_to_image') or r.get('Path') or ''), src.extra_labels)
 
-# %% ../nbs/api/00_study.ipynb #e767ca2f
+# %% ../nbs/api/00_study.ipynb #34931d75
 def index_chexpert(
     src: Source,         # a CheXpert Plus tree
 ) -> Iterator[Study]:    # candidates; views may be empty
-    "The studies of CheXpert Plus (NEURAL names it as its second cohort)."
+    "The studies of CheXpert Plus, the second cohort of NEURAL."
     table = src.table(r'df_chexpert_plus_\d+\.csv'); name = table.relative_to(src.root).as_posix()
     labels, pictures, studies, patients = chexpert_labels(src), Stems(src.pictures, key=chexpert_key), {}, {}
     for n, row in enumerate(read_table(table, ('path_to_image', 'deid_patient_id', 'frontal_lateral', 'split')), 2):
@@ -813,7 +851,7 @@ def index_chexpert(
         views = tuple(View(file, view) for _, file, view in sorted(s['views']))
         yield Study(study, s['patient'], s['split'], views, s['report'], labels.get(study) or blank_labels(src.extra_labels))
 
-# %% ../nbs/api/00_study.ipynb #22d3c111
+# %% ../nbs/api/00_study.ipynb #cca3ca9b
 def openi_views(
     ids: list,   # image ids of one study, in the order of the XML
 ) -> list:       # 'frontal', 'lateral' or '' (unknown) for each
@@ -824,6 +862,7 @@ def openi_views(
     if not ids or tails[0] in ('2001', '3001', '0001-0001', '1001-0001'): return [''] * len(ids)
     return ['frontal', *(['lateral'] if len(ids) == 2 else [''] * (len(ids) - 1))]
 
+# %% ../nbs/api/00_study.ipynb #b1a9712c
 def openi_id(
     stem: str,   # of an image file, such as 'CXR1_IM-0001-4001' or '1_IM-0001-4001.dcm'
 ) -> str:        # the id used in the XML, 'CXR1_IM-0001-4001'
@@ -855,7 +894,7 @@ MESH_PARENTS = {'Lung Opacity': ('Lung Lesion', 'Edema', 'Consolidation', 'Pneum
                 'Consolidation': ('Pneumonia',), 'Enlarged Cardiomediastinum': ('Cardiomegaly',)}
 MESH_UNCODED = ('No Indexing', 'Technical Quality of Image Unsatisfactory')
 
-# %% ../nbs/api/00_study.ipynb #c62aeab9
+# %% ../nbs/api/00_study.ipynb #6d3d6f8c
 def coded(
     heading: str,    # 'Heading' or 'Heading/qualifier', as in `MESH`
     terms: list,     # coded terms of a study, each split at '/'
@@ -864,6 +903,7 @@ def coded(
     name, *qualifiers = heading.split('/')
     return any(t[0] == name and set(qualifiers) <= set(t[1:]) for t in terms)
 
+# %% ../nbs/api/00_study.ipynb #706949f8
 def mesh_labels(
     majors: Iterable[str],   # 'Heading/site/side/severity' terms of one study
     extra: tuple=(),         # more labels: 'airspace_mesh', or any heading
@@ -879,13 +919,13 @@ def mesh_labels(
         if labels[parent] == 0 and any(labels[c] == 1 for c in children): labels[parent] = None
     return labels
 
-# %% ../nbs/api/00_study.ipynb #acb59aba
+# %% ../nbs/api/00_study.ipynb #a4ccab06
 def openi_documents(
     src: Source,            # a folder with XML files, or with the .tgz that holds them
 ) -> Iterator[tuple]:       # (report reference, bytes)
     "The XML reports of Open-i: loose files, or the members of `*report*.tgz` / `*xml*.tgz`."
     loose = [f for f in src.files if f.lower().endswith('.xml')]
-    tars = [f for f in src.files if re.fullmatch(r'.*(report|xml|ecgen).*\.(tgz|tar\.gz)', f.rpartition('/')[2], re.I)]
+    tars = [f for f in src.files if src.files == [f] or re.fullmatch(r'.*(report|xml|ecgen).*\.(tgz|tar\.gz)', f.rpartition('/')[2], re.I)]
     for f in loose:
         with readable(f): data = (src.root/f).read_bytes() if (src.root/f).stat().st_size <= MAX_REPORT else b''
         yield f, data
@@ -893,6 +933,7 @@ def openi_documents(
         for name, data in tar_xml(src.root/f): yield f'{f}#{name}', data
     if not loose and not tars: raise NeuralError('Open-i: no XML report under the root, nor a .tgz of them; fetch NLMCXR_reports.tgz')
 
+# %% ../nbs/api/00_study.ipynb #f5111fbf
 def read_views(
     path: Path,          # columns image|filename and view|projection
 ) -> dict:               # image id -> 'frontal', 'lateral' or ''
@@ -904,15 +945,14 @@ def read_views(
         out[openi_id(image.rpartition('.')[0])] = view_of(view)
     return out
 
-# %% ../nbs/api/00_study.ipynb #22eb371d
+# %% ../nbs/api/00_study.ipynb #74be8f22
 def index_openi(
     src: Source,         # Open-i: XML plus images found by their id
 ) -> Iterator[Study]:    # candidates; views may be empty
     "The studies of Open-i / Indiana University."
     table = src.views or src.table(r'indiana_projections\.csv', needed=False)
     known, src.label_source = read_views(table) if table else None, 'MeSH, coded by hand'
-    given = read_labels(src.labels, lambda r: cell(r, 'study_id', src.labels.name), src.extra_labels) if src.labels else None
-    if given is not None: src.label_source = src.labels.name
+    given = named_labels(src)
     pictures = Stems(src.pictures, key=openi_id)
     for ref, data in openi_documents(src):
         try: root = read_xml(data, ref)
@@ -925,7 +965,7 @@ def index_openi(
         labels = given.get(study) or blank_labels(src.extra_labels) if given is not None else mesh_labels((e.text or '' for e in root.iter('major')), src.extra_labels)
         yield Study(study, study, split_of(study, src.fractions, src.salt), views, ref if xml_sections(root) else '', labels)
 
-# %% ../nbs/api/00_study.ipynb #0af2f969
+# %% ../nbs/api/00_study.ipynb #0cc96618
 def folder_labels(
     row: dict,          # of the CSV
     columns: dict,      # column -> label
@@ -938,6 +978,7 @@ def folder_labels(
     labels |= {k: label_value(other[k], f'{where}: {k}') for k in extra if k in other}
     return labels | {label: label_value(row[c], f'{where}: {label}') for c, label in columns.items()}
 
+# %% ../nbs/api/00_study.ipynb #ecbca60c
 def join(
     a: dict,       # labels of a study so far
     b: dict,       # of another of its radiographs
@@ -948,7 +989,7 @@ def join(
         if None not in (a[k], b[k]) and a[k] != b[k]: raise NeuralError(f'{where}: {k} contradicts another row of the study; labels belong to the study')
     return {k: b[k] if a[k] is None else a[k] for k in a}
 
-# %% ../nbs/api/00_study.ipynb #ac64f302
+# %% ../nbs/api/00_study.ipynb #9299d75e
 def folder_table(
     src: Source,  # a folder
 ) -> Path:        # its table
@@ -957,6 +998,7 @@ def folder_table(
     if 'manifest.csv' not in tops and len(tops) != 1: raise NeuralError(f'folder: {len(tops)} CSV files at the top of the root, none named manifest.csv; name the one to read manifest.csv')
     return src.root/('manifest.csv' if 'manifest.csv' in tops else tops[0])
 
+# %% ../nbs/api/00_study.ipynb #e16a6218
 def folder_views(
     row: dict,     # of the CSV
     src: Source,   # counts masks that are not there
@@ -964,13 +1006,25 @@ def folder_views(
     boxes: dict,   # image -> boxes
 ) -> tuple:        # one View, or none if the image is not on disk
     "The radiograph of a folder row."
-    image = check_relative(row['image'])
+    image = check_relative(row['image'], src.root.name)
     if image not in have[0]: return ()
-    masks = [check_relative(p.strip()) for p in (row.get('masks') or '').split(';') if p.strip()]
+    masks = [check_relative(p.strip(), image) for p in (row.get('masks') or '').split(';') if p.strip()]
     src.notes['masks listed but not on disk'] += sum(p not in have[1] for p in masks)
     return (View(image, view_of(row.get('view', '')), '', tuple(p for p in masks if p in have[1]), boxes.get(image, ())),)
 
-# %% ../nbs/api/00_study.ipynb #2f89de75
+# %% ../nbs/api/00_study.ipynb #584fe490
+def folder_split(
+    row: dict,     # of the CSV
+    src: Source,   # holds fractions, salt
+    where: str,    # for messages
+) -> str:          # 'train', 'validate' or 'test'
+    "The split a row names, else the hash of its patient."
+    if 'split' not in row: return split_of(row['patient_id'].strip(), src.fractions, src.salt)
+    name = {'val': 'validate', 'valid': 'validate', 'validation': 'validate'}.get(row['split'].strip().lower(), row['split'].strip().lower())
+    if name not in SPLITS: raise NeuralError(f'{where}: split {row["split"]!r} is not known; use one of {", ".join(SPLITS)}')
+    return name
+
+# %% ../nbs/api/00_study.ipynb #a0e713f3
 def index_folder(
     src: Source,         # a folder with its own CSV
 ) -> Iterator[Study]:    # candidates; views may be empty
@@ -978,8 +1032,7 @@ def index_folder(
     table, studies, columns = folder_table(src), {}, None
     boxes = read_box_table(src.root/'boxes.csv' if 'boxes.csv' in src.files else None, 'image')
     have, src.label_source = (set(src.pictures), set(src.files)), f'columns of {table.name}'
-    given = read_labels(src.labels, lambda r: cell(r, 'study_id', src.labels.name), src.extra_labels) if src.labels else None
-    if given is not None: src.label_source = src.labels.name
+    given = named_labels(src)
     for n, row in enumerate(read_table(table, ('image', 'report_text', 'patient_id')), 2):
         where, columns = f'{table.name} row {n}', columns if columns is not None else label_columns(row, src.extra_labels)
         study, patient = row.get('study_id') or PurePosixPath(row['image']).stem, row['patient_id'].strip()
@@ -992,20 +1045,7 @@ def index_folder(
         studies[study] = replace(old if old is new or old.report else new, views=views or new.views, labels=join(old.labels, new.labels, where))
     for s in studies.values(): yield s if given is None else replace(s, labels=given.get(s.study_id) or blank_labels(src.extra_labels))
 
-def folder_split(
-    row: dict,     # of the CSV
-    src: Source,   # holds fractions, salt
-    where: str,    # for messages
-) -> str:          # 'train', 'validate' or 'test'
-    "The split a row names, else the hash of its patient."
-    if 'split' not in row: return split_of(row['patient_id'].strip(), src.fractions, src.salt)
-    name = {'val': 'validate', 'valid': 'validate', 'validation': 'validate'}.get(row['split'].strip().lower(), row['split'].strip().lower())
-    if name not in SPLITS: raise NeuralError(f'{where}: split {row["split"]!r} is not known; use one of {", ".join(SPLITS)}')
-    return name
-
-# %% ../nbs/api/00_study.ipynb #ebffc8bb
-LAYOUTS = {'mimic-cxr': index_mimic, 'chexpert-plus': index_chexpert, 'open-i': index_openi, 'folder': index_folder}
-
+# %% ../nbs/api/00_study.ipynb #26ce6867
 def admit(
     study: Study,             # a candidate
     exclusions: Exclusions,   # takes it, if it cannot be used
@@ -1017,6 +1057,7 @@ def admit(
     if reason: exclusions.add(study.study_id, reason)
     return not reason
 
+# %% ../nbs/api/00_study.ipynb #bcb90d22
 def hashed(
     study: Study,        # any
     image_root: Path,    # where its images are
@@ -1025,6 +1066,9 @@ def hashed(
     def digest(v):
         with readable(v.image), open(inside(image_root, v.image), 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
     return replace(study, views=tuple(replace(v, sha256=digest(v)) for v in study.views))
+
+# %% ../nbs/api/00_study.ipynb #ddd12b32
+LAYOUTS = {'mimic-cxr': index_mimic, 'chexpert-plus': index_chexpert, 'open-i': index_openi, 'folder': index_folder}
 
 # %% ../nbs/api/00_study.ipynb #a1ac5e42
 def index_dataset(

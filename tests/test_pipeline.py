@@ -103,7 +103,7 @@ def test_a_stage_without_a_record_and_one_that_hangs(tmp_path):
 def test_a_relative_manifest_works_and_no_path_of_this_machine_is_shown(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir(); Path("data/manifest.csv").write_text("study_id\ns1\ns2\n")
-    with pytest.raises(NeuralError, match="needs a manifest"): run_pipeline(FIXTURES / "manifest", "runs/a", tell=lambda line: None)
+    with pytest.raises(NeuralError, match="stage 10_reads stopped in cell 4"): run_pipeline(FIXTURES / "manifest", "runs/a", tell=lambda line: None)
     entries = run_pipeline(FIXTURES / "manifest", "runs/a", manifest="data/manifest.csv", tell=lambda line: None)
     assert entries["10_reads"]["metrics"] == {"lines": 3} and len(entries["10_reads"]["manifest"]) == 64
     outputs = [c.get("outputs", []) for c in nbformat.read("runs/a/10_reads.ipynb", 4).cells]

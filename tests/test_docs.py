@@ -1,0 +1,142 @@
+"The pages, built once: no broken link, no request to elsewhere, every figure numbered and described, nothing wider than a phone."
+import contextlib
+import functools
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pytest
+import yaml
+from bs4 import BeautifulSoup
+
+from neural.docs import cell_options, listed_notebooks, page_faults, page_name
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> Path:
+    "The pages, built by the command from a copy of what is committed."
+    root = tmp_path_factory.mktemp("docs")
+    shutil.copytree(ROOT / "nbs", root / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    if (ROOT / "figures").is_dir(): shutil.copytree(ROOT / "figures", root / "figures")
+    shutil.copy(ROOT / "settings.ini", root)
+    done = subprocess.run([sys.executable, "-m", "neural.docs"], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.fullmatch(r"\d+ pages with \d+ figures in _docs\n", done.stdout), done.stdout
+    return root / "_docs"
+
+
+@pytest.fixture(scope="session")
+def pages(site) -> dict[str, BeautifulSoup]:
+    "Page name -> the page."
+    return {p.relative_to(site).as_posix(): BeautifulSoup(p.read_text(encoding="utf-8"), "html.parser") for p in sorted(site.rglob("*.html"))}
+
+
+def test_every_notebook_has_its_page(pages):
+    assert {page_name(n) for n in NOTEBOOKS} <= set(pages)
+    sidebar = yaml.safe_load((ROOT / "nbs/_quarto.yml").read_text())["website"]["sidebar"]["contents"]
+    assert sorted(listed_notebooks(sidebar)) == NOTEBOOKS
+
+
+def test_every_link_leads_somewhere(site, pages):
+    broken = []
+    for name, soup in pages.items():
+        for tag in soup.select("a[href], img[src], script[src], link[href]"):
+            url = urlsplit(tag.get("href") or tag.get("src"))
+            if url.scheme or url.netloc: continue
+            target = (site / name).parent / unquote(url.path) if url.path else site / name
+            if target.is_dir(): target = target / "index.html"
+            if not target.is_file(): broken.append(f"{name}: {url.geturl()}")
+            elif url.fragment and target.suffix == ".html":
+                other = pages[target.resolve().relative_to(site.resolve()).as_posix()]
+                if not other.find(id=unquote(url.fragment)): broken.append(f"{name}: {url.geturl()} (no such place)")
+    assert broken == []
+
+
+def test_nothing_is_fetched_from_elsewhere(site, pages):
+    assert {n: f for n, s in pages.items() if (f := page_faults(str(s)))} == {}
+    for sheet in site.rglob("*.css"):
+        assert re.findall(r"(?:url\(|@import)\s*['\"]?\s*(?:https?:)?//[^)'\"]+", sheet.read_text(errors="replace")) == [], sheet.name
+    inline = [s.get_text() for soup in pages.values() for s in soup.select("script:not([src]), style")]
+    assert not [t for t in inline if re.search(r"(?:fetch|import|url)\(['\"]https?://|src=['\"]https?://", t)]
+
+
+def test_every_figure_has_number_caption_and_words(pages):
+    for name in NOTEBOOKS:
+        soup, number = pages[page_name(name)], 0
+        for cell in nbformat.read(ROOT / "nbs" / name, 4).cells:
+            label = cell_options(cell.source).get("label", "") if cell.cell_type == "code" else ""
+            if not label.startswith("fig-"): continue
+            number += 1
+            place = soup.find(id=label)
+            assert place is not None, f"{name}: {label} is not on the page"
+            assert place.select_one("figcaption").get_text(strip=True).startswith(f"Figure {number}."), f"{name}: {label}"
+            assert all((img.get("alt") or "").strip() for img in place.select("img"))
+    assert not [n for n, s in pages.items() for i in s.select("main img") if not (i.get("alt") or "").strip()]
+
+
+def test_formulas_are_set(pages):
+    written = sum(len(re.findall(r"\$\$.+?\$\$", c.source, re.S)) for n in NOTEBOOKS for c in nbformat.read(ROOT / "nbs" / n, 4).cells if c.cell_type == "markdown")
+    assert sum(len(s.select('math[display="block"]')) for s in pages.values()) >= written > 0
+    assert not [n for n, s in pages.items() if s.select("span.math")]
+    assert not [n for n, s in pages.items() for m in s.select("math") if re.search(r"\\[a-zA-Z]", m.get_text())]
+
+
+def test_search_knows_the_pages(site):
+    text = (site / "search.json").read_text()
+    assert json.loads(text) and "api/pipeline.html" in text
+
+
+# with a browser, where there is one
+
+PROBE = """<script>window.addEventListener('load', () => { const wide = [...document.querySelectorAll('main *')].filter(e => {
+  if (e.getBoundingClientRect().right <= innerWidth + 1) return false;
+  for (let p = e.parentElement; p; p = p.parentElement) if (['auto', 'scroll', 'hidden'].includes(getComputedStyle(p).overflowX)) return false;
+  return true }).map(e => e.tagName + '.' + e.className + '#' + e.id);
+  parent.postMessage(JSON.stringify({inner: innerWidth, page: document.documentElement.scrollWidth, wide: wide.slice(0, 3),
+    flat: [...document.querySelectorAll('math')].filter(m => m.getBoundingClientRect().height < 3 && m.offsetParent !== null).length,
+    fetched: performance.getEntriesByType('resource').map(r => r.name).filter(n => !n.startsWith(location.origin) && !n.startsWith('data:'))}), '*') })</script>"""
+FRAME = """<!doctype html><script>addEventListener('message', e => document.getElementById('probe').textContent = e.data)</script><pre id="probe"></pre>
+<iframe src="PAGE" style="width:390px;height:800px;border:0"></iframe>"""    # a window of a desktop browser cannot be as narrow as a phone, a frame can
+
+
+@pytest.fixture(scope="session")
+def browser(site, tmp_path_factory):
+    "A function that opens a page and says what it measured there, 390 pixels wide."
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None: pytest.skip("no Chromium on this machine: apt-get install chromium")
+    probed = tmp_path_factory.mktemp("probed") / "site"
+    shutil.copytree(site, probed)
+    for path in probed.rglob("*.html"): path.write_text(path.read_text(encoding="utf-8").replace("</head>", PROBE + "</head>", 1), encoding="utf-8")
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *words): pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(probed))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        def open_page(name: str) -> dict:
+            (probed / "probe.html").write_text(FRAME.replace("PAGE", name))
+            profile = tmp_path_factory.mktemp("profile")
+            done = subprocess.run([program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+                                   "--disable-sync", f"--user-data-dir={profile}", "--window-size=900,900", "--virtual-time-budget=4000", "--dump-dom",
+                                   f"http://127.0.0.1:{server.server_port}/probe.html"], capture_output=True, text=True, timeout=90)
+            with contextlib.suppress(OSError): shutil.rmtree(profile)
+            return json.loads(BeautifulSoup(done.stdout, "html.parser").find(id="probe").get_text())
+        yield open_page
+        server.shutdown()
+
+
+@pytest.mark.parametrize("name", [page_name(n) for n in NOTEBOOKS])
+def test_a_page_fits_a_phone(browser, name):
+    seen = browser(name)
+    assert seen["inner"] == 390 and seen["page"] <= 391 and seen["wide"] == [], seen
+    assert seen["fetched"] == [] and seen["flat"] == 0, seen
