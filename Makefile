@@ -34,8 +34,8 @@ install:
 	if [ "$$(cat $(VENV)/.installed 2>/dev/null || true)" != "$$want" ]; then \
 	  echo "installing the environment into $(VENV) (a few minutes, about 2 GB)"; \
 	  "$(PYTHON)" -m venv $(VENV) || { echo "python -m venv failed; on Debian and Ubuntu install python3.11-venv" >&2; exit 1; }; \
-	  $(BIN)/python -m pip install --quiet -r requirements.lock; \
-	  $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .; \
+	  $(BIN)/python -m pip install -qq -r requirements.lock; \
+	  $(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e .; \
 	  echo "$$want" > $(VENV)/.installed; \
 	fi
 

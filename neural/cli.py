@@ -68,7 +68,7 @@ def start(
     "Prune a chest X-ray to what its report cares about. Research software, not a diagnostic device."
     os.environ.setdefault("HF_HUB_OFFLINE", "1")    # nothing is downloaded unless the user says so
 
-# %% ../nbs/api/42_cli.ipynb #f4a4c0d4
+# %% ../nbs/api/42_cli.ipynb #6b5015c1
 @app.command()
 def phantom(
     out: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
@@ -81,7 +81,7 @@ def phantom(
     from neural.phantom import write_cohort
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise typer.BadParameter(f"{out} is not empty; name a new folder", param_hint="OUT")
     summary = write_cohort(out, studies=studies, size=size, seed=seed, workers=workers)
-    typer.echo(f"{studies} phantom studies of {size} pixels in {out}  " + "  ".join(f"{k} {v}" for k, v in summary.items() if isinstance(v, (int, float))))
+    typer.echo(f"{out}: " + ", ".join(f"{n} {what}" for what, n in summary.items() if isinstance(n, int)) + f", {size} pixels")
 
 # %% ../nbs/api/42_cli.ipynb #d0aa9c9d
 def index_summary(

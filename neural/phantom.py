@@ -373,7 +373,7 @@ def listed(rng: np.random.Generator, names: list[str]) -> str:
     joined = words[0] if len(words) == 1 else ", ".join(words[:-1]) + f" or {words[-1]}"
     return str(rng.choice(["No {}.", "There is no {}.", "No evidence of {}.", "Without {}."][: 3 + (len(words) == 1)])).format(joined)
 
-# %% ../nbs/api/06_phantom.ipynb #dcff633d
+# %% ../nbs/api/06_phantom.ipynb #54942a25
 def write_report(
     findings: list[Finding],  # of the study
     before: list[Finding],  # of the patient's previous study, for comparisons
@@ -387,25 +387,24 @@ def write_report(
         if u > STATED + HEDGED - subtle: continue
         hedged = u > STATED - subtle and f.name != "Support Devices"
         text = sentence(rng, f, hedged); body.append(text); key.append(text)
-        mark(says, f.name, -1 if hedged else 1, "opacity" in text.lower())
+        mark(says, f.name, -1 if hedged else 1, text)
     absent = [n for n in DENIED if n not in there and says[n] is None and rng.random() < DENIED[n] and not (n == "Lung Opacity" and there & {"Pneumonia", "Edema", "Atelectasis"})]
     if "Cardiomegaly" in absent: body.append(str(rng.choice(NORMAL_HEART))); mark(says, "Cardiomegaly", 0)
     absent = [n for n in absent if n in DENY]; rng.shuffle(absent)
     for part in (absent[:3], absent[3:]):
-        if part: body.append(listed(rng, part)); [mark(says, n, 0) for n in part]
+        if part: body.append(listed(rng, part)); [mark(says, "Consolidation" if n == "Pneumonia" and "consolidation" in body[-1] else n, 0) for n in part]
     gone = [f for f in before if f.name in ("Pneumonia", "Pleural Effusion") and f.name not in there and says[f.name] is None]
     if gone and rng.random() < .5: body.append(f"The previously seen {gone[0].side} {'pneumonia' if gone[0].name == 'Pneumonia' else 'pleural effusion'} has resolved."); mark(says, gone[0].name, 0)
     if rng.random() < .6: body.append(str(rng.choice(BOILERPLATE)))
     rng.shuffle(body)
     return assemble(rng, body, key, says)
 
-# %% ../nbs/api/06_phantom.ipynb #82f57a24
-def mark(says: dict, name: str, value: int, opacity: bool = False) -> None:
+# %% ../nbs/api/06_phantom.ipynb #a8e8f75f
+def mark(says: dict, name: str, value: int, text: str = "") -> None:
     "Record what a sentence says; a stronger statement is never weakened by a later one."
-    rank = {None: 0, 0: 1, -1: 2, 1: 3}
-    names = {name: value}
-    if name == "Pneumonia" and value == 1: names["Consolidation"] = 1
-    if opacity: names["Lung Opacity"] = 1
+    rank, names, text = {None: 0, 0: 1, -1: 2, 1: 3}, {name: value}, text.lower()
+    if "consolidation" in text: names["Consolidation"] = value
+    if "opacity" in text and name != "Lung Opacity": names["Lung Opacity"] = 1
     for n, v in names.items():
         if rank[v] > rank[says[n]]: says[n] = v
 
@@ -415,12 +414,12 @@ def assemble(rng: np.random.Generator, body: list, key: list, says: dict) -> tup
     parts = [f"INDICATION: {rng.choice(INDICATIONS)}", f"COMPARISON: {rng.choice(['None.', 'Prior radiograph.'])}"]
     if has_findings and body: parts.append("FINDINGS: " + " ".join(body))
     nothing = not [v for k, v in says.items() if v in (1, -1) and k != "Support Devices"]
-    if has_impression: parts.append("IMPRESSION: " + " ".join(([str(rng.choice(NOTHING))] if nothing else key) + ([] if has_findings and body else [b for b in body if b not in key])))
+    if has_impression: parts.append("IMPRESSION: " + " ".join(([str(rng.choice(NOTHING))] if nothing else []) + key + ([] if has_findings and body else [b for b in body if b not in key])))
     if not has_impression and not (has_findings and body): says = {l: None for l in LABELS}
-    elif nothing and has_impression: says["No Finding"] = 1
+    elif nothing: says["No Finding"] = 1 if has_impression or any(v == 0 for v in says.values()) else None
     return "\n\n".join(parts) + "\n", says
 
-# %% ../nbs/api/06_phantom.ipynb #6dafba58
+# %% ../nbs/api/06_phantom.ipynb #5e13eda0
 @dataclass
 class PhantomStudy:
     "One study with its truth, in memory."
@@ -443,7 +442,7 @@ def toy_study(
     image, masks = draw_film(draw_patient(rng), findings, rng, size)
     says = {l: None for l in LABELS}
     lines = [sentence(rng, f, False) for f in findings]
-    for f in findings: mark(says, f.name, 1)
+    for f, text in zip(findings, lines): mark(says, f.name, 1, text)
     absent = [n for n in ("Pleural Effusion", "Pneumothorax") if n != finding]; lines.append(listed(rng, absent)); [mark(says, n, 0) for n in absent]
     return PhantomStudy(image, f"INDICATION: {INDICATIONS[0]}\n\nFINDINGS: {' '.join(lines)}\n\nIMPRESSION: {lines[0]}\n", truth_of(findings), masks, "frontal", says)
 

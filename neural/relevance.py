@@ -7,10 +7,11 @@ __all__ = ['check_attentions', 'check_rows', 'pick_layer', 'join_heads', 'all_to
            'with_fallback', 'one_per_patch', 'relevance', 'phantom_attention', 'show_words', 'show_relevance',
            'mention_relevance', 'mean_relevance', 'lift']
 
-# %% ../nbs/api/14_relevance.ipynb #ae5c8dbe
+# %% ../nbs/api/14_relevance.ipynb #e851225f
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.colors import PowerNorm
 from matplotlib.patches import Rectangle
 
 from .study import NeuralError
@@ -150,18 +151,18 @@ def phantom_attention(
     wander = torch.randn(heads, len(speaks), len(coverage), generator=draw)
     return (wander + pull * speaks[:, None] * coverage).softmax(-1)
 
-# %% ../nbs/api/14_relevance.ipynb #547af2f2
+# %% ../nbs/api/14_relevance.ipynb #40a13b2f
 def show_words(
     attention: torch.Tensor,          # [T, N] attention of each word over the patches
     words: list[str],                 # T tokens as text
     grid: tuple[int, int]=(12, 12),   # rows, columns of the token grid
     ax: plt.Axes | None=None,         # axes to draw in
 ) -> plt.Axes:                        # the axes
-    "Words against patches; thin lines part the rows of the token grid (this companion's choice)."
+    "Words against patches, colour on a root scale so that faint looks show; thin lines part the rows of the token grid (this companion's choice)."
     if tuple(attention.shape) != (len(words), grid[0] * grid[1]):
         raise NeuralError(f"attention must be [{len(words)}, {grid[0] * grid[1]}]: words by patches; got {list(attention.shape)}")
     if ax is None: ax = plt.subplots(figsize=(8, 0.19 * len(words) + 0.6))[1]
-    ax.imshow(attention.detach().cpu(), aspect="auto", cmap="magma", interpolation="nearest")
+    ax.imshow(attention.detach().cpu(), aspect="auto", cmap="magma", norm=PowerNorm(0.5, vmin=0), interpolation="nearest")
     ax.set_yticks(range(len(words)), [w.replace("▁", "") or "·" for w in words], fontsize=7)
     edges = np.arange(grid[0]) * grid[1]
     ax.set_xticks(edges, [f"row {i}" for i in range(grid[0])], fontsize=7, ha="left")

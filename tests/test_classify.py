@@ -14,8 +14,6 @@ from neural.classify import (KINDS, PARTS, GraphClassifier, TypedConv, collate, 
 from neural.graph import EDGE_TYPES, REVERSE, SHOWS
 from neural.study import NeuralError
 
-torch.set_num_threads(1)
-
 
 def random_asset(seed, k=None, m=None, d=6, words=10):
     rng = np.random.default_rng(seed)

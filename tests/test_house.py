@@ -233,9 +233,7 @@ def test_licence_and_continuous_integration():
     assert os.access(ROOT / ".ci/run", os.X_OK) and "make test" in (ROOT / ".ci/run").read_text()
 
 
-def test_readme_is_the_home_page(tmp_path):
-    "README.md is nbs/index.ipynb in markdown: jupyter nbconvert --to markdown nbs/index.ipynb --output-dir . --output README.md"
-    from nbconvert import MarkdownExporter
-    body, _ = MarkdownExporter().from_filename(str(ROOT / "nbs/index.ipynb"))
-    said = (ROOT / "README.md").read_text()
-    assert [line.strip() for line in body.splitlines() if line.strip()] == [line.strip() for line in said.splitlines() if line.strip()]
+def test_readme_is_the_home_page():
+    from neural.docs import readme_text
+    assert (ROOT / "README.md").read_text() == readme_text(ROOT / "nbs/index.ipynb"), "python -m neural.docs --readme"
+    assert [m for m in re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / "README.md").read_text()) if not (ROOT / m).exists()] == [], "a link of README.md leads nowhere"
