@@ -66,7 +66,7 @@ drift:
 # Every stage notebook, small, by papermill.
 smoke: install
 	@rm -rf build/smoke; mkdir -p build
-	@$(BIN)/neural phantom build/smoke/cohort --studies 24 --size 192 --seed 3
+	@$(BIN)/neural phantom build/smoke/cohort --studies 160 --size 192 --seed 3
 	@$(BIN)/neural index mimic-cxr build/smoke/cohort -o build/smoke/manifest.csv --labels build/smoke/cohort/truth/labels.csv
 	@$(BIN)/neural run --preset smoke --manifest build/smoke/manifest.csv --run build/smoke/run
 

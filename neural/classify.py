@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'KINDS', 'edge_shares', 'to_data', 'collate', 'TypedConv', 'GraphClassifier', 'known_targets',
-           'predict_logits', 'predict', 'standardise', 'train_classifier', 'save_classifier', 'load_classifier']
+           'predict_logits', 'predict', 'one_thread', 'standardise', 'train_classifier', 'save_classifier',
+           'load_classifier']
 
-# %% ../nbs/api/22_classify.ipynb #f64abd87
+# %% ../nbs/api/22_classify.ipynb #13c458f2
 import json, math, os, sys
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
@@ -162,12 +164,12 @@ def known_targets(
     if not ones or not zeros: raise NeuralError(f"{split}: {ones} positive, {zeros} negative and {len(y)-len(at)} unknown of {len(y)} studies: both classes are needed")
     return [graphs[i] for i in at], torch.tensor(y[at], dtype=torch.float32)
 
-# %% ../nbs/api/22_classify.ipynb #6789d711
+# %% ../nbs/api/22_classify.ipynb #0f51e147
 def _logits(model, batches):
     "Logits of ready batches, without gradient, in evaluation mode; the mode is put back."
     was = model.training
     model.eval()
-    with torch.no_grad(): out = [model(g.to(model.last.weight.device)).double().cpu() for g in batches]
+    with torch.no_grad(), one_thread(): out = [model(g.to(model.last.weight.device)).double().cpu() for g in batches]
     model.train(was)
     return torch.cat(out).numpy() if out else np.zeros(0)
 
@@ -189,6 +191,15 @@ def predict(
 ) -> np.ndarray:        # float64 [n] probabilities, 0 to 1
     "Probabilities of many studies: the one place where the sigmoid is applied (NEURAL, sec. 2.3)."
     return torch.from_numpy(predict_logits(model, assets, batch_size)).sigmoid().numpy()
+
+# %% ../nbs/api/22_classify.ipynb #9c6b60ca
+@contextmanager
+def one_thread():
+    "Lets torch use one CPU thread inside the block (this companion's choice)."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(before)
 
 # %% ../nbs/api/22_classify.ipynb #092b0d23
 def _packs(graphs, y, size, seed):
@@ -230,7 +241,7 @@ def _validate(model, batches, y):
     _finite(torch.tensor(s))
     return float(roc_auc_score(y, s)), float(F.binary_cross_entropy_with_logits(torch.tensor(s), y.double()))
 
-# %% ../nbs/api/22_classify.ipynb #12a2b1dc
+# %% ../nbs/api/22_classify.ipynb #4aefac1f
 def train_classifier(
     assets_train,        # StudyAssets, or graphs that `to_data` made with this fusion and these parts
     y_train,             # 1, 0 or nan (unknown), shape [n]
@@ -253,7 +264,7 @@ def train_classifier(
     graphs = [[a if isinstance(a, Data) else to_data(a, fusion, parts) for a in assets] for assets in (assets_train, assets_validate)]
     (train, y), (held, y_held) = known_targets(graphs[0], y_train, 'train'), known_targets(graphs[1], y_validate, 'validate')
     if epochs < 1: raise NeuralError(f"epochs must be at least 1, got {epochs}")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(seed)
         model = GraphClassifier(kind, train[0].x.shape[1], vocabulary_size, fusion=fusion, parts=parts, **model_options)
         standardise(model, train); model.to(device)

@@ -280,7 +280,7 @@ def to_networkx(
         g.add_edge(a, b, type=EDGE_TYPES[t], weight=w)
     return g
 
-# %% ../nbs/api/18_graph.ipynb #144ca1e6
+# %% ../nbs/api/18_graph.ipynb #928356d1
 INK = {"present": "#c2452d", "uncertain": "#b07d12", "absent": "#4a6fa5"}   # colour of each assertion, readable without colour by the words below
 SAYS = {"present": "", "uncertain": "perhaps ", "absent": "no "}
 
@@ -295,7 +295,7 @@ def node_places(
     places = [((q % cols + 0.5) / cols, (q // cols + 0.5) / rows) for q in p.tolist()]
     far = np.array([bool(kinds) and kinds[vocabulary[c]] == "Anatomy" for c in graph.knowledge.concepts], dtype=bool)
     nth, size = np.where(far, np.cumsum(far), np.cumsum(~far)) - 0.5, np.where(far, far.sum(), (~far).sum())
-    return np.array(places + [(1.95 if f else 1.2, i / n) for f, i, n in zip(far, nth, size)])
+    return np.array(places + [(2.05 if f else 1.3, i / n) for f, i, n in zip(far, nth, size)])
 
 # %% ../nbs/api/18_graph.ipynb #1f06e966
 def _draw_film(graph, places, image, ax):
@@ -326,7 +326,7 @@ def _draw_concepts(graph, places, vocabulary, ax):
         ax.annotate("", (x1 - .03, y1), (x0 - .03 if bend else x0 + .02, y0), zorder=1, arrowprops=dict(arrowstyle="-|>", color="#9aa4ab", lw=0.9,
                     ls=("-", "--", ":")[r], connectionstyle=f"arc3,rad={bend}"))
 
-# %% ../nbs/api/18_graph.ipynb #afeceac0
+# %% ../nbs/api/18_graph.ipynb #e7f26122
 def show_graph(
     graph: UnifiedGraph,                  # the unified graph of one study
     vocabulary: tuple[str],               # concept names
@@ -337,10 +337,10 @@ def show_graph(
     "The unified graph as a picture: film left, report right (NEURAL, fig. 1)."
     places, k = node_places(graph, vocabulary, kinds), len(graph.visual)
     if ax is None: ax = plt.subplots(figsize=(8, max(3.4, 0.22 * len(graph.knowledge))), layout="constrained")[1]
-    ax.set(xlim=(-0.02, 2.6), ylim=(1.02, -0.02))
+    ax.set(xlim=(-0.02, 2.65), ylim=(1.02, -0.02))
     ax.set_aspect("auto")
     _draw_film(graph, places, image, ax)
     _draw_concepts(graph, places, vocabulary, ax)
-    for c, p, w in graph.ties: ax.plot(*np.stack([places[p], places[k + c] - (0.03, 0)]).T, color="#e0a526", lw=0.6 + 2 * w, alpha=0.35 + 0.6 * w, zorder=3)
+    for c, p, w in graph.ties: ax.plot(*np.stack([places[p], places[k + c] - (0.03, 0)]).T, color="#e0a526", lw=0.6 + 2 * w, alpha=min(1, 0.2 + 1.6 * w), zorder=3)
     ax.set_axis_off()
     return ax

@@ -1,6 +1,7 @@
 "Datasets, splits and manifests: real Open-i, hostile manifests, a walk that stays linear, the phantom cohort in MIMIC layout."
 import csv
 import gzip
+import io
 import json
 import os
 import tarfile
@@ -147,6 +148,14 @@ def test_dicom_goes_before_jpeg_and_twins_are_refused(tmp_path):
     with pytest.raises(NeuralError, match="b0: found twice"): index_dataset("mimic-cxr", root)
 
 
+def test_pa_goes_before_ap(tmp_path):
+    root = mimic(tmp_path)
+    meta = root / "mimic-cxr-2.0.0-metadata.csv"
+    meta.write_text(meta.read_text().replace("a0,LATERAL", "a0,AP").replace("b0,AP", "b0,PA"))
+    manifest, _ = index_dataset("mimic-cxr", root)
+    assert [Path(v.image).stem for v in manifest["50"].views] == ["b0", "a0"]    # by path it would be a0
+
+
 def test_mimic_needs_its_metadata(tmp_path):
     root = mimic(tmp_path); (root / "mimic-cxr-2.0.0-metadata.csv").unlink()
     with pytest.raises(NeuralError, match="metadata"): index_dataset("mimic-cxr", root)
@@ -272,11 +281,19 @@ def test_hostile_open_i(tmp_path):
     write(tmp_path / "x/2.xml", '<!DOCTYPE e [<!ENTITY a SYSTEM "file:///etc/hostname">]>' + body.format(2).replace("Toy.", "&a;"))
     manifest, out = index_dataset("open-i", tmp_path)
     assert [s.study_id for s in manifest] == ["CXR1"] and out.counts() == {"unreadable report": 1}
+    write(tmp_path / "x/2.xml", '<!DOCTYPE e [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;">]>' + body.format(2).replace("Toy.", "&b;"))
+    assert index_dataset("open-i", tmp_path)[1].counts() == {"unreadable report": 1}
     with tarfile.open(write(tmp_path / "t/pictures/CXR1_IM-1-1001.png").parents[1] / "reports.tgz", "w:gz") as tar:
         info = tarfile.TarInfo("link.xml"); info.type, info.linkname = tarfile.SYMTYPE, "/etc/hostname"; tar.addfile(info)
         tar.add(tmp_path / "x/1.xml", "../../1.xml")
     manifest, _ = index_dataset("open-i", tmp_path / "t")
     assert report_text(manifest, manifest["CXR1"]) == "FINDINGS: Toy." and not (tmp_path.parent / "1.xml").exists()
+
+
+def test_oversized_member_is_refused_before_it_is_read(tmp_path):
+    info = tarfile.TarInfo("1.xml"); info.size = module.MAX_REPORT + 1
+    with tarfile.open(tmp_path / "reports.tgz", "w:gz") as tar: tar.addfile(info, io.BytesIO(b" " * info.size))
+    with pytest.raises(NeuralError, match="'1.xml' is too large"): index_dataset("open-i", tmp_path)
 
 
 def test_manifest_round_trip_keeps_everything(tmp_path):
