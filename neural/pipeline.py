@@ -605,7 +605,7 @@ def run_stage(
     execute_stage(stage, run, parameters, **options)
     return finish_record(stage, run, parameters, before, former, manifest), reasons
 
-# %% ../nbs/api/40_pipeline.ipynb #7a373f40
+# %% ../nbs/api/40_pipeline.ipynb #12e1230d
 def stage_line(
     stage: Stage,    # the stage
     entry: dict,     # its finished record
@@ -614,6 +614,7 @@ def stage_line(
 ) -> str:            # one line
     "One line about a stage that ran or was skipped."
     numbers = "  ".join(f"{k} {v}" for k, v in list(metric_lines(entry["metrics"]).items())[:3])
+    numbers = numbers if len(numbers) <= 90 else numbers[:87].rstrip() + "..."
     return f"{stage.name:14} {f'{seconds:.1f} s' if reasons else 'unchanged':>9}  {numbers}" + (f"  ({', '.join(reasons)})" if reasons else "")
 
 # %% ../nbs/api/40_pipeline.ipynb #f7cfab26
