@@ -147,7 +147,7 @@ def knowledge_from(
     check_edges(edges, types, len(c))
     return KnowledgeGraph(c, a, edges, types)
 
-# %% ../nbs/api/18_graph.ipynb #09502db3
+# %% ../nbs/api/18_graph.ipynb #47b5ab3e
 def knowledge_graph(
     annotation,               # mentions and relations of one report; a report without mentions gives an empty graph
     vocabulary: tuple[str],   # concept names
@@ -156,6 +156,9 @@ def knowledge_graph(
     pairs, node_of = concept_nodes(annotation, vocabulary)
     unknown = sorted({r.type for r in annotation.relations} - set(RELATIONS))
     if unknown: raise NeuralError(f"relation type {unknown[0]!r} is none of {RELATIONS}")
+    ends = range(len(node_of))                          # a negative index would wrap around unseen
+    lost = [r for r in annotation.relations if r.head not in ends or r.tail not in ends]
+    if lost: raise NeuralError(f"a relation joins mentions {lost[0].head} and {lost[0].tail} of a report with {len(node_of)} mentions")
     relations = [(node_of[r.head], node_of[r.tail], RELATIONS.index(r.type)) for r in annotation.relations]
     return knowledge_from(pairs[:, 0], pairs[:, 1], relations)
 
@@ -309,13 +312,13 @@ def _draw_film(graph, places, image, ax):
         ax.add_patch(Rectangle((x - .5 / cols, y - .5 / rows), 1 / cols, 1 / rows, fc="#5ee0ff", ec="#5ee0ff", alpha=0.25, lw=0.8, zorder=1))
         ax.plot(x, y, "o", ms=3 + 3 * h, color="#0b6b82", mec="white", mew=0.7, zorder=4)
 
-# %% ../nbs/api/18_graph.ipynb #ce9a104b
+# %% ../nbs/api/18_graph.ipynb #3ecebd94
 def _draw_concepts(graph, places, vocabulary, ax):
     "The concepts as words, and the relations between them."
     k, q = len(graph.visual), graph.knowledge
     columns = np.unique(places[k:, 0], return_counts=True)[1]
     height = ax.get_window_extent().height * 72 / ax.figure.dpi          # of the axes, in points
-    size = float(min(9, 0.62 * height / max(columns.max(initial=1), 1)))
+    size = float(min(9, 0.5 * height / max(columns.max(initial=1), 1)))
     for (x, y), c, a in zip(places[k:], q.concepts, q.assertions):
         says = ASSERTIONS[a]
         ax.text(x, y, SAYS[says] + vocabulary[c], color=INK[says], fontsize=size, ha="left", va="center", zorder=5, gid="concept",
@@ -326,7 +329,7 @@ def _draw_concepts(graph, places, vocabulary, ax):
         ax.annotate("", (x1 - .03, y1), (x0 - .03 if bend else x0 + .02, y0), zorder=1, arrowprops=dict(arrowstyle="-|>", color="#9aa4ab", lw=0.9,
                     ls=("-", "--", ":")[r], connectionstyle=f"arc3,rad={bend}"))
 
-# %% ../nbs/api/18_graph.ipynb #e7f26122
+# %% ../nbs/api/18_graph.ipynb #b5feb7b3
 def show_graph(
     graph: UnifiedGraph,                  # the unified graph of one study
     vocabulary: tuple[str],               # concept names
@@ -334,7 +337,7 @@ def show_graph(
     kinds: dict[str, str] | None=None,    # kind of each concept name, to set anatomy in a column of its own
     ax: plt.Axes | None=None,             # axes to draw in; made tall enough for the words when None
 ) -> plt.Axes:                            # the axes
-    "The unified graph as a picture: film left, report right (NEURAL, fig. 1)."
+    "The unified graph as a picture: film left, report right (NEURAL, framework figure)."
     places, k = node_places(graph, vocabulary, kinds), len(graph.visual)
     if ax is None: ax = plt.subplots(figsize=(8, max(3.4, 0.22 * len(graph.knowledge))), layout="constrained")[1]
     ax.set(xlim=(-0.02, 2.65), ylim=(1.02, -0.02))

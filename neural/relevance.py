@@ -169,7 +169,7 @@ def show_words(
     for x in edges[1:]: ax.axvline(x - 0.5, color="white", lw=0.4, alpha=0.5)
     return ax
 
-# %% ../nbs/api/14_relevance.ipynb #dd74697d
+# %% ../nbs/api/14_relevance.ipynb #e892c37e
 def show_relevance(
     image,                            # [1, S, S] or [S, S], values in [0, 1]
     relevance,                        # [N], one number per patch
@@ -177,7 +177,7 @@ def show_relevance(
     grid: tuple[int, int]=(12, 12),   # rows, columns of the token grid
     ax: plt.Axes | None=None,         # axes to draw in
 ) -> plt.Axes:                        # the axes
-    "The film, its relevance as heat, and the retained patches outlined (NEURAL, fig. 1)."
+    "The film, its relevance as heat, and the retained patches outlined (NEURAL, framework figure)."
     film, heat = np.asarray(image).squeeze(), np.asarray(torch.as_tensor(relevance).detach().cpu(), dtype=np.float32)
     if heat.shape != (grid[0] * grid[1],): raise NeuralError(f"relevance must be [{grid[0] * grid[1]}], one number per patch, got {list(heat.shape)}")
     if ax is None: ax = plt.subplots(figsize=(3.2, 3.2))[1]
