@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'plain_line', 'PlainErrors', 'one_line', 'show_version', 'start', 'phantom', 'index_summary', 'index',
-           'stage_folder', 'read_assignments', 'run', 'publish', 'verify', 'asset_lines', 'asset_page', 'inspect',
-           'main']
+           'stage_folder', 'read_assignments', 'run', 'publish', 'build', 'predict', 'verify', 'asset_lines',
+           'asset_page', 'inspect', 'main']
 
 # %% ../nbs/api/42_cli.ipynb #12d6d536
 import contextlib, os, sys
@@ -167,6 +167,41 @@ def publish(
     from neural.pipeline import publish as publish_run
     done = publish_run(folder, stage_folder(notebooks), figures)
     typer.echo(f"published: {', '.join(done)}")
+
+# %% ../nbs/api/42_cli.ipynb #688ff72a
+@app.command()
+def build(
+    manifest: Annotated[Path, typer.Argument(help="Manifest of the studies.", exists=True, dir_okay=False)],
+    store: Annotated[Path, typer.Argument(help="Store to make, or to go on with.")],
+    vlm: Annotated[Path, typer.Option(help="Folder of the fine-tuned network, such as runs/quickstart/vlm.", exists=True, file_okay=False)],
+    keep: Annotated[Optional[float], typer.Option(help="Share of the patches to retain, such as 0.023; as in the network's run if left out.")] = None,
+    track: Annotated[Literal["image+report", "image-only"], typer.Option(help="What is known: the report, or the film alone.")] = "image+report",
+    workers: Annotated[int, typer.Option(min=0, help="Decoding processes.")] = 2,
+    limit: Annotated[float, typer.Option(min=0, max=1, help="Stop if a larger share of the studies is left out.")] = 0.05,
+):
+    "Build the store of a manifest with a fine-tuned network."
+    from neural.build import build_store
+    from neural.study import Manifest
+    studies = Manifest.load(manifest)
+    made, excluded = build_store(studies, store, vlm, track, keep, workers=workers)
+    for reason, n in excluded.counts().items(): typer.echo(f"left out: {n} {reason}")
+    excluded.check(len(studies), limit)
+    typer.echo(f"store: {store}, {len(made)} assets, {made.bytes_per_study():.0f} bytes a study")
+
+# %% ../nbs/api/42_cli.ipynb #9ce26f45
+@app.command()
+def predict(
+    store: Annotated[Path, typer.Argument(help="Folder of an asset store.", exists=True, file_okay=False)],
+    classifier: Annotated[Path, typer.Option(help="Folder of a classifier, such as runs/quickstart/classifier/image-only/Pneumonia/gcn.", exists=True, file_okay=False)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="CSV to write: study_id, p.", dir_okay=False)] = Path("predictions.csv"),
+):
+    "Let a classifier read a store; films and reports are not needed."
+    from neural.asset import AssetStore
+    from neural.classify import load_classifier, predict as scores
+    assets = AssetStore(store.resolve()); model = load_classifier(classifier)
+    p = scores(model, [assets[i] for i in assets.ids])
+    out.write_text("study_id,p\n" + "".join(f"{i},{v:.6f}\n" for i, v in zip(assets.ids, p)), encoding="utf-8")
+    typer.echo(f"predictions: {out}, {len(p)} studies")
 
 # %% ../nbs/api/42_cli.ipynb #50181496
 @app.command()

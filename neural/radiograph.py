@@ -120,7 +120,7 @@ def check_header(
 # %% ../nbs/api/02_radiograph.ipynb #d6871ab2
 FRAME_MARKS = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xF7}   # JPEG and JPEG-LS "start of frame"
 
-# %% ../nbs/api/02_radiograph.ipynb #631f1336
+# %% ../nbs/api/02_radiograph.ipynb #8ad2daaf
 def coded_header(
     frame: bytes,                # one JPEG, JPEG-LS or JPEG 2000 codestream
 ) -> tuple[int, int, int, int]:  # rows, columns, bits, channels; zeros where it does not say
@@ -128,12 +128,15 @@ def coded_header(
     if frame[:4] == b'\xff\x4f\xff\x51' and len(frame) > 43:
         x1, y1, x0, y0, *_, channels, bits = struct.unpack('>8LHB', frame[8:43])
         return y1 - y0, x1 - x0, (bits & 127) + 1, channels
-    at = 2
-    while frame[:2] == b'\xff\xd8' and at + 10 <= len(frame) and frame[at] == 0xFF:
-        if frame[at + 1] in FRAME_MARKS:
+    at, found = 2, (0, 0, 0, 0)
+    while frame[:2] == b'\xff\xd8' and at + 10 <= len(frame) and frame[at] == 0xFF:      # from segment to segment, up to the coded data
+        mark = frame[at + 1]
+        if mark == 0xDA: return found
+        if mark in FRAME_MARKS:
             bits, rows, columns, channels = struct.unpack('>BHHB', frame[at + 4:at + 10])
-            return rows, columns, bits, channels
-        at += 1 if frame[at + 1] == 0xFF else 2 + struct.unpack('>H', frame[at + 2:at + 4])[0]
+            found = rows, columns, bits, channels
+        if mark < 0xC0: break
+        at += 1 if mark == 0xFF else 2 + struct.unpack('>H', frame[at + 2:at + 4])[0]
     return 0, 0, 0, 0
 
 # %% ../nbs/api/02_radiograph.ipynb #19c792e9
@@ -225,18 +228,18 @@ def window(
 # %% ../nbs/api/02_radiograph.ipynb #4621b620
 PERCENTILES = (.005, .995)   # of the pixels; become black and white where a file names no window
 
-# %% ../nbs/api/02_radiograph.ipynb #7bc94e03
+# %% ../nbs/api/02_radiograph.ipynb #becfb1f9
 def ends(
     values: np.ndarray,  # in the detector's unit, one per stored number
     counts: np.ndarray,  # pixels of the picture that hold each stored number
     bits: int,           # depth of the stored numbers
 ) -> tuple[float, float]:  # lowest and highest value shown
     "Black and white of a file without window or VOI LUT (this companion's choice)."
-    if bits <= 8: return values.min(), values.max()
+    if bits <= 8: return float(values.min()), float(values.max())
     used, total = np.flatnonzero(counts), counts.cumsum()
     at = np.searchsorted(total, np.multiply(PERCENTILES, total[-1])) if len(used) else [0, 0]
     if values[at[0]] == values[at[1]] and len(used): at = used[[0, -1]]     # nearly constant: use all that differs
-    return min(values[at]), max(values[at])
+    return float(min(values[at])), float(max(values[at]))
 
 # %% ../nbs/api/02_radiograph.ipynb #382743e2
 def voi_values(

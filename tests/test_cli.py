@@ -19,8 +19,8 @@ def neural(*words, cwd, **env) -> subprocess.CompletedProcess:
 def test_help_names_every_command(tmp_path):
     said = neural("--help", cwd=tmp_path)
     assert said.returncode == 0 and said.stderr == ""
-    for name in ("phantom", "index", "run", "verify", "inspect"): assert f"\n  {name} " in said.stdout, f"`neural {name}` is missing"
-    for name in ("phantom", "index", "run", "verify", "inspect"): assert neural(name, "--help", cwd=tmp_path).returncode == 0
+    for name in ("phantom", "index", "run", "build", "predict", "verify", "inspect"): assert f"\n  {name} " in said.stdout, f"`neural {name}` is missing"
+    for name in ("phantom", "index", "run", "build", "predict", "verify", "inspect"): assert neural(name, "--help", cwd=tmp_path).returncode == 0
 
 
 @pytest.mark.parametrize("words", [["--bogus"], ["frobnicate"], ["phantom"], ["phantom", "out", "--studies", "none"], ["phantom", "out", "--studies", "0"], ["index", "dicomdir", "."],
@@ -92,3 +92,30 @@ def test_a_store_is_checked_and_shown(tmp_path):
     shard.write_bytes(shard.read_bytes()[:-30] + bytes(30))
     said = neural("verify", "store", cwd=tmp_path)
     assert said.returncode == 1 and "damaged" in said.stderr
+
+
+def test_build_then_predict(tmp_path, phantom_cohort):
+    "A network and a classifier, saved, read a cohort they have never seen: build, kill-free rebuild, verify, predict."
+    import numpy as np
+    import torch
+    from neural.asset import AssetStore
+    from neural.build import Aggregation, save_aggregation
+    from neural.classify import save_classifier, train_classifier
+    from neural.report import train_tokenizer
+    from neural.vlm import ReportVLM, small_config
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["No focal consolidation. Small left pleural effusion. The heart is enlarged."] * 9, vocab_size=80)
+    ReportVLM(small_config(len(tokenizer), 96, width=32, d_model=32, layers=1)).save_pretrained(tmp_path / "vlm"); tokenizer.save_pretrained(tmp_path / "vlm")
+    save_aggregation(tmp_path / "vlm", Aggregation(lift=False), None, 4, 40)
+    assert neural("index", "mimic-cxr", str(phantom_cohort), "-o", "m.csv", "--limit", "0.5", cwd=tmp_path).returncode == 0
+    built = neural("build", "m.csv", "store", "--vlm", "vlm", "--limit", "0.5", cwd=tmp_path)
+    assert built.returncode == 0, built.stderr
+    again = neural("build", "m.csv", "store", "--vlm", "vlm", "--limit", "0.5", cwd=tmp_path)
+    store = AssetStore(tmp_path / "store")
+    assert again.returncode == 0 and len(store) >= 50 and len(set(store.ids)) == len(store)
+    assets = list(store); y = np.arange(len(assets)) % 2
+    model, _ = train_classifier(assets, y, assets, y, vocabulary_size=len(store.vocabulary), epochs=1)
+    save_classifier(model, tmp_path / "gcn")
+    assert neural("verify", "store", cwd=tmp_path).returncode == 0
+    told = neural("predict", "store", "--classifier", "gcn", "-o", "p.csv", cwd=tmp_path)
+    assert told.returncode == 0 and len((tmp_path / "p.csv").read_text().splitlines()) == len(store) + 1
