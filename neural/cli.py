@@ -95,11 +95,11 @@ def index_summary(
         lines.append(f"  {split:9} {len(mine):6} studies of {len({s.patient_id for s in mine})} patients")
     return lines + [f"  left out  {n:6} {reason}" for reason, n in excluded.counts().items()]
 
-# %% ../nbs/api/42_cli.ipynb #6a4e8450
+# %% ../nbs/api/42_cli.ipynb #ed8a5f99
 @app.command()
 def index(
     layout: Annotated[Literal["mimic-cxr", "chexpert-plus", "open-i", "folder"], typer.Argument(help="How the dataset is laid out.")],
-    root: Annotated[Path, typer.Argument(help="Its folder.", exists=True, file_okay=False)],
+    root: Annotated[Path, typer.Argument(help="Its folder, or the file that lists it (a CSV, a .tgz of XML).", exists=True)],
     out: Annotated[Path, typer.Option("-o", "--out", help="Manifest to write; exclusions.csv goes beside it.")] = Path("manifest.csv"),
     labels: Annotated[Optional[Path], typer.Option(help="Take the labels from this CSV, not the dataset's own.", exists=True, dir_okay=False)] = None,
     images: Annotated[Optional[Path], typer.Option(help="Folder of the images, if it is not ROOT.", exists=True, file_okay=False)] = None,
@@ -110,6 +110,7 @@ def index(
 ):
     "Read a dataset folder and write its manifest."
     from neural.study import index_dataset
+    if layout == "folder" and root.is_file(): root = root.parent  # a folder may be named by its CSV
     manifest, excluded = index_dataset(layout, root, labels=labels, images=images, views=views, need_report=not allow_no_report, hash_files=hash_files)
     out.parent.mkdir(parents=True, exist_ok=True)
     excluded.save(out.with_name("exclusions.csv"))

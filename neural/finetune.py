@@ -235,7 +235,7 @@ def training_arguments(
         metric_for_best_model="eval_loss", greater_is_better=False, logging_strategy="epoch", report_to=[], disable_tqdm=not progress,
         dataloader_num_workers=workers, dataloader_pin_memory=False, remove_unused_columns=False, prediction_loss_only=True, log_level="error")
 
-# %% ../nbs/api/12_finetune.ipynb #5af6bddc
+# %% ../nbs/api/12_finetune.ipynb #0552c6ae
 def finetune(
     model: ReportVLM,  # new, or from checkpoints; left with the weights that were best on validate
     tokenizer,  # trained on the training reports
@@ -260,6 +260,7 @@ def finetune(
     loop.remove_callback(PrinterCallback)  # it would print whole dictionaries
     loop.get_eval_dataloader = lambda *a, **k: torch.utils.data.DataLoader(validate, batch_size=args.eval_batch_size, collate_fn=collators[1])
     loop.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None)
+    loop.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else its forward stays in bfloat16 for good
     model.to("cpu" if args.use_cpu else args.device).eval()
     return list(loop.state.log_history)
 
