@@ -81,7 +81,7 @@ def word_mask(
     finding = torch.nn.functional.pad(finding, (0, labels.shape[1] - finding.shape[1])) & words
     return with_fallback(finding, words)
 
-# %% ../nbs/api/21_build.ipynb #e7b58443
+# %% ../nbs/api/21_build.ipynb #e52c2878
 def activation(
     model: ReportVLM,  # trained
     tokens: torch.Tensor,  # (B, N, d) token grid
@@ -99,15 +99,15 @@ def named_findings(
 
 def guided(
     seen: torch.Tensor,  # (B, L, N) from `activation`
-    mean: torch.Tensor,  # (L, N) its mean over training studies
+    usual: torch.Tensor,  # (2, L, N) its mean and spread over training films
     wanted: torch.Tensor,  # (B, L) non-negative weight of each finding
 ) -> torch.Tensor:  # float32 (B, N), rows sum to 1
     "Relevance of the findings a report names, against what is seen there as a rule (this companion's choice)."
-    up = (seen - mean).clamp(min=0) + 1e-6
-    total = torch.einsum("bl,bln->bn", wanted, up / up.sum(-1, keepdim=True))
+    up = ((seen - usual[0]) / usual[1].clamp(min=1e-6)).clamp(min=0) + 1e-6
+    total = torch.einsum("bl,bln->bn", wanted, up / up.amax(-1, keepdim=True))
     return total / total.sum(-1, keepdim=True)
 
-# %% ../nbs/api/21_build.ipynb #e69127f2
+# %% ../nbs/api/21_build.ipynb #75b3dba3
 @torch.no_grad()
 def read_batch(
     model: ReportVLM,  # trained, in eval mode
@@ -119,7 +119,7 @@ def read_batch(
     track: str,  # one of TRACKS
     k: int = 4,  # patches to retain
     how: Aggregation = Aggregation(),  # from attention to relevance
-    mean: torch.Tensor | None = None,  # from `habit`: (N,) for the lift, (L, N) for the activation guide
+    mean: torch.Tensor | None = None,  # from `habit`: (N,) for the lift, (2, L, N) for the activation guide
     max_tokens: int = 96,  # longest report in tokens, as in fine-tuning
 ) -> list[Reading]:
     "Read a batch of films with their reports: relevance, retained patches, looks of each mention (NEURAL, sec. 2.2)."
@@ -139,19 +139,19 @@ def read_batch(
                     mention_relevance(heads[b, :, :len(pairs[b][1])], pairs[b][1], notes[b].mentions).numpy(), int(mask[b].sum()), bool(fell_back[b]))
             for b, (i, f) in enumerate(zip(ids, tokens.float().cpu()[rows, kept]))]
 
-# %% ../nbs/api/21_build.ipynb #2564f6d0
+# %% ../nbs/api/21_build.ipynb #d6cb34a0
 def by_activation(
     model: ReportVLM,  # trained
     tokens: torch.Tensor,  # (B, N, d) token grid
     notes: list[Annotation],  # of the reports
-    mean: torch.Tensor,  # (L, N) from `habit`
+    usual: torch.Tensor,  # (2, L, N) from `habit`
 ) -> tuple[torch.Tensor, torch.Tensor]:  # float32 (B, N) relevance; bool (B,) no finding was named
     "Relevance by the findings a report names, or by the head's own where it names none."
     wanted = named_findings(notes, model.config.label_names)
     silent = ~(wanted > 0).any(1)
     own = torch.sigmoid(model.head(tokens.mean(1)).float()).cpu()
     wanted = torch.where(silent[:, None], own * torch.tensor([n != "No Finding" for n in model.config.label_names]), wanted)
-    return guided(activation(model, tokens).cpu(), mean, wanted), silent
+    return guided(activation(model, tokens).cpu(), usual, wanted), silent
 
 # %% ../nbs/api/21_build.ipynb #e57b2e3a
 @torch.no_grad()
@@ -164,7 +164,7 @@ def look(
     tokens = model.encode(films)
     return tokens, model.read_report(tokens, labels)[1]
 
-# %% ../nbs/api/21_build.ipynb #29fcd1d0
+# %% ../nbs/api/21_build.ipynb #9314becd
 def habit(
     model: ReportVLM,  # trained, in eval mode
     tokenizer,  # saved with it
@@ -172,7 +172,7 @@ def habit(
     batches,  # yields (ids, films (B, 1, S, S), texts) of TRAINING studies
     how: Aggregation = Aggregation(),  # from attention to relevance; its lift is not applied here
     max_tokens: int = 96,  # longest report in tokens
-) -> torch.Tensor:  # float32 (N,), sums to 1; for the activation guide (L, N)
+) -> torch.Tensor:  # float32 (N,), sums to 1; for the activation guide (2, L, N)
     "What training reports look at as a rule: the mean of their relevance (this companion's choice)."
     if how.guide == "activation": return _mean_activation(model, batches)
     plainly = replace(how, lift=False)
@@ -181,14 +181,16 @@ def habit(
     if not seen: raise NeuralError("no training report with a finding-bearing word: use tokens='all', or check that the reports were found")
     return mean_relevance(torch.as_tensor(np.stack(seen)))
 
-# %% ../nbs/api/21_build.ipynb #6768605b
+# %% ../nbs/api/21_build.ipynb #cfe3f13b
 @torch.no_grad()
 def _mean_activation(model, batches):
-    "Mean class activation over training films, (L, N)."
-    total, n = 0, 0
-    for _, films, _ in batches: total, n = total + activation(model, model.encode(films)).sum(0).cpu(), n + len(films)
+    "Mean and spread of the class activation over training films, (2, L, N)."
+    total, square, n = 0, 0, 0
+    for _, films, _ in batches:
+        seen = activation(model, model.encode(films)).double().cpu()
+        total, square, n = total + seen.sum(0), square + (seen**2).sum(0), n + len(films)
     if not n: raise NeuralError("no training study to measure the habit on")
-    return total / n
+    return torch.stack([total / n, (square / n - (total / n) ** 2).clamp(min=0).sqrt()]).float()
 
 # %% ../nbs/api/21_build.ipynb #aa3229e3
 def write_reports(
