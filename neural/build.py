@@ -81,7 +81,7 @@ def word_mask(
     finding = torch.nn.functional.pad(finding, (0, labels.shape[1] - finding.shape[1])) & words
     return with_fallback(finding, words)
 
-# %% ../nbs/api/21_build.ipynb #e52c2878
+# %% ../nbs/api/21_build.ipynb #8351dcb8
 def activation(
     model: ReportVLM,  # trained
     tokens: torch.Tensor,  # (B, N, d) token grid
@@ -103,7 +103,8 @@ def guided(
     wanted: torch.Tensor,  # (B, L) non-negative weight of each finding
 ) -> torch.Tensor:  # float32 (B, N), rows sum to 1
     "Relevance of the findings a report names, against what is seen there as a rule (this companion's choice)."
-    up = ((seen - usual[0]) / usual[1].clamp(min=1e-6)).clamp(min=0) + 1e-6
+    spread = torch.maximum(usual[1], usual[1].mean(-1, keepdim=True) / 2).clamp(min=1e-6)  # a patch where nothing ever happens, such as padding, is no surprise
+    up = ((seen - usual[0]) / spread).clamp(min=0) + 1e-6
     total = torch.einsum("bl,bln->bn", wanted, up / up.amax(-1, keepdim=True))
     return total / total.sum(-1, keepdim=True)
 

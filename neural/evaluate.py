@@ -319,19 +319,20 @@ def _read_mask(
             return np.asarray(im.convert('L')) > 127
     except (OSError, Image.DecompressionBombError) as e: raise NeuralError(f"mask {Path(path).name} cannot be read ({type(e).__name__})") from None
 
-# %% ../nbs/api/24_evaluate.ipynb #47c889e3
+# %% ../nbs/api/24_evaluate.ipynb #9a8a88b2
 def lesion_mask(
     manifest: Manifest,   # names the folders
     study: Study,         # whose frontal film is asked for
     size,                 # side of the square, pixels
     label=None,           # finding, e.g. 'Pneumonia'; None: every finding that is drawn
 ) -> np.ndarray | None:   # share of each pixel that is covered, float32 (size, size); None without a mask or box
-    "What a dataset's masks and boxes mark on the frontal film (this companion's choice)."
+    "What a dataset marks on the frontal film: the mask of each finding, or its boxes where it has none (this companion's choice)."
     plain = lambda name: name.lower().replace('_', ' ')
     named = lambda name: plain(name) == plain(label) if label else plain(name) not in ANATOMY
     view = study.frontal
-    found = [_read_mask(manifest.mask_path(m)) for m in view.masks if named(m.rpartition('__')[2].removesuffix('.png'))]
-    if boxes := [b for b in view.boxes if named(b.label)]: found.append(box_mask(boxes, read_radiograph(manifest.image_path(view)).shape[1:]))
+    masks = {plain(m.rpartition('__')[2].removesuffix('.png')): m for m in view.masks}
+    found = [_read_mask(manifest.mask_path(m)) for name, m in masks.items() if named(name)]
+    if boxes := [b for b in view.boxes if named(b.label) and plain(b.label) not in masks]: found.append(box_mask(boxes, read_radiograph(manifest.image_path(view)).shape[1:]))
     return np.max([fit_mask(m, size) for m in found], 0) if found else None
 
 def lesion_coverage(

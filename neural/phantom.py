@@ -431,10 +431,10 @@ class Finding:
     severity: float = 0.5  # from hardly visible (0) to plain (1)
     seed: int = 0  # of its shape: the same shape on every film of the patient while it lasts
 
-# %% ../nbs/api/06_phantom.ipynb #3b6db4ac
+# %% ../nbs/api/06_phantom.ipynb #b0c3af3b
 CONTRAST = {  # strength at severity 0, and per unit of severity
-    "Pneumonia": (.11, .46),  # share of the air filled
-    "Lung Opacity": (.10, .28),  # the same, of look-alikes
+    "Pneumonia": (.16, .50),  # share of the air filled
+    "Lung Opacity": (.14, .30),  # the same, of look-alikes
     "Atelectasis": (.9, 2.2),  # cm of collapsed lung
     "Pleural Effusion": (.010, .22),  # height of the fluid, film units
     "Edema": (.035, .17),  # share of the air filled at the hila
