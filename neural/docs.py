@@ -119,7 +119,7 @@ def page_name(
     path = Path(notebook)
     return path.with_name(re.sub(r"^\d+[a-z]?_", "", path.stem) + ".html").as_posix()
 
-# %% ../nbs/api/44_docs.ipynb #f33c060c
+# %% ../nbs/api/44_docs.ipynb #5fd22b54
 def relative_links(
     text: str,     # of a markdown cell
     here: str,     # page it stands on
@@ -132,7 +132,8 @@ def relative_links(
     def renamed(match):
         target = os.path.normpath(os.path.join(folder, match[2]))
         return f"{match[1]}{os.path.relpath(moved[target], folder)}" if target in moved else match[0]
-    return re.sub(r"(\]\()([\w./-]+\.ipynb)", renamed, text)
+    text = re.sub(r"(\]\()([\w./-]+\.ipynb)", renamed, text)
+    return re.sub(r"\]\((?:\.\./)+figures/", f"]({os.path.relpath('figures', folder)}/", text)  # figures/ of the checkout is copied beside the pages
 
 # %% ../nbs/api/44_docs.ipynb #fd6e98f6
 def write_source(
@@ -250,7 +251,7 @@ def smalldocs(
     complaints = [l for l in (done.stdout + done.stderr).splitlines() if "warning" in l.lower() or "broken" in l.lower()]
     if done.returncode or complaints: raise NeuralError(f"smalldocs {words[0]}: {(complaints or (done.stdout + done.stderr).splitlines() or ['failed'])[0]}")
 
-# %% ../nbs/api/44_docs.ipynb #cda9ccab
+# %% ../nbs/api/44_docs.ipynb #bc2c0873
 def build_docs(
     root=".",      # folder with settings.ini and nbs/
     output=None,   # folder for the pages; `_docs` in the root if None
@@ -263,7 +264,9 @@ def build_docs(
     pages = write_source(processed, site, config.doc_host.rstrip("/") + "/" + config.doc_baseurl.lstrip("/"))
     write_config(root/"nbs/_quarto.yml", site, [p.relative_to(processed).as_posix() for p in processed.rglob("*.ipynb")], output)
     if (root/"nbs/styles.css").is_file(): shutil.copy(root/"nbs/styles.css", site)
+    if (root/"figures").is_dir(): shutil.copytree(root/"figures", site/"figures", ignore=lambda d, names: [n for n in names if not n.endswith(".png")])
     smalldocs("render", site)
+    if (root/"figures").is_dir(): shutil.copytree(site/"figures", output/"figures", dirs_exist_ok=True)
     for suffix, finish in ((".html", finish_page), (".css", finish_style)):
         for path in sorted(output.rglob(f"*{suffix}")): path.write_text(finish(path.read_text(encoding="utf-8")), encoding="utf-8")
     smalldocs("check", site)
