@@ -29,10 +29,10 @@ from .study import Exclusions, Manifest, NeuralError, report_text
 from .vlm import ReportVLM, load_vlm
 
 # %% auto #0
-__all__ = ['TRACKS', 'TABLES', 'SCHEMAS', 'Aggregation', 'Reading', 'word_mask', 'activation', 'named_findings', 'guided',
-           'read_batch', 'by_activation', 'look', 'habit', 'write_reports', 'reading_rows', 'save_readings',
-           'load_readings', 'save_aggregation', 'load_aggregation', 'read_films', 'shard_of', 'build_store', 'usable',
-           'hash_of', 'open_store']
+__all__ = ['TRACKS', 'TABLES', 'SCHEMAS', 'Aggregation', 'Reading', 'word_mask', 'named_findings', 'guided', 'read_batch',
+           'by_activation', 'look', 'habit', 'write_reports', 'reading_rows', 'save_readings', 'load_readings',
+           'save_aggregation', 'load_aggregation', 'read_films', 'shard_of', 'build_store', 'usable', 'hash_of',
+           'open_store']
 
 # %% ../nbs/api/21_build.ipynb #6ca0cc51
 TRACKS = ("image+report", "image-only")
@@ -81,14 +81,7 @@ def word_mask(
     finding = torch.nn.functional.pad(finding, (0, labels.shape[1] - finding.shape[1])) & words
     return with_fallback(finding, words)
 
-# %% ../nbs/api/21_build.ipynb #8351dcb8
-def activation(
-    model: ReportVLM,  # trained
-    tokens: torch.Tensor,  # (B, N, d) token grid
-) -> torch.Tensor:  # float32 (B, L, N): the share of each patch in each finding's logit, times N
-    "Class activation of every finding of the label head."
-    return torch.einsum("bnd,ld->bln", tokens.float(), model.head.weight.float())
-
+# %% ../nbs/api/21_build.ipynb #7ece3fc2
 def named_findings(
     annotations: list[Annotation],  # of the reports
     names: list[str],  # findings of the label head
@@ -98,17 +91,17 @@ def named_findings(
     return torch.tensor([[{1: 1.0, -1: 0.5}.get(s.get(n), 0.0) * (n != "No Finding") for n in names] for s in said])
 
 def guided(
-    seen: torch.Tensor,  # (B, L, N) from `activation`
-    usual: torch.Tensor,  # (2, L, N) its mean and spread over training films
+    seen: torch.Tensor,  # (B, N, L) what each patch says for each finding, from `ReportVLM.find`
+    usual: torch.Tensor,  # (N, L) its mean over training films
     wanted: torch.Tensor,  # (B, L) non-negative weight of each finding
+    sharpness: float = 4.0,  # of the head's pooling; a head that takes the mean has none, and 1 is used
 ) -> torch.Tensor:  # float32 (B, N), rows sum to 1
     "Relevance of the findings a report names, against what is seen there as a rule (this companion's choice)."
-    spread = torch.maximum(usual[1], usual[1].mean(-1, keepdim=True) / 2).clamp(min=1e-6)  # a patch where nothing ever happens, such as padding, is no surprise
-    up = ((seen - usual[0]) / spread).clamp(min=0) + 1e-6
-    total = torch.einsum("bl,bln->bn", wanted, up / up.amax(-1, keepdim=True))
+    share = ((seen - usual) * (sharpness or 1.0)).softmax(1)
+    total = torch.einsum("bl,bnl->bn", wanted, share)
     return total / total.sum(-1, keepdim=True)
 
-# %% ../nbs/api/21_build.ipynb #75b3dba3
+# %% ../nbs/api/21_build.ipynb #56fd880d
 @torch.no_grad()
 def read_batch(
     model: ReportVLM,  # trained, in eval mode
@@ -120,7 +113,7 @@ def read_batch(
     track: str,  # one of TRACKS
     k: int = 4,  # patches to retain
     how: Aggregation = Aggregation(),  # from attention to relevance
-    mean: torch.Tensor | None = None,  # from `habit`: (N,) for the lift, (2, L, N) for the activation guide
+    mean: torch.Tensor | None = None,  # from `habit`: (N,) for the lift, (N, L) for the activation guide
     max_tokens: int = 96,  # longest report in tokens, as in fine-tuning
 ) -> list[Reading]:
     "Read a batch of films with their reports: relevance, retained patches, looks of each mention (NEURAL, sec. 2.2)."
@@ -140,19 +133,19 @@ def read_batch(
                     mention_relevance(heads[b, :, :len(pairs[b][1])], pairs[b][1], notes[b].mentions).numpy(), int(mask[b].sum()), bool(fell_back[b]))
             for b, (i, f) in enumerate(zip(ids, tokens.float().cpu()[rows, kept]))]
 
-# %% ../nbs/api/21_build.ipynb #d6cb34a0
+# %% ../nbs/api/21_build.ipynb #b41c847c
 def by_activation(
     model: ReportVLM,  # trained
     tokens: torch.Tensor,  # (B, N, d) token grid
     notes: list[Annotation],  # of the reports
-    usual: torch.Tensor,  # (2, L, N) from `habit`
+    usual: torch.Tensor,  # (N, L) from `habit`
 ) -> tuple[torch.Tensor, torch.Tensor]:  # float32 (B, N) relevance; bool (B,) no finding was named
     "Relevance by the findings a report names, or by the head's own where it names none."
     wanted = named_findings(notes, model.config.label_names)
     silent = ~(wanted > 0).any(1)
-    own = torch.sigmoid(model.head(tokens.mean(1)).float()).cpu()
+    own = torch.sigmoid(model.name_findings(tokens)).cpu()
     wanted = torch.where(silent[:, None], own * torch.tensor([n != "No Finding" for n in model.config.label_names]), wanted)
-    return guided(activation(model, tokens).cpu(), usual, wanted), silent
+    return guided(model.find(tokens).cpu(), usual, wanted, model.config.sharpness), silent
 
 # %% ../nbs/api/21_build.ipynb #e57b2e3a
 @torch.no_grad()
@@ -165,7 +158,7 @@ def look(
     tokens = model.encode(films)
     return tokens, model.read_report(tokens, labels)[1]
 
-# %% ../nbs/api/21_build.ipynb #9314becd
+# %% ../nbs/api/21_build.ipynb #079871f7
 def habit(
     model: ReportVLM,  # trained, in eval mode
     tokenizer,  # saved with it
@@ -173,8 +166,8 @@ def habit(
     batches,  # yields (ids, films (B, 1, S, S), texts) of TRAINING studies
     how: Aggregation = Aggregation(),  # from attention to relevance; its lift is not applied here
     max_tokens: int = 96,  # longest report in tokens
-) -> torch.Tensor:  # float32 (N,), sums to 1; for the activation guide (2, L, N)
-    "What training reports look at as a rule: the mean of their relevance (this companion's choice)."
+) -> torch.Tensor:  # float32 (N,), sums to 1; for the activation guide (N, L)
+    "What training reports look at, or the head finds in their films, as a rule (this companion's choice)."
     if how.guide == "activation": return _mean_activation(model, batches)
     plainly = replace(how, lift=False)
     seen = [r.relevance for ids, films, texts in batches
@@ -182,16 +175,14 @@ def habit(
     if not seen: raise NeuralError("no training report with a finding-bearing word: use tokens='all', or check that the reports were found")
     return mean_relevance(torch.as_tensor(np.stack(seen)))
 
-# %% ../nbs/api/21_build.ipynb #cfe3f13b
+# %% ../nbs/api/21_build.ipynb #84fc542c
 @torch.no_grad()
 def _mean_activation(model, batches):
-    "Mean and spread of the class activation over training films, (2, L, N)."
-    total, square, n = 0, 0, 0
-    for _, films, _ in batches:
-        seen = activation(model, model.encode(films)).double().cpu()
-        total, square, n = total + seen.sum(0), square + (seen**2).sum(0), n + len(films)
+    "What each patch says for each finding, mean over training films, (N, L)."
+    total, n = 0, 0
+    for _, films, _ in batches: total, n = total + model.find(model.encode(films)).double().sum(0).cpu(), n + len(films)
     if not n: raise NeuralError("no training study to measure the habit on")
-    return torch.stack([total / n, (square / n - (total / n) ** 2).clamp(min=0).sqrt()]).float()
+    return (total / n).float()
 
 # %% ../nbs/api/21_build.ipynb #aa3229e3
 def write_reports(
@@ -305,11 +296,11 @@ def _reading(row, mentions, relations):
     return Reading(row["study_id"], row["track"], (row["rows"], row["cols"]), np.array(row["relevance"], np.float32), np.array(row["retained"], np.int64),
                    np.array(row["features"], np.float32).reshape(k, -1), note, looks, row["tokens_used"], row["fell_back"])
 
-# %% ../nbs/api/21_build.ipynb #f97ca13e
+# %% ../nbs/api/21_build.ipynb #4f25a1ca
 def save_aggregation(
     folder: str | Path,  # of the saved network
     how: Aggregation,  # as chosen on validate
-    mean: torch.Tensor | None,  # (N,) the habit, None without a lift
+    mean: torch.Tensor | None,  # the habit, (N,) or (N, L); None without a lift
     k: int,  # patches to retain
     max_tokens: int,  # longest report in tokens
 ) -> None:

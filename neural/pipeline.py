@@ -7,7 +7,7 @@ __all__ = ['SCHEMA', 'PACKAGES', 'PACKAGE', 'METRICS_MIME', 'KERNEL_ENV', 'Stage
            'read_notebook', 'parameters_cell', 'stage_parameters', 'fits', 'read_text', 'typed_value', 'load_preset',
            'refuse_unknown', 'settle_parameters', 'write_json', 'read_json', 'open_run', 'lock_run', 'plain',
            'versions', 'git_commit', 'peak_memory', 'machine', 'sha256_of', 'rounded', 'metric_lines', 'show_record',
-           'describe_figures', 'record', 'read_record', 'code_cells', 'code_hash', 'imported_modules', 'library_files',
+           'describe_figures', 'record', 'read_record', 'code_cells', 'code_hash', 'imported_modules', 'module_files',
            'short_hash', 'look_at', 'run_files', 'upstream', 'stage_inputs', 'why_run', 'kernel_environment',
            'failed_cell', 'explain_failure', 'execute_stage', 'shown_record', 'finish_record', 'settle_manifest',
            'run_stage', 'stage_line', 'run_pipeline', 'save_notebook', 'stamp', 'is_fresh', 'machine_paths',
@@ -403,7 +403,7 @@ def imported_modules(
     return {n.split(".")[1] for n in names if n.startswith("neural.")}
 
 # %% ../nbs/api/40_pipeline.ipynb #fdbb8d52
-def library_files(
+def module_files(
     sources: list[str],  # code whose imports to follow
     package=PACKAGE,     # folder of the library
 ) -> list[Path]:         # its modules that the code reaches, with the data files beside them
@@ -469,7 +469,7 @@ def stage_inputs(
 ) -> dict[str, str]:   # one hash for each thing its result depends on
     "Everything a stage's result depends on, as six hashes (against defect A13)."
     code, mine = code_cells(stage.path), {k: v for k, v in parameters.items() if k not in ("run", "manifest")}
-    return {"code": code_hash(stage.path), "library": short_hash([(p.name, sha256_of(p)) for p in library_files(code)]), "packages": short_hash(versions()),
+    return {"code": code_hash(stage.path), "library": short_hash([(p.name, sha256_of(p)) for p in module_files(code)]), "packages": short_hash(versions()),
             "parameters": short_hash(mine), "manifest": sha256_of(manifest)[:16] if manifest and "manifest" in parameters else "",
             "upstream": short_hash(upstream(run, stage, reads))}
 
