@@ -186,6 +186,7 @@ def readable(
 ):
     "Turns the ways in which a file can be unreadable into one `NeuralError`."
     try: yield
+    except FileNotFoundError as e: raise NeuralError(f'{name}: cannot be read, there is no such file; check the path, or run the step that makes it') from e
     except (csv.Error, json.JSONDecodeError, UnicodeError, EOFError, OSError, zlib.error, tarfile.TarError) as e:
         raise NeuralError(f'{name}: cannot be read ({type(e).__name__}); fetch it again and compare its checksum') from e
 

@@ -19,7 +19,7 @@ from .study import LABELS, NeuralError
 
 # %% auto #0
 __all__ = ['ReportVLMConfig', 'small_config', 'Residual', 'conv_stem', 'build_encoder', 'build_decoder', 'ReportVLMOutput',
-           'ReportVLM', 'pool_patches', 'text_loss', 'label_loss', 'load_vlm', 'read_checkpoint']
+           'ReportVLM', 'pool_patches', 'text_loss', 'label_loss', 'load_vlm', 'checkpoint_folder', 'read_checkpoint']
 
 # %% ../nbs/api/10_vlm.ipynb #5bf4efa2
 class ReportVLMConfig(PreTrainedConfig):
@@ -300,15 +300,22 @@ def load_vlm(
     if info["missing_keys"]: raise NeuralError(f"{folder.name!r} lacks {len(info['missing_keys'])} weights, first {sorted(info['missing_keys'])[0]}; it was saved by another version")
     return model.to(device).eval()
 
-# %% ../nbs/api/10_vlm.ipynb #777baa8c
+# %% ../nbs/api/10_vlm.ipynb #a46fae48
+def checkpoint_folder(
+    folder: str | Path,  # as the user named it
+) -> Path:  # a folder with a config.json
+    "The folder of a checkpoint on disk; a name that is none is refused before anything is looked up elsewhere."
+    if not str(folder) or not (Path(folder) / "config.json").is_file(): raise NeuralError(f"no checkpoint in {str(folder)!r}: config.json is missing; download it by hand and name its folder (the paper's network needs both swin and t5)")
+    return Path(folder)
+
+# %% ../nbs/api/10_vlm.ipynb #7b10ea92
 def read_checkpoint(
     cls: type,  # a transformers model class
     folder: str | Path,  # a `save_pretrained` folder on disk
     **kwargs,  # passed on to `from_pretrained`
 ) -> PreTrainedModel:  # float32
     "A hub model from a folder on disk, complete or refused; never from the network, never from a pickle."
-    if not (Path(folder) / "config.json").is_file(): raise NeuralError(f"no checkpoint in {str(folder)!r}: config.json is missing; download it by hand and name its folder")
-    model, info = cls.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, use_safetensors=True, **kwargs)
+    model, info = cls.from_pretrained(checkpoint_folder(folder), dtype=torch.float32, output_loading_info=True, local_files_only=True, use_safetensors=True, **kwargs)
     missing = [k for k in info["missing_keys"] if "relative_position_index" not in k and not k.startswith("encoder.final_layer_norm")]
     if missing: raise NeuralError(f"checkpoint {Path(folder).name!r} lacks {len(missing)} weights, first {missing[0]}; is it a {cls.__name__}?")
     return model

@@ -60,16 +60,20 @@ def test_a_study_keeps_k_patches_whatever_its_report_says(model, tokenizer, film
         assert len(set(reading.patches.tolist())) == 4 and reading.features.shape == (4, 64)
 
 
-def test_initial_losses_are_those_of_a_network_that_knows_nothing(model, tokenizer, films):
+@pytest.mark.parametrize("sharpness", [0.0, 4.0])
+def test_initial_losses_are_those_of_a_network_that_knows_nothing(tokenizer, films, sharpness):
+    torch.manual_seed(0)
+    model = ReportVLM(small_config(len(tokenizer), 96, width=64, d_model=64, layers=2, sharpness=sharpness)).eval()
     batch = Collator(tokenizer)([dict(film=f.numpy(), text=t, targets=np.zeros(14, np.float32)) for f, t in zip(films, TEXTS)])
     with torch.no_grad(): out = model(**batch)
     assert abs(out.text_loss.item() - math.log(len(tokenizer))) < 0.03 * math.log(len(tokenizer))
     assert abs(out.label_loss.item() - math.log(2)) < 1e-4
 
 
-def test_every_trainable_parameter_receives_a_gradient(tokenizer, films):
+@pytest.mark.parametrize("sharpness", [0.0, 4.0])
+def test_every_trainable_parameter_receives_a_gradient(tokenizer, films, sharpness):
     torch.manual_seed(1)
-    fresh = ReportVLM(small_config(len(tokenizer), 96, width=64, d_model=64, layers=2)).train()
+    fresh = ReportVLM(small_config(len(tokenizer), 96, width=64, d_model=64, layers=2, sharpness=sharpness)).train()
     with torch.no_grad(): fresh.head.weight.normal_(std=0.01)
     fresh(**Collator(tokenizer)([dict(film=f.numpy(), text=t, targets=np.ones(14, np.float32)) for f, t in zip(films, TEXTS)])).loss.backward()
     assert not [n for n, p in fresh.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
