@@ -29,12 +29,12 @@ from .study import Exclusions, Manifest, NeuralError, report_text
 from .vlm import ReportVLM, load_vlm
 
 # %% auto #0
-__all__ = ['TRACKS', 'TABLES', 'SCHEMAS', 'Aggregation', 'Reading', 'word_mask', 'named_findings', 'guided', 'read_batch',
-           'by_activation', 'look', 'habit', 'write_reports', 'reading_rows', 'save_readings', 'load_readings',
-           'save_aggregation', 'load_aggregation', 'read_films', 'shard_of', 'build_store', 'usable', 'hash_of',
-           'open_store']
+__all__ = ['TRACKS', 'ZONES', 'SIDES', 'TABLES', 'SCHEMAS', 'Aggregation', 'Reading', 'word_mask', 'named_findings', 'guided',
+           'region', 'mention_regions', 'finding_places', 'read_batch', 'by_activation', 'look', 'habit',
+           'write_reports', 'reading_rows', 'save_readings', 'load_readings', 'save_aggregation', 'load_aggregation',
+           'read_films', 'shard_of', 'build_store', 'usable', 'hash_of', 'open_store']
 
-# %% ../nbs/api/21_build.ipynb #6ca0cc51
+# %% ../nbs/api/21_build.ipynb #c9a646cf
 TRACKS = ("image+report", "image-only")
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Aggregation:
     heads: str = "mean"  # "mean" as in the paper, or "max"
     layer: int = -1  # decoder layer; the paper uses the last
     lift: bool = True  # divide by what training reports look at as a rule
+    places: bool = True  # with the activation guide: look for a finding only where the report places it
 
     def __post_init__(self):
         if self.guide not in ("attention", "activation"): raise NeuralError(f"guide must be 'attention' or 'activation', got {self.guide!r}")
@@ -81,7 +82,7 @@ def word_mask(
     finding = torch.nn.functional.pad(finding, (0, labels.shape[1] - finding.shape[1])) & words
     return with_fallback(finding, words)
 
-# %% ../nbs/api/21_build.ipynb #7ece3fc2
+# %% ../nbs/api/21_build.ipynb #6dab30d6
 def named_findings(
     annotations: list[Annotation],  # of the reports
     names: list[str],  # findings of the label head
@@ -95,13 +96,61 @@ def guided(
     usual: torch.Tensor,  # (N, L) its mean over training films
     wanted: torch.Tensor,  # (B, L) non-negative weight of each finding
     sharpness: float = 4.0,  # of the head's pooling; a head that takes the mean has none, and 1 is used
+    where: torch.Tensor | None = None,  # bool (B, N, L) patches to look at, from `finding_places`; None: all of them
 ) -> torch.Tensor:  # float32 (B, N), rows sum to 1
     "Relevance of the findings a report names, against what is seen there as a rule (this companion's choice)."
-    share = ((seen - usual) * (sharpness or 1.0)).softmax(1)
+    excess = (seen - usual) * (sharpness or 1.0)
+    share = (excess if where is None else excess.masked_fill(~where, -1e4)).softmax(1)
     total = torch.einsum("bl,bnl->bn", wanted, share)
     return total / total.sum(-1, keepdim=True)
 
-# %% ../nbs/api/21_build.ipynb #56fd880d
+# %% ../nbs/api/21_build.ipynb #232945a4
+ZONES = {  # place: from and to, in shares of the film's height
+    "lung apex": (0, 1 / 3), "upper lobe": (0, 1 / 2), "perihilar region": (1 / 6, 3 / 4), "mid lung": (1 / 4, 3 / 4), "middle lobe": (1 / 3, 5 / 6),
+    "lingula": (1 / 3, 5 / 6), "lower lobe": (5 / 12, 1), "lung base": (1 / 2, 1), "costophrenic angle": (1 / 2, 1)}
+SIDES = {"right": (0, 7 / 12), "left": (5 / 12, 1)}  # the patient's side: from and to, in shares of the film's width
+
+def region(
+    place: str,  # an anatomy concept, such as "left lower lobe", "lung base" or "right"
+    side: str = "",  # "left" or "right" where another word says so
+    grid: tuple[int, int] = (12, 12),  # rows, columns of the token grid
+) -> torch.Tensor:  # bool (N,), row-major
+    "The patches of a frontal film in which a place of the report may lie; all of them where its words do not tell."
+    side = side or next((s for s in SIDES if place.startswith(s)), "left" if place == "lingula" else "")
+    top, bottom = next((z for name, z in ZONES.items() if place.endswith(name)), (0, 1))
+    first, last = SIDES.get(side, (0, 1))
+    y, x = (torch.arange(n).add(0.5) / n for n in grid)  # middles of the patches
+    return (((y >= top) & (y <= bottom))[:, None] & ((x >= first) & (x <= last))).flatten()
+
+# %% ../nbs/api/21_build.ipynb #d73b2c51
+def mention_regions(
+    annotation: Annotation,  # of one report
+    grid: tuple[int, int] = (12, 12),  # rows, columns of the token grid
+) -> dict[int, torch.Tensor]:  # index of a mention -> bool (N,), for mentions that are given a place
+    "Where the report puts each of its mentions; what a finding suggests lies where the finding does."
+    side = {r.tail: annotation.mentions[r.head].concept for r in annotation.relations if r.type == "modify" and annotation.mentions[r.head].concept in SIDES}
+    found = {}
+    for r in annotation.relations:
+        if r.type == "located_at" and not (spot := region(annotation.mentions[r.tail].concept, side.get(r.tail, ""), grid)).all(): found[r.head] = found.get(r.head, spot) | spot
+    for r in annotation.relations:
+        if r.type == "suggestive_of" and r.head in found: found[r.tail] = found.get(r.tail, found[r.head]) | found[r.head]
+    return found
+
+def finding_places(
+    annotations: list[Annotation],  # of the reports
+    names: list[str],  # findings of the label head
+    grid: tuple[int, int] = (12, 12),  # rows, columns of the token grid
+) -> torch.Tensor:  # bool (B, N, L): where to look for each finding
+    "The places each report gives to each finding it raises; the whole film where it gives none."
+    out = torch.zeros(len(annotations), grid[0] * grid[1], len(names), dtype=torch.bool)
+    for b, a in enumerate(annotations):
+        for i, spot in mention_regions(a, grid).items():
+            said = labels_of(Annotation("", (a.mentions[i],)))
+            for j, name in enumerate(names):
+                if said.get(name) in (1, -1): out[b, :, j] |= spot
+    return out | ~out.any(1, keepdim=True)
+
+# %% ../nbs/api/21_build.ipynb #9ca34413
 @torch.no_grad()
 def read_batch(
     model: ReportVLM,  # trained, in eval mode
@@ -123,7 +172,7 @@ def read_batch(
     labels = pad_rows([p[0] for p in pairs], -100).to(films.device)
     tokens, layers = look(model, films, labels)
     mask, fell_back = word_mask(labels.cpu(), [p[1] for p in pairs], notes, how.tokens)
-    if how.guide == "activation": ranked, fell_back = by_activation(model, tokens, notes, mean)
+    if how.guide == "activation": ranked, fell_back = by_activation(model, tokens, notes, mean, how.places)
     else:
         seen = relevance(layers, mask.to(films.device), how.layer, how.heads).cpu()  # (B, N)
         ranked = lift(seen, mean) if how.lift else seen
@@ -133,19 +182,21 @@ def read_batch(
                     mention_relevance(heads[b, :, :len(pairs[b][1])], pairs[b][1], notes[b].mentions).numpy(), int(mask[b].sum()), bool(fell_back[b]))
             for b, (i, f) in enumerate(zip(ids, tokens.float().cpu()[rows, kept]))]
 
-# %% ../nbs/api/21_build.ipynb #b41c847c
+# %% ../nbs/api/21_build.ipynb #faa7dac1
 def by_activation(
     model: ReportVLM,  # trained
     tokens: torch.Tensor,  # (B, N, d) token grid
     notes: list[Annotation],  # of the reports
     usual: torch.Tensor,  # (N, L) from `habit`
+    places: bool = True,  # look for a finding only where the report places it
 ) -> tuple[torch.Tensor, torch.Tensor]:  # float32 (B, N) relevance; bool (B,) no finding was named
     "Relevance by the findings a report names, or by the head's own where it names none."
     wanted = named_findings(notes, model.config.label_names)
     silent = ~(wanted > 0).any(1)
     own = torch.sigmoid(model.name_findings(tokens)).cpu()
     wanted = torch.where(silent[:, None], own * torch.tensor([n != "No Finding" for n in model.config.label_names]), wanted)
-    return guided(model.find(tokens).cpu(), usual, wanted, model.config.sharpness), silent
+    where = finding_places(notes, list(model.config.label_names), model.grid) if places else None
+    return guided(model.find(tokens).cpu(), usual, wanted, model.config.sharpness, where), silent
 
 # %% ../nbs/api/21_build.ipynb #e57b2e3a
 @torch.no_grad()

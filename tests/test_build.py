@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from neural.build import Aggregation, by_activation, guided, habit
+from neural.build import Aggregation, by_activation, finding_places, guided, habit, named_findings, region
 from neural.finetune import stem_logits
 from neural.prune import top_k
 from neural.report import ReportReader
@@ -56,3 +56,17 @@ def test_the_report_decides_which_finding_is_followed():
 def test_a_head_that_takes_the_mean_can_still_point():
     seen = torch.zeros(1, 6, 1); seen[0, 2] = 3.0
     assert guided(seen, torch.zeros(6, 1), torch.ones(1, 1), 0.0).argmax().item() == 2
+
+
+@pytest.mark.parametrize("words,place", [("Opacity in the right upper lobe.", "right upper lobe"), ("Left lower lobe consolidation, likely pneumonia.", "left lower lobe"),
+                                         ("There is a patchy opacity at the left lung base.", ("lung base", "left")), ("Possible right middle lobe pneumonia.", "right middle lobe")])
+def test_a_finding_of_one_side_is_never_answered_from_the_other(words, place):
+    torch.manual_seed(0)
+    reader, names = ReportReader(), ["Lung Opacity", "Consolidation", "Pneumonia"]
+    note = reader(words)
+    where = finding_places([note], names)
+    spot = region(*(place if isinstance(place, tuple) else (place,)))
+    assert 4 < spot.sum() < 100
+    for _ in range(20):
+        kept = top_k(guided(torch.randn(1, 144, 3) * 3, torch.zeros(144, 3), named_findings([note], names), 4.0, where), 4)[0]
+        assert spot[kept].all()
