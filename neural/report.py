@@ -190,21 +190,27 @@ class _Item:
 
 # %% ../nbs/api/04_report.ipynb #7ae7125d
 _JOINS = {",", "and", "or", "nor", "versus", "vs", "vs.", "and/or"}
+_WHERE = {"in", "at", "on", "within", "over", "overlying", "throughout", "along", "involving", "projecting"}
 
 # %% ../nbs/api/04_report.ipynb #cb5d12d6
 class _Gaps:
-    "What stands between two entities: counts of telling words, verbs, commas and joins up to each token."
+    "What stands between two entities: counts of telling words, verbs, joins and words of place up to each token."
     def __init__(self, doc: Doc, glue: set, copulas: set):
-        hard, verb, stop = [0], [0], [0]
+        hard, verb, stop, where = [0], [0], [0], [0]
         for t in doc:
             low, free = t.lower_, t.ent_iob_ == "O"
             hard.append(hard[-1] + (free and low not in glue))
             verb.append(verb[-1] + (free and low in copulas))
             stop.append(stop[-1] + (free and low in _JOINS))
-        self.hard, self.verb, self.stop = hard, verb, stop
+            where.append(where[-1] + (free and low in _WHERE))
+        self.hard, self.verb, self.stop, self.where = hard, verb, stop, where
     def between(self, a: _Item, b: _Item) -> tuple[int, int, int]:
         i, j = a.span.end, b.span.start
         return self.hard[j] - self.hard[i], self.verb[j] - self.verb[i], self.stop[j] - self.stop[i]
+    def places(self, a: _Item, b: _Item) -> bool:
+        "Whether what stands between says that `a` is at `b`: a word of place, or no verb at all ('is seen in the', 'of the')."
+        i, j = a.span.end, b.span.start
+        return self.verb[j] == self.verb[i] or self.where[j] > self.where[i]
 
 # %% ../nbs/api/04_report.ipynb #697ffd9a
 class ReportReader:
@@ -335,18 +341,18 @@ def _read_places(self: ReportReader, items: list[_Item], gaps: _Gaps) -> None:
 
 # %% ../nbs/api/04_report.ipynb #4f2464ef
 def _locate(items: list[_Item], at: int, gaps: _Gaps) -> None:
-    "Ties a finding to the places right before and right after it: 'right lower lobe opacity', 'opacity in the lingula'."
+    "Ties a finding to the places right before and right after it: 'right lower lobe opacity', 'opacity is seen in the lingula'."
     for step in (-1, 1):
-        i = _reach(items, at, step, gaps, "place", verbs=int(step < 0))
-        if i is not None and not (step > 0 and _has_verb(items, i, gaps)): items[at].heads.append((items[i], "located_at"))
+        i = _reach(items, at, step, gaps, "place", verbs=1)
+        if i is not None and not (step > 0 and (_has_verb(items, i, gaps) or not gaps.places(items[at], items[i]))): items[at].heads.append((items[i], "located_at"))
 
 # %% ../nbs/api/04_report.ipynb #3d3f86ad
 def _side(items: list[_Item], at: int, gaps: _Gaps) -> None:
     "Ties 'left' to the anatomy it narrows, else ties the finding to the side."
     place = _reach(items, at, 1, gaps, "place")
     if place is not None: items[at].heads.append((items[place], "modify")); return
-    tries = (_reach(items, at, step, gaps, "finding", over=("modifier", "side", "place"), stops=stops) for step, stops in ((1, 0), (-1, 0)))
-    finding = next((i for i in tries if i is not None), None)
+    tries = ((step, _reach(items, at, step, gaps, "finding", over=("modifier", "side", "place"), verbs=int(step < 0))) for step in (1, -1))
+    finding = next((i for step, i in tries if i is not None and (step > 0 or gaps.places(items[i], items[at]))), None)
     if finding is not None: items[finding].heads.append((items[at], "located_at"))
 
 # %% ../nbs/api/04_report.ipynb #9082b41d

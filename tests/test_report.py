@@ -326,3 +326,21 @@ def test_phantom_reports_say_what_their_labels_say(phantom_cohort, reader):
         for name in LABELS:
             agree += (labels[name] == 1.0) == (row[name] not in ("", None) and float(row[name]) == 1.0); total += 1
     assert total and agree / total >= 0.95, f"{agree} of {total} labels agree"
+
+
+@pytest.mark.parametrize("text,finding,place", [
+    ("Patchy consolidation is seen in the right upper lobe.", "consolidation", "right upper lobe"),
+    ("Consolidation is present in the right upper lobe.", "consolidation", "right upper lobe"),
+    ("An opacity is noted at the left base.", "lung opacity", "lung base"),
+    ("Small effusion is seen on the left.", "pleural effusion", "left"),
+    ("The right lower lobe shows an opacity.", "lung opacity", "right lower lobe")])
+def test_a_verb_does_not_part_a_finding_from_its_place(reader, text, finding, place):
+    a = reader(text)
+    assert (finding, "located_at", place) in {(a.mentions[r.head].concept, r.type, a.mentions[r.tail].concept) for r in a.relations}
+
+
+@pytest.mark.parametrize("text,finding", [("Opacity is unchanged and the right lung is clear.", "lung opacity"), ("Effusion is small, the left base is clear.", "pleural effusion"),
+                                          ("Small effusion is unchanged. The left lung is clear.", "pleural effusion")])
+def test_the_place_of_the_next_clause_is_not_this_finding_s(reader, text, finding):
+    a = reader(text)
+    assert not [r for r in a.relations if r.type == "located_at" and a.mentions[r.head].concept == finding]
