@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['ANATOMY', 'known', 'check_scores', 'auc', 'patient_weights', 'weighted_auc', 'separated_bound', 'patients_or_studies',
-           'auc_interval', 'seed_summary', 'auc_difference', 'auprc', 'brier', 'reliability', 'ece', 'reliability_plot',
-           'roc_band', 'roc_plot', 'finding_patches', 'patches_hit', 'lesion_mask', 'lesion_coverage', 'hit_rate',
-           'precision', 'random_hit_rate', 'random_precision', 'mean_interval', 'file_bytes', 'image_bytes',
-           'results_table', 'markdown_table']
+           'auc_interval', 'seed_summary', 'auc_difference', 'delong', 'auprc', 'brier', 'reliability', 'ece',
+           'reliability_plot', 'roc_band', 'roc_plot', 'finding_patches', 'patches_hit', 'lesion_mask',
+           'lesion_coverage', 'hit_rate', 'precision', 'random_hit_rate', 'random_precision', 'relevance_mass',
+           'pointing_game', 'mean_interval', 'file_bytes', 'image_bytes', 'results_table', 'markdown_table']
 
-# %% ../nbs/api/24_evaluate.ipynb #e6f664e9
+# %% ../nbs/api/24_evaluate.ipynb #c32e44d2
 import io, math
 from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
+from scipy.stats import norm, rankdata
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from .radiograph import box_mask, fit_mask, patch_coverage, read_radiograph
 from .study import Manifest, NeuralError, Study
@@ -174,6 +175,24 @@ def auc_difference(
     gap = lambda w: mean(a, w) - mean(b, w)
     low, high = np.quantile(_bootstrap(gap, who, samples, seed), ((1-level)/2, (1+level)/2))
     return float(gap(np.ones((1, len(who))))[0]), float(low), float(high)
+
+# %% ../nbs/api/24_evaluate.ipynb #3fccf06e
+def delong(
+    y,           # targets, 0 or 1, shape [n]
+    a,           # scores of one model, shape [n]
+    b,           # scores of the other, shape [n]
+    level=0.95,  # confidence level
+) -> tuple[float, float, float, float]: # (AUC of a minus AUC of b, low, high, two-sided p)
+    "Paired difference of two AUCs by the shares of single studies, taken as independent (DeLong, DeLong and Clarke-Pearson 1988)."
+    y, a = check_scores(y, a); b = check_scores(y, b)[1]
+    shares = []
+    for s in (a, b):
+        every, ill, well = rankdata(s), rankdata(s[y == 1]), rankdata(s[y == 0])
+        shares.append(((every[y == 1] - ill) / len(well), 1 - (every[y == 0] - well) / len(ill)))
+    (ia, wa), (ib, wb) = shares
+    gap, spread = ia.mean() - ib.mean(), math.sqrt(np.var(ia - ib, ddof=1) / len(ia) + np.var(wa - wb, ddof=1) / len(wa))
+    reach = norm.ppf((1 + level) / 2) * spread
+    return float(gap), float(gap - reach), float(gap + reach), float(2 * norm.sf(abs(gap) / spread)) if spread else float(gap == 0)
 
 # %% ../nbs/api/24_evaluate.ipynb #7a9a3c64
 def auprc(
@@ -389,6 +408,26 @@ def random_precision(
 ) -> float:           # expected precision of any number of patches drawn at random
     "The precision that chance alone gives, exactly (this companion's choice)."
     return float(np.atleast_2d(finding_patches(coverage, threshold)).mean())
+
+# %% ../nbs/api/24_evaluate.ipynb #9d627d2e
+def relevance_mass(
+    relevance,        # one map [N] per study, non-negative
+    coverage,         # one coverage [N] per study
+    threshold=0.25,   # coverage from which a patch is on the finding
+) -> float:           # mean over studies, in [0, 1]
+    "How much of the relevance lies on the finding (this companion's choice)."
+    _paired(relevance, coverage)
+    r, on = np.asarray(relevance, float), np.atleast_2d(finding_patches(coverage, threshold))
+    if r.shape != on.shape or not (r >= 0).all() or not (r.sum(-1) > 0).all(): raise NeuralError(f"relevance must be non-negative maps of {on.shape[1]} patches that do not vanish, got shape {r.shape}")
+    return float(np.mean((r * on).sum(-1) / r.sum(-1)))
+
+def pointing_game(
+    relevance,        # one map [N] per study
+    coverage,         # one coverage [N] per study
+    threshold=0.25,   # coverage from which a patch is on the finding
+) -> float:           # share of studies
+    "How often the most relevant patch lies on the finding (Zhang et al. 2016); chance is `random_precision`."
+    return hit_rate(np.asarray(relevance).argmax(-1)[:, None], coverage, threshold)
 
 # %% ../nbs/api/24_evaluate.ipynb #122a849c
 def mean_interval(

@@ -22,7 +22,7 @@ from .vlm import ReportVLM, label_loss, load_vlm
 
 # %% auto #0
 __all__ = ['StudyDataset', 'mirror', 'augment', 'report_ids', 'Collator', 'pad_rows', 'parameter_groups', 'stem_logits',
-           'warm_start', 'warm_epoch', 'ReportTrainer', 'training_arguments', 'finetune', 'read_labels']
+           'warm_start', 'label_epoch', 'ReportTrainer', 'training_arguments', 'finetune', 'read_labels']
 
 # %% ../nbs/api/12_finetune.ipynb #4387fe2c
 class StudyDataset(Dataset):
@@ -149,7 +149,7 @@ def stem_logits(
     swin = model.encoder
     return model.name_findings(swin.layernorm(swin.embeddings(model.normalise(films))[0]))
 
-# %% ../nbs/api/12_finetune.ipynb #2ac6af5c
+# %% ../nbs/api/12_finetune.ipynb #1e05c33c
 def warm_start(
     model: ReportVLM,  # new; its stem and label head are changed in place
     data: StudyDataset,  # train split
@@ -167,25 +167,26 @@ def warm_start(
     weights = [*model.encoder.embeddings.parameters(), *model.encoder.layernorm.parameters(), *model.head.parameters()]
     optimiser = torch.optim.AdamW(weights, lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, epochs=epochs, steps_per_epoch=-(-len(data) // batch_size), pct_start=0.2)
-    return [warm_epoch(model, data, optimiser, schedule, generator, batch_size, bf16) for _ in tqdm(range(epochs), desc="warm start", disable=None)]
+    return [label_epoch(lambda films: stem_logits(model, films), data, optimiser, schedule, generator, batch_size, device, bf16) for _ in tqdm(range(epochs), desc="warm start", disable=None)]
 
-# %% ../nbs/api/12_finetune.ipynb #51399446
-def warm_epoch(
-    model: ReportVLM,  # in training
+# %% ../nbs/api/12_finetune.ipynb #fc589778
+def label_epoch(
+    logits_of,  # films (B, 1, S, S) on the device -> (B, L), before the sigmoid; in training
     data: StudyDataset,  # train split
-    optimiser: torch.optim.Optimizer,  # over stem and head
+    optimiser: torch.optim.Optimizer,  # over whatever is to learn
     schedule,  # stepped once a batch
     generator: torch.Generator,  # of order and augmentation
     batch_size: int,  # films per step
-    bf16: bool,  # autocast to bfloat16
+    device: str = "cpu",  # "cpu" or "cuda"
+    bf16: bool = True,  # autocast to bfloat16
 ) -> float:  # mean loss, nats per known label
-    "One pass of the stem over the training films."
+    "One pass over the training films, augmented, with the masked label loss and no words."
     order, losses = torch.randperm(len(data), generator=generator).tolist(), []
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
-        films = augment(torch.as_tensor(np.asarray(data.films.batch([data.ids[i] for i in part]))), generator).to(model.device)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16): logits = stem_logits(model, films)
-        loss = label_loss(logits, torch.as_tensor(data.targets[part]).to(model.device))
+        films = augment(torch.as_tensor(np.asarray(data.films.batch([data.ids[i] for i in part]))), generator).to(device)
+        with torch.autocast(str(device).partition(":")[0], torch.bfloat16, enabled=bf16): logits = logits_of(films)
+        loss = label_loss(logits, torch.as_tensor(data.targets[part]).to(device))
         optimiser.zero_grad(); loss.backward(); optimiser.step(); schedule.step(); losses.append(loss.item())
     return float(np.mean(losses))
 
