@@ -32,7 +32,7 @@ from .vlm import ReportVLM, load_vlm
 __all__ = ['TRACKS', 'ZONES', 'SIDES', 'TABLES', 'SCHEMAS', 'Aggregation', 'Reading', 'word_mask', 'named_findings', 'guided',
            'region', 'mention_regions', 'finding_places', 'read_batch', 'by_activation', 'look', 'habit',
            'write_reports', 'reading_rows', 'save_readings', 'load_readings', 'save_aggregation', 'load_aggregation',
-           'read_films', 'shard_of', 'build_store', 'usable', 'hash_of', 'open_store']
+           'decode_films', 'shard_of', 'build_store', 'usable', 'hash_of', 'open_store']
 
 # %% ../nbs/api/21_build.ipynb #c9a646cf
 TRACKS = ("image+report", "image-only")
@@ -369,7 +369,7 @@ def load_aggregation(
     return Aggregation(**about), None if mean is None else torch.tensor(mean), k, most
 
 # %% ../nbs/api/21_build.ipynb #92439d2f
-def read_films(
+def decode_films(
     paths: list,  # of the frontal radiographs
     size: int,  # side of the fitted films
     pool=None,  # an executor that decodes in parallel
@@ -419,7 +419,7 @@ def build_store(
     with ProcessPoolExecutor(max(1, workers)) as pool:
         for start in tqdm(range(0, len(todo), batch_size), desc=track, disable=None if progress is None else not progress):
             part = todo[start : start + batch_size]
-            found = read_films([manifest.image_path(s.frontal) for s in part], size, pool if workers > 1 and len(part) > 4 else None)
+            found = decode_films([manifest.image_path(s.frontal) for s in part], size, pool if workers > 1 and len(part) > 4 else None)
             studies = usable(manifest, part, found, track, excluded)
             if studies: store.append([r.asset(reader.vocabulary, fusion) for r in shard_of(model, tokenizer, reader, studies, track, settings)])
     return store, excluded

@@ -76,11 +76,13 @@ def phantom(
     size: Annotated[int, typer.Option(min=64, max=4096, help="Side of each radiograph in pixels.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same studies.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes that draw.")] = 2,
+    test: Annotated[Optional[float], typer.Option(min=0.01, max=0.98, help="Share of the patients in the test split; the others are parted 7 to 1 into train and validate. 0.2 if left out.")] = None,
 ):
     "Write synthetic studies with known truth, in the MIMIC-CXR layout."
-    from neural.phantom import write_cohort
+    from neural.phantom import FRACTIONS, write_cohort
+    shares = (0.875 * (1 - test), 0.125 * (1 - test), test) if test else FRACTIONS
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise typer.BadParameter(f"{out} is not empty; name a new folder", param_hint="OUT")
-    summary = write_cohort(out, studies=studies, size=size, seed=seed, workers=workers)
+    summary = write_cohort(out, studies=studies, size=size, seed=seed, workers=workers, fractions=shares)
     typer.echo(f"{out}: " + ", ".join(f"{n} {what}" for what, n in summary.items() if isinstance(n, int)) + f", {size} pixels")
 
 # %% ../nbs/api/42_cli.ipynb #d0aa9c9d
@@ -140,7 +142,7 @@ def read_assignments(
 # %% ../nbs/api/42_cli.ipynb #36cc30aa
 @app.command()
 def run(
-    stages: Annotated[Optional[list[str]], typer.Argument(metavar="[STAGE]...", help="Stages by number, name or word, such as 20 or prune; none means all.")] = None,
+    stages: Annotated[Optional[list[str]], typer.Argument(metavar="[STAGE]...", help="Stages by number, name, word or range, such as 20, prune or 51-58; none means those the preset lists, or all.")] = None,
     preset: Annotated[Optional[str], typer.Option(help="smoke, quickstart, paper, or a YAML file of parameters.")] = None,
     manifest: Annotated[Optional[Path], typer.Option(help="Manifest of the studies; a run remembers its own.")] = None,
     folder: Annotated[Optional[Path], typer.Option("--run", help="Run folder; runs/<preset> if left out.")] = None,
@@ -163,10 +165,11 @@ def publish(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.", exists=True, file_okay=False)],
     notebooks: Annotated[Optional[Path], typer.Option("--stages", help="Folder of stage notebooks; nbs/paper if left out.")] = None,
     figures: Annotated[Path, typer.Option(help="Folder for figures, tables and records.")] = Path("figures"),
+    numbers: Annotated[bool, typer.Option("--numbers", help="Leave the notebooks as they are.")] = False,
 ):
-    "Put a finished run's outputs back into the notebooks, and its figures into figures/."
+    "Put a finished run's outputs back into the notebooks, and its figures, tables and records into a folder."
     from neural.pipeline import publish as publish_run
-    done = publish_run(folder, stage_folder(notebooks), figures)
+    done = publish_run(folder, stage_folder(notebooks), figures, not numbers)
     typer.echo(f"published: {', '.join(done)}")
 
 # %% ../nbs/api/42_cli.ipynb #688ff72a

@@ -1071,11 +1071,13 @@ def draw_patient_studies(
 def draw_cohort(
     studies: int,  # how many
     seed: int = 0,  # of the whole cohort
+    fractions: tuple = FRACTIONS,  # shares of the patients in train, validate and test, sum 1
 ) -> list[dict]:  # as `draw_patient_studies`, with the split
     "Plan a cohort without drawing it; the split is by patient."
+    if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6: raise NeuralError(f"train, validate and test need three positive shares that sum to 1, got {fractions}")
     plan, n = [], 0
     while len(plan) < studies: plan += draw_patient_studies(seed, n)[: studies - len(plan)]; n += 1
-    turn = np.random.default_rng([seed, 5]).permutation(n); cut = np.cumsum(FRACTIONS)[:2] * n
+    turn = np.random.default_rng([seed, 5]).permutation(n); cut = np.cumsum(fractions)[:2] * n
     split = {10_000_000 + 37 * i + 11: ("train", "validate", "test")[int((turn[i] >= cut).sum())] for i in range(n)}
     return [s | {"split": split[s["patient"]]} for s in plan]
 
@@ -1127,6 +1129,7 @@ def write_cohort(
     size: int = 512,  # longer side of the films, pixels
     seed: int = 0,  # of the whole cohort
     workers: int = 2,  # drawing processes; the files are the same for any number
+    fractions: tuple = FRACTIONS,  # shares of the patients in train, validate and test
 ) -> dict:  # studies, patients, films, masks, splits
     "Write a phantom cohort in the MIMIC-CXR layout, published by rename (this companion's choice)."
     out = Path(os.path.abspath(out))
@@ -1134,7 +1137,7 @@ def write_cohort(
     if not 1 <= studies <= 1_000_000 or not 48 <= size <= 4096: raise NeuralError(f"a cohort needs at least one study and films of 48 to 4096 pixels, got {studies} and {size}")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp"); shutil.rmtree(temporary, ignore_errors=True); (temporary / "truth" / "masks").mkdir(parents=True)
     try:
-        plan = draw_cohort(studies, seed); drawn = draw_all([(str(temporary), s, size) for s in plan], workers)
+        plan = draw_cohort(studies, seed, fractions); drawn = draw_all([(str(temporary), s, size) for s in plan], workers)
         films, boxes = [f for d in drawn for f in d[0]], [b for d in drawn for b in d[1]]; write_tables(temporary, plan, films, boxes)
         if out.exists(): out.rmdir()
         os.replace(temporary, out)

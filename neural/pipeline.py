@@ -46,12 +46,13 @@ def find_stages(
 # %% ../nbs/api/40_pipeline.ipynb #21bb7715
 def pick_stages(
     stages: list[Stage],  # all there are
-    wanted=(),            # number, name or word of each stage asked for: `20`, `20_prune` or `prune`; none means all
+    wanted=(),            # number, name, word or range of numbers of the stages asked for: `20`, `20_prune`, `prune`, `20-40`; none means all
 ) -> list[Stage]:         # in number order
-    "The stages asked for by number, name or word (this companion's choice)."
+    "The stages asked for by number, name, word or range (this companion's choice)."
     chosen = {}
     for word in map(str, wanted):
-        hits = [s for s in stages if word in (str(s.number), s.name, s.name.split("_", 1)[1])]
+        span = re.fullmatch(r"(\d+)-(\d+)", word)
+        hits = [s for s in stages if (int(span[1]) <= s.number <= int(span[2]) if span else word in (str(s.number), s.name, s.name.split("_", 1)[1]))]
         if not hits: raise NeuralError(f"no stage called {word}; there are {', '.join(s.name for s in stages)}")
         chosen.update({s.number: s for s in hits})
     return [chosen[n] for n in sorted(chosen)] if wanted else list(stages)
@@ -151,6 +152,7 @@ def load_preset(
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise NeuralError(f"preset {path.name} is not readable YAML: {' '.join(str(e).split())[:160]}") from None
     if not isinstance(values, dict) or any(isinstance(v, dict) for v in values.values()):
         raise NeuralError(f"preset {path.name} must be a flat list of `name: value` lines")
+    if not isinstance(values.get("stages", []), list): raise NeuralError(f"preset {path.name}: stages must be a list such as [10, \"20-40\"]")
     return {str(k): v for k, v in values.items()}
 
 # %% ../nbs/api/40_pipeline.ipynb #ee1f2fd9
@@ -621,7 +623,7 @@ def stage_line(
 def run_pipeline(
     folder,         # folder of stage notebooks
     run,            # run folder
-    wanted=(),      # stages by number, name or word; none means all
+    wanted=(),      # stages by number, name, word or range; none means those of the preset, or all
     preset=None,    # name of a preset, or a YAML file
     given=None,     # parameter -> value, stronger than the preset
     manifest=None,  # manifest file; None means the one this run used before
@@ -630,8 +632,10 @@ def run_pipeline(
     **options,      # verbose, time_limit
 ) -> dict[str, dict]:  # stage name -> finished record
     "Run stages in order, skip those nothing changed for, and stop at the first that fails."
-    stages = find_stages(folder); chosen = pick_stages(stages, wanted)
-    settled = settle_parameters(stages, chosen, load_preset(preset, folder) if preset else {}, given)
+    stages, values = find_stages(folder), load_preset(preset, folder) if preset else {}
+    usual = values.pop("stages", ())
+    chosen = pick_stages(stages, wanted or usual)
+    settled = settle_parameters(stages, chosen, values, given)
     manifest, entries = settle_manifest(run, manifest), {}
     with lock_run(run):
         open_run(run, **({"preset": str(preset)} if preset else {}), **({"manifest": os.path.relpath(manifest, Path(run).resolve())} if manifest else {}))
@@ -716,14 +720,15 @@ def publish_stage(
 # %% ../nbs/api/40_pipeline.ipynb #0199daf4
 def publish(
     run,      # run folder
-    folder,   # folder of stage notebooks, which take their outputs back
+    folder,   # folder of stage notebooks
     figures,  # folder for figures, tables and run records
+    notebooks=True,  # give the notebooks their outputs; False publishes the numbers alone
 ) -> list[str]:  # names of the stages published
     "Publish a finished run: outputs into the notebooks, figures and tables into one folder (this companion's choice)."
     run, figures = Path(run), Path(figures)
     done = [s for s in find_stages(folder) if read_record(run, s.name).get("inputs")]
     if not done: raise NeuralError(f"{run} has no finished stage; run one first")
-    for stage in done: publish_stage(stage, run)
+    for stage in done if notebooks else []: publish_stage(stage, run)
     files = {n: run/n for n in run_files(run) if n.split("/")[0] in ("figures", "tables") or n == "results.json"}
     files = {n.removeprefix("figures/"): p for n, p in files.items()} | {f"records/{s.name}.json": run/f"{s.name}.json" for s in done}
     old = read_json(figures/"published.json")["files"] if (figures/"published.json").is_file() else {}

@@ -75,6 +75,15 @@ def test_split_is_by_patient(plan):
     for name, stated in zip(("train", "validate", "test"), phantom.FRACTIONS): assert abs(share(v == {name} for v in of.values()) - stated) < .01
 
 
+def test_a_larger_test_split_draws_the_same_studies():
+    usual, wide = draw_cohort(600, seed=3), draw_cohort(600, seed=3, fractions=(.5, .1, .4))
+    assert [s["report"] for s in usual] == [s["report"] for s in wide]
+    patients = {s["patient"]: s["split"] for s in wide}
+    assert abs(share(v == "test" for v in patients.values()) - .4) < .02
+    for wrong in ((.5, .5), (.5, .1, .5), (1, 0, 0)):
+        with pytest.raises(NeuralError, match="three positive shares"): draw_cohort(5, fractions=wrong)
+
+
 def test_ids_are_unique_in_a_large_cohort():
     large = draw_cohort(2500, seed=0)
     assert len({s["study"] for s in large}) == len(large)
