@@ -21,10 +21,11 @@ from .study import NeuralError
 from .vlm import ReportVLM, label_loss, load_vlm
 
 # %% auto #0
-__all__ = ['StudyDataset', 'mirror', 'augment', 'report_ids', 'Collator', 'pad_rows', 'parameter_groups', 'stem_logits',
-           'warm_start', 'label_epoch', 'ReportTrainer', 'training_arguments', 'finetune', 'read_labels']
+__all__ = ['HEALTHY', 'StudyDataset', 'mirror', 'poses', 'moved', 'augment', 'report_ids', 'Collator', 'pad_rows', 'focus_batch',
+           'parameter_groups', 'stem_logits', 'warm_start', 'label_epoch', 'draw_weights', 'focus_loss',
+           'ReportTrainer', 'training_arguments', 'finetune', 'read_labels']
 
-# %% ../nbs/api/12_finetune.ipynb #4387fe2c
+# %% ../nbs/api/12_finetune.ipynb #31d8fa23
 class StudyDataset(Dataset):
     "Films, report texts and finding targets of a list of studies, in one order."
 
@@ -35,14 +36,15 @@ class StudyDataset(Dataset):
         texts: list,  # evidence text per study; never the indication
         targets: np.ndarray,  # (n, L) in [0, 1], NaN where unknown
         weights: list | None = None,  # per study, (T,) weight of each report token in the text loss
+        focus: list | None = None,  # per study, None or (coverage (N,), bool (T,)): where a mark lies, which tokens should look there
     ):
         if not len(ids) == len(texts) == len(targets): raise NeuralError(f"{len(ids)} studies, {len(texts)} texts and {len(targets)} targets do not belong together")
-        self.films, self.ids, self.texts, self.weights = films, list(ids), list(texts), weights
+        self.films, self.ids, self.texts, self.weights, self.focus = films, list(ids), list(texts), weights, focus
         self.targets = np.asarray(targets, np.float32)
 
     def __len__(self): return len(self.ids)
     def __getitem__(self, i: int) -> dict:
-        return dict(film=np.asarray(self.films.batch([self.ids[i]])[0]), text=self.texts[i], targets=self.targets[i], weights=self.weights[i] if self.weights else None)
+        return dict(film=np.asarray(self.films.batch([self.ids[i]])[0]), text=self.texts[i], targets=self.targets[i], weights=self.weights[i] if self.weights else None, focus=self.focus[i] if self.focus else None)
 
 # %% ../nbs/api/12_finetune.ipynb #66d45e06
 def mirror(
@@ -52,7 +54,30 @@ def mirror(
     "Flip a film together with its words; there is no function that flips a film alone."
     return film.flip(-1), swap_laterality(text)
 
-# %% ../nbs/api/12_finetune.ipynb #58a40526
+# %% ../nbs/api/12_finetune.ipynb #8f3185be
+def _spread(n, scale, generator): return (torch.rand(n, generator=generator) * 2 - 1) * scale
+
+def poses(
+    n: int,  # films
+    generator: torch.Generator,  # source of randomness
+    turn: float = 8.0,  # largest rotation, degrees
+    zoom: float = 0.1,  # largest relative change of size
+    shift: float = 0.05,  # largest shift, share of the film
+) -> torch.Tensor:  # (n, 2, 3) affine, positive determinant: nothing is mirrored
+    "How each film is turned, zoomed and shifted."
+    angle, size = _spread(n, math.radians(turn), generator), 1 + _spread(n, zoom, generator)
+    cos, sin = torch.cos(angle) / size, torch.sin(angle) / size
+    across, down = _spread(n, 2 * shift, generator), _spread(n, 2 * shift, generator)
+    return torch.stack([torch.stack([cos, -sin, across], -1), torch.stack([sin, cos, down], -1)], 1)
+
+def moved(
+    images: torch.Tensor,  # (B, 1, H, W): films, or masks on any raster
+    theta: torch.Tensor,  # (B, 2, 3) from `poses`
+) -> torch.Tensor:  # (B, 1, H, W), zero where the move uncovers nothing
+    "Images after a move; a film and its mask given the same move still belong together."
+    return F.grid_sample(images, F.affine_grid(theta, images.shape, align_corners=False), align_corners=False)
+
+# %% ../nbs/api/12_finetune.ipynb #4d9bbfd4
 def augment(
     films: torch.Tensor,  # (B, 1, S, S) in [0, 1]
     generator: torch.Generator,  # source of randomness
@@ -60,15 +85,12 @@ def augment(
     zoom: float = 0.1,  # largest relative change of size
     shift: float = 0.05,  # largest shift, share of the film
     exposure: float = 0.25,  # largest change of log gamma, and of contrast
+    theta: torch.Tensor | None = None,  # (B, 2, 3) a move that is already chosen; None: drawn here
 ) -> torch.Tensor:  # (B, 1, S, S) in [0, 1]
     "Turn, zoom, shift and expose films a little, each its own way; never mirrors (train split only)."
-    r = lambda scale: (torch.rand(len(films), generator=generator) * 2 - 1) * scale
-    angle, size = r(math.radians(turn)), 1 + r(zoom)
-    cos, sin = torch.cos(angle) / size, torch.sin(angle) / size
-    theta = torch.stack([torch.stack([cos, -sin, r(2 * shift)], -1), torch.stack([sin, cos, r(2 * shift)], -1)], 1)  # (B, 2, 3), det > 0
-    moved = F.grid_sample(films, F.affine_grid(theta, films.shape, align_corners=False), align_corners=False)
-    gamma, gain = torch.exp(r(exposure)).view(-1, 1, 1, 1), torch.exp(r(exposure / 2)).view(-1, 1, 1, 1)
-    return (moved.clamp(0, 1) ** gamma * gain).clamp(0, 1)
+    there = moved(films, poses(len(films), generator, turn, zoom, shift) if theta is None else theta)
+    gamma, gain = (torch.exp(_spread(len(films), s, generator)).view(-1, 1, 1, 1) for s in (exposure, exposure / 2))
+    return (there.clamp(0, 1) ** gamma * gain).clamp(0, 1)
 
 # %% ../nbs/api/12_finetune.ipynb #8131f140
 def report_ids(
@@ -108,19 +130,33 @@ def pad_rows(
     "Stack rows of different lengths."
     return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(r) for r in rows], batch_first=True, padding_value=fill)
 
-# %% ../nbs/api/12_finetune.ipynb #652193ae
+# %% ../nbs/api/12_finetune.ipynb #fee0a84d
 @patch
 def __call__(
     self: Collator,
     items: list[dict],  # from `StudyDataset`
-) -> dict:  # pixel_values (B, 1, S, S), labels (B, T), targets (B, L), and token_weights (B, T) where given
-    "One batch for `ReportVLM.forward`."
+) -> dict:  # pixel_values (B, 1, S, S), labels (B, T), targets (B, L), and where given token_weights (B, T), marks (B, N), speaks (B, T)
+    "One batch for `ReportVLM.forward`; films and their marks make the same move."
     pixels = torch.as_tensor(np.stack([i["film"] for i in items]))
-    if self.generator is not None: pixels = augment(pixels, self.generator)
+    theta = None if self.generator is None else poses(len(items), self.generator)
+    if theta is not None: pixels = augment(pixels, self.generator, theta=theta)
     rows = [self.ids(i["text"]) for i in items]
     batch = dict(pixel_values=pixels, labels=pad_rows(rows, -100), targets=torch.as_tensor(np.stack([i["targets"] for i in items])))
     if items[0].get("weights") is not None: batch["token_weights"] = pad_rows([list(i["weights"])[: len(r) - 1] + [1.0] for i, r in zip(items, rows)], 0.0).float()
+    if any(i.get("focus") is not None for i in items): batch |= focus_batch([i.get("focus") for i in items], [len(r) for r in rows], theta)
     return batch
+
+def focus_batch(
+    focus: list,  # per study, None or (coverage (N,), bool (T,))
+    lengths: list[int],  # tokens of each report, end token included
+    theta: torch.Tensor | None = None,  # (B, 2, 3) the move of the films
+) -> dict:  # marks (B, N) in [0, 1], speaks (B, T) bool; all zero for a study without marks
+    "Marks and speaking tokens of a batch."
+    n = next(len(f[0]) for f in focus if f is not None); side = math.isqrt(n)
+    marks = torch.stack([torch.zeros(n) if f is None else torch.as_tensor(np.asarray(f[0], np.float32)) for f in focus])
+    if theta is not None: marks = moved(marks.view(-1, 1, side, side), theta).flatten(1).clamp(0, 1)
+    speaks = pad_rows([torch.zeros(t, dtype=torch.bool) if f is None else torch.as_tensor([*map(bool, f[1])][: t - 1] + [False]) for f, t in zip(focus, lengths)], False)
+    return dict(marks=marks, speaks=speaks)
 
 # %% ../nbs/api/12_finetune.ipynb #256a1752
 def parameter_groups(
@@ -190,17 +226,52 @@ def label_epoch(
         optimiser.zero_grad(); loss.backward(); optimiser.step(); schedule.step(); losses.append(loss.item())
     return float(np.mean(losses))
 
-# %% ../nbs/api/12_finetune.ipynb #f0849726
+# %% ../nbs/api/12_finetune.ipynb #01342e61
+HEALTHY = ("no finding", "normal", "support devices")  # label names that are no illness, in lower case
+
+def draw_weights(
+    targets: np.ndarray,  # (n, L) in [0, 1], NaN where unknown
+    names: list[str],  # L label names
+    oversample: float = 1.0,  # how often an abnormal study is drawn for one draw of a normal one
+) -> np.ndarray | None:  # (n,) weight of each study in the draw; None where all are drawn once
+    "How often each training study is drawn (this companion's choice)."
+    if not oversample > 0: raise NeuralError(f"oversample must be above 0, got {oversample}; 1 draws every study once a pass")
+    if oversample == 1: return None
+    ill = [j for j, n in enumerate(names) if n.lower() not in HEALTHY]
+    return np.where((np.nan_to_num(np.asarray(targets, float))[:, ill] >= 0.5).any(1), float(oversample), 1.0)
+
+# %% ../nbs/api/12_finetune.ipynb #ba02e8a4
+def focus_loss(
+    attention: torch.Tensor,  # (B, H, T, N) cross-attention of one layer
+    speaks: torch.Tensor,  # bool (B, T) tokens that should look at the mark
+    marks: torch.Tensor,  # (B, N) share of each patch that a mark covers; a row of zeros has none
+) -> torch.Tensor:  # scalar, nats per study that has a mark and a speaking token; 0 where none has
+    "Cross-entropy between where the marks lie and where the finding-bearing words look (this companion's choice)."
+    if attention.ndim != 4 or (len(attention), attention.shape[2]) != tuple(speaks.shape) or (len(attention), attention.shape[3]) != tuple(marks.shape):
+        raise NeuralError(f"attention {tuple(attention.shape)}, speaking tokens {tuple(speaks.shape)} and marks {tuple(marks.shape)} do not belong together")
+    said = speaks.to(attention.dtype)
+    looks = torch.einsum("bt,btn->bn", said, attention.float().mean(1)) / said.sum(1, keepdim=True).clamp(min=1)  # (B, N)
+    each = -(marks / marks.sum(1, keepdim=True).clamp(min=1e-6) * looks.clamp(min=1e-8).log()).sum(1)
+    counts = (marks.sum(1) > 1e-6) & speaks.any(1)
+    return (each * counts).sum() / counts.sum().clamp(min=1)
+
+# %% ../nbs/api/12_finetune.ipynb #37d6a067
 class ReportTrainer(Trainer):
-    "A `Trainer` that keeps text and label loss apart in its log."
+    "A `Trainer` that keeps its losses apart in its log, may draw some studies more often, and may tell attention where to look."
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        out = model(**inputs)
-        part = self.parts[model.training]
-        for name in ("text_loss", "label_loss"): part.setdefault(name, []).append(getattr(out, name).detach())
+        marks, speaks = inputs.pop("marks", None), inputs.pop("speaks", None)
+        out = model(**inputs, output_attentions=marks is not None)
+        losses = dict(text_loss=out.text_loss, label_loss=out.label_loss) | ({} if marks is None else dict(focus_loss=focus_loss(out.cross_attentions[-1], speaks, marks)))
+        for name, value in losses.items(): self.parts[model.training].setdefault(name, []).append(value.detach())
+        if marks is not None and model.training: out.loss = out.loss + self.focus_weight * losses["focus_loss"]  # the best epoch is chosen by words and findings alone
         return (out.loss, out) if return_outputs else out.loss
 
-    parts = None  # {training?: {loss name: [values]}}, set by `finetune`
+    parts, focus_weight, draw = None, 0.0, None  # set by `finetune`: {training?: {loss name: [values]}}, weight of the focus loss, (n,) weight of each study in the draw
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.draw is None: return super()._get_train_sampler(train_dataset)
+        return torch.utils.data.WeightedRandomSampler(torch.as_tensor(self.draw), len(self.draw), replacement=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self.model.load_state_dict(load_vlm(resume_from_checkpoint).state_dict())
@@ -236,7 +307,7 @@ def training_arguments(
         metric_for_best_model="eval_loss", greater_is_better=False, logging_strategy="epoch", report_to=[], disable_tqdm=not progress,
         dataloader_num_workers=workers, dataloader_pin_memory=False, remove_unused_columns=False, prediction_loss_only=True, log_level="error")
 
-# %% ../nbs/api/12_finetune.ipynb #511d0b1a
+# %% ../nbs/api/12_finetune.ipynb #e20c1b4f
 def finetune(
     model: ReportVLM,  # new, or from checkpoints; left with the weights that were best on validate
     tokenizer,  # trained on the training reports
@@ -248,17 +319,20 @@ def finetune(
     lr_words: float | None = None,  # of a new decoder and its projection; None: `lr`
     max_tokens: int = 96,  # longest report in tokens
     seed: int = 0,  # of augmentation, order and dropout
+    draw: np.ndarray | None = None,  # (n,) from `draw_weights`; None: every study once a pass
+    focus_weight: float = 0.0,  # weight of the focus loss, for studies whose `focus` is given
     trainer: type = ReportTrainer,  # the trainer class, for a run with a different loop
     **kwargs,  # passed on to `training_arguments`
 ) -> list[dict]:  # one dict per log: epoch, losses, learning rate
     "Fine-tune on report and findings, keep the best epoch on validate, resume after a kill (NEURAL, sec. 2.1)."
     if not len(train) or not len(validate): raise NeuralError(f"fine-tuning needs studies in train and validate, got {len(train)} and {len(validate)}; look at the split column of the manifest")
+    if draw is not None and len(draw) != len(train): raise NeuralError(f"{len(draw)} draw weights for {len(train)} training studies; make them with draw_weights from the same targets")
     set_seed(seed)
     args = training_arguments(folder, seed=seed, **kwargs)
     collators = Collator(tokenizer, max_tokens, torch.Generator().manual_seed(seed)), Collator(tokenizer, max_tokens)
     optimiser = torch.optim.AdamW(parameter_groups(model, lr, lr_pretrained, lr_words), lr=lr, betas=(0.9, 0.98))
     loop = trainer(model, args, data_collator=collators[0], train_dataset=train, eval_dataset=validate, optimizers=(optimiser, None))
-    loop.parts = {True: {}, False: {}}
+    loop.parts, loop.draw, loop.focus_weight = {True: {}, False: {}}, draw, focus_weight
     loop.remove_callback(PrinterCallback)  # it would print whole dictionaries
     loop.get_eval_dataloader = lambda *a, **k: torch.utils.data.DataLoader(validate, batch_size=args.eval_batch_size, collate_fn=collators[1])
     loop.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_attentions', 'check_rows', 'pick_layer', 'join_heads', 'all_tokens', 'mention_tokens', 'finding_tokens',
            'with_fallback', 'one_per_patch', 'relevance', 'phantom_attention', 'show_words', 'show_relevance',
-           'mention_relevance', 'mean_relevance', 'lift']
+           'mention_relevance', 'mean_relevance', 'lift', 'rollout', 'times_gradient', 'contrast', 'mixture']
 
 # %% ../nbs/api/14_relevance.ipynb #e851225f
 import matplotlib.pyplot as plt
@@ -226,3 +226,54 @@ def lift(
     if not bool((base > 0).all()): raise NeuralError("the mean relevance is zero at some patch; use smooth > 0")
     up = r / base
     return up / up.sum(-1, keepdim=True)
+
+# %% ../nbs/api/14_relevance.ipynb #d3ed7b88
+def rollout(
+    self_attentions,       # one tensor [B, H, T, T] per decoder layer: which words each word reads
+    cross_attentions,      # one tensor [B, H, T, N] per decoder layer: where each word looks
+) -> torch.Tensor:         # float32 [B, 1, T, N], rows sum to 1; takes the place of one cross-attention layer
+    "What has reached each word through all layers, residuals included (after Abnar and Zuidema 2020)."
+    B, _, T, _ = check_attentions(cross_attentions)
+    if len(self_attentions or ()) != len(cross_attentions) or tuple(self_attentions[0].shape[2:]) != (T, T) or len(self_attentions[0]) != B:
+        raise NeuralError(f"rollout needs one self-attention [B, H, {T}, {T}] per layer of cross-attention; ask the decoder for both in one pass")
+    reached = 0.0
+    for words, looks in zip(self_attentions, cross_attentions):
+        mixed = (check_rows(words).mean(1) + torch.eye(T, device=words.device)) / 2      # (B, T, T)
+        reached = (mixed @ reached if torch.is_tensor(reached) else 0.0) / 2 + check_rows(looks).mean(1) / 2  # (B, T, N)
+    return (reached / reached.sum(-1, keepdim=True))[:, None]
+
+# %% ../nbs/api/14_relevance.ipynb #efdcee3d
+def times_gradient(
+    attention: torch.Tensor,  # [B, H, T, N] cross-attention of one layer
+    gradient: torch.Tensor,   # [B, H, T, N] derivative of a log-likelihood by that attention
+) -> torch.Tensor:            # float32 [B, 1, T, N], non-negative, rows sum to 1; a row without help is uniform
+    "Attention weighted by how much it helped (after Chefer et al. 2021; this companion's choice)."
+    if attention.shape != gradient.shape or attention.ndim != 4: raise NeuralError(f"attention {list(attention.shape)} and its gradient {list(gradient.shape)} must both be [B, H, T, N]")
+    helped = (attention.float() * gradient.float()).clamp(min=0).mean(1)                  # (B, T, N)
+    total = helped.sum(-1, keepdim=True)
+    return torch.where(total > 0, helped / total.clamp(min=1e-20), torch.full_like(helped, 1 / helped.shape[-1]))[:, None]
+
+# %% ../nbs/api/14_relevance.ipynb #ec2b665e
+def contrast(
+    found,               # [B, N], relevance of the words of abnormal phrases, rows sum to 1
+    denied,              # [B, N], relevance of the words of normal or denied phrases, rows sum to 1
+    smooth: float=0.1,   # share of the uniform map mixed into `denied`, in (0, 1]
+) -> torch.Tensor:       # float32 [B, N], rows sum to 1
+    "What abnormal phrases look at more than normal ones do, study by study (this companion's choice)."
+    a, b = torch.as_tensor(found).float(), torch.as_tensor(denied).float()
+    if a.shape != b.shape or a.ndim != 2: raise NeuralError(f"contrast takes two maps of one shape, [B, N]; got {list(a.shape)} and {list(b.shape)}")
+    return torch.stack([lift(x, y, smooth) for x, y in zip(a, b)]) if len(a) else a
+
+# %% ../nbs/api/14_relevance.ipynb #6198dcbd
+def mixture(
+    a,                    # [B, N], rows sum to 1
+    b,                    # [B, N], rows sum to 1
+    share: float=0.5,     # of `b`, in [0, 1]
+    smooth: float=0.05,   # share of the uniform map mixed into both, in (0, 1)
+) -> torch.Tensor:        # float32 [B, N], rows sum to 1
+    "Weighted geometric mean of two relevance maps (this companion's choice)."
+    a, b = torch.as_tensor(a).float(), torch.as_tensor(b).float()
+    if a.shape != b.shape: raise NeuralError(f"a mixture takes two maps of one shape; got {list(a.shape)} and {list(b.shape)}")
+    if not 0 <= share <= 1: raise NeuralError(f"share must lie in [0, 1], got {share}")
+    logs = [((1 - smooth) * x + smooth / x.shape[-1]).log() for x in (a, b)]
+    return ((1 - share) * logs[0] + share * logs[1]).softmax(-1)

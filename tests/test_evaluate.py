@@ -3,13 +3,16 @@ import itertools
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn import metrics
 
-from neural.evaluate import (auc, auc_difference, auc_interval, auprc, brier, file_bytes, ece, finding_patches, hit_rate, image_bytes, known, markdown_table,
-                             mean_interval, patient_weights, patches_hit, precision, random_hit_rate, random_precision, reliability, results_table, roc_band,
-                             seed_summary, separated_bound, weighted_auc)
-from neural.study import NeuralError
+from neural.evaluate import (auc, auc_difference, auc_interval, auprc, bleu, brier, check_predictions, check_target, file_bytes, ece, finding_counts, finding_difference,
+                             finding_patches, finding_summary, finding_table, hit_rate, image_bytes, known, markdown_table, mean_interval, negation_table, other_patient, paired_summary,
+                             patient_weights, patches_hit, precision, random_hit_rate, random_precision, read_predictions, reliability, report_quality, results_table,
+                             roc_band, rouge_l, seed_scores, seed_summary, separated_bound, target_counts, target_verdicts, text_metrics, typical_report, weighted_auc)
+from neural.report import ReportReader, evidence, labels_of, split_sections
+from neural.study import LABELS, SPLITS, Manifest, NeuralError, Study, View, index_dataset, report_text, targets
 
 
 def binormal(rng, patients, each=1, effect=1.0, shared=0.0):
@@ -195,3 +198,217 @@ def test_real_masks_and_boxes_become_coverage(real_data):
         one = lesion_mask(manifest, s, 192, b.label)
         if len([x for x in v.boxes if x.label == b.label]) == 1: assert one.sum() == pytest.approx(b.w * b.h * (192 / side) ** 2, rel=.05)
     assert all(lesion_mask(manifest, s, 192, "left lung") is not None for s in masked if any("left_lung" in m for m in s.frontal.masks))
+
+
+# targets and predictions, held against the manifest
+
+def cohort(label="Pneumonia", **counts):
+    "A manifest of one label: (positive, negative, uncertain, unknown) studies of each split, one patient each."
+    rows = [(split, v) for split, four in counts.items() for v, n in zip((1.0, 0.0, -1.0, None), four) for _ in range(n)]
+    return Manifest([Study(f"s{i}", f"p{i}", split, (View(f"{i}.png", "frontal"),), labels={label: v, "Edema": None}) for i, (split, v) in enumerate(rows)])
+
+
+def predicted(manifest, label="Pneumonia", **more):
+    "A sound table of predictions, in shuffled order."
+    y = targets(manifest, label)
+    table = pd.DataFrame([dict(study_id=s.study_id, split=s.split, y=v, p=.2 + .6 * (v == 1), target=label, track="image-only", variant="both", seed=0, **more) for s, v in zip(manifest, y)])
+    return table.sample(frac=1, random_state=0).reset_index(drop=True)
+
+
+GOOD = cohort(train=(20, 60, 4, 3), validate=(3, 9, 0, 0), test=(8, 20, 1, 1))
+
+
+def test_targets_are_counted_by_split_and_policy():
+    assert target_counts(GOOD, "Pneumonia").to_dict("index") == {
+        "train": dict(positive=24, negative=60, unknown=3, ill=24, well=60), "validate": dict(positive=3, negative=9, unknown=0, ill=3, well=9), "test": dict(positive=9, negative=20, unknown=1, ill=9, well=20)}
+    assert target_counts(GOOD, "Pneumonia", "zeros").loc["train"].tolist() == [20, 64, 3, 20, 64]
+    assert target_counts(GOOD, "Pneumonia", "ignore").loc["train"].tolist() == [20, 60, 7, 20, 60]
+    many = Manifest([Study(f"s{i}", "one", "test", (View(f"{i}.png"),), labels={"X": float(i % 2)}) for i in range(6)])
+    assert target_counts(many, "X").loc["test"].tolist() == [3, 3, 0, 1, 1]                # one patient, whatever the studies
+
+
+@pytest.mark.parametrize("counts,said", [
+    (dict(train=(0, 0, 0, 9), validate=(0, 0, 0, 2), test=(0, 0, 0, 2)), "unknown in all 13 studies"),
+    (dict(train=(40, 60, 0, 0), validate=(0, 9, 0, 0), test=(8, 20, 0, 0)), "one class only in validate"),
+    (dict(train=(40, 60, 0, 0), validate=(4, 9, 0, 0)), "one class only in test"),
+    (dict(train=(3, 60, 0, 0), validate=(1, 9, 0, 0), test=(5, 20, 0, 0)), "has 9 positives where 10"),
+    (dict(train=(30, 60, 0, 0), validate=(3, 9, 0, 0), test=(4, 20, 0, 0)), "4 ill and 20 well patients in test"),
+])
+def test_a_target_without_enough_is_refused_with_its_counts(counts, said):
+    with pytest.raises(NeuralError) as e: check_target(cohort(**counts), "Pneumonia")
+    line = str(e.value)
+    assert said in line and all(f"{s} " in line for s in SPLITS) and "unknown" in line and ": choose" in line and "\n" not in line
+    assert not target_verdicts(cohort(**counts), ["Pneumonia"]).usable["Pneumonia"]
+
+
+def test_a_sound_target_passes_and_a_policy_can_undo_it():
+    assert check_target(GOOD, "Pneumonia").positive.sum() == 36
+    thin = cohort(train=(4, 60, 9, 0), validate=(1, 9, 2, 0), test=(4, 20, 3, 0))
+    check_target(thin, "Pneumonia", "ones")
+    with pytest.raises(NeuralError, match="9 positives"): check_target(thin, "Pneumonia", "zeros")
+    assert target_verdicts(GOOD, ["Pneumonia", "Edema"]).usable.tolist() == [True, False]
+
+
+def test_sound_predictions_pass_and_come_back_from_disk(tmp_path):
+    table = pd.concat([predicted(GOOD), predicted(GOOD).assign(seed=1)])
+    assert check_predictions(table, GOOD) is table
+    table.to_parquet(tmp_path / "predictions.parquet")
+    again = read_predictions(tmp_path / "predictions.parquet", GOOD)
+    ids, y, scores = seed_scores(again, "Pneumonia", "image-only", "both")
+    assert scores.shape == (2, 29) and len(ids) == len(y) == 29 and y.sum() == 9              # the unknown one is left out
+    assert dict(zip(ids, y)) == {s.study_id: v for s, v in zip(GOOD.of("test"), targets(GOOD.of("test"), "Pneumonia")) if not np.isnan(v)}
+    assert seed_summary(y, scores)["auc"] == 1
+
+
+def spoil(column, value, rows=1):
+    "A way to spoil a table of predictions."
+    def change(t):
+        t = t.copy(); t[column] = [value(v) if i < rows else v for i, v in enumerate(t[column])]; return t
+    return change
+
+
+@pytest.mark.parametrize("change,said", [
+    (spoil("study_id", lambda v: f"x{v}", 3), "3 of 129 predictions are of studies that the manifest does not know (first: study x"),
+    (lambda t: pd.concat([t, t.head(2)]), "2 of 131 predictions repeat a study"), (lambda t: pd.concat([t, t.head(1).assign(p=.9)]), "1 of 130 predictions repeat a study"),
+    (spoil("split", lambda v: "test" if v == "train" else "train", 5), "5 of 129 predictions name another split"), (spoil("split", lambda v: None), "1 of 129 predictions name another split"),
+    (spoil("y", lambda v: 1 - v if v == v else 1.), "1 of 129 predictions carry another target"), (spoil("y", lambda v: -1.), "1 of 129 predictions carry another target"),
+    (spoil("y", lambda v: float("nan"), 129), "predictions carry another target"), (spoil("p", lambda v: float("nan")), "1 of 129 predictions have a p"), (spoil("p", lambda v: 1.01), "have a p"),
+    (spoil("p", lambda v: -.01), "have a p"), (spoil("p", lambda v: float("inf")), "have a p"), (spoil("p", lambda v: "much"), "have a p"), (spoil("target", lambda v: "Pneumonitis"), "no label of the manifest"),
+    (lambda t: t.drop(columns=["p", "seed"]), "without the column seed, p"), (lambda t: t.head(0), "without a row"),
+])
+def test_predictions_of_another_manifest_are_refused(change, said):
+    with pytest.raises(NeuralError) as e: check_predictions(change(predicted(GOOD)), GOOD)
+    assert said in str(e.value) and "\n" not in str(e.value)
+
+
+def test_predictions_belong_to_one_policy():
+    table = predicted(GOOD)                                                                    # made with "ones"
+    with pytest.raises(NeuralError, match="5 of 129 .*'zeros'"): check_predictions(table, GOOD, "zeros")
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"study_id,p\ns1,0.5\n"])
+def test_a_torn_table_of_predictions_is_refused(tmp_path, content):
+    (tmp_path / "p.parquet").write_bytes(content)
+    with pytest.raises(NeuralError, match="no readable Parquet"): read_predictions(tmp_path / "p.parquet", GOOD)
+
+
+def test_seeds_that_met_other_studies_are_refused():
+    table = pd.concat([predicted(GOOD), predicted(GOOD).assign(seed=1).query("study_id != 's100'")])      # a test study less
+    assert seed_scores(table, "Pneumonia", "image-only", "both", "train")[2].shape == (2, 84)
+    with pytest.raises(NeuralError, match="different studies"): seed_scores(table, "Pneumonia", "image-only", "both")
+    with pytest.raises(NeuralError, match="the table holds both"): seed_scores(table, "Pneumonia", "image-only", "neither")
+    with pytest.raises(NeuralError, match="twice"): seed_scores(pd.concat([table, table.head(40)]), "Pneumonia", "image-only", "both")
+
+
+def test_paired_seeds_are_narrower_than_unpaired_ones():
+    rng = np.random.default_rng(8)
+    y, p, who = binormal(rng, 150)
+    noise = rng.normal(size=(4, len(y)))
+    s = paired_summary(y, p + .5 * y + noise, p + noise, who)                                   # seed by seed the same noise
+    assert s["seeds"] == s["seeds_better"] == 4 and s["low"] > 0 and s["delong_p"] < .05
+    assert s["seed_sd"] < np.std([auc(y, r) for r in p + noise], ddof=1)
+    back = paired_summary(y, p + noise, p + .5 * y + noise, who)
+    assert back["difference"] == pytest.approx(-s["difference"]) and back["seeds_better"] == 0
+    assert paired_summary(y, p + noise, p, who)["seeds"] == 4
+
+
+# written reports
+
+READER = ReportReader()
+TRUE = ["Right pleural effusion. No pneumothorax. Heart size is normal.", "Large pneumothorax. No pleural effusion.", "Cardiomegaly with pulmonary edema.", "Lungs are clear. No effusion or pneumothorax."]
+
+
+def read(texts): return [labels_of(a) for a in READER.pipe(texts)]
+
+
+def test_finding_counts_against_scikit_learn():
+    rng = np.random.default_rng(0)
+    t, s = rng.integers(0, 2, (40, 3)), rng.integers(0, 2, (40, 3))
+    rows = lambda a: [dict(zip("abc", map(float, r))) for r in a]
+    table = finding_table(finding_counts(rows(t), rows(s), "abc"), "abc")
+    for j, name in enumerate("abc"):
+        r = table.loc[name]
+        assert (r.precision, r.recall, r.f1, r.kappa) == pytest.approx((metrics.precision_score(t[:, j], s[:, j]), metrics.recall_score(t[:, j], s[:, j]), metrics.f1_score(t[:, j], s[:, j]), metrics.cohen_kappa_score(t[:, j], s[:, j])))
+    summary = finding_summary(finding_counts(rows(t), rows(s), "abc"), samples=200)
+    assert summary["F1, micro"][0] == pytest.approx(metrics.f1_score(t.ravel(), s.ravel())) and summary["F1, macro"] == pytest.approx(metrics.f1_score(t, s, average="macro"))
+    assert summary["F1, micro"][1] < summary["F1, micro"][0] < summary["F1, micro"][2]
+
+
+def test_paired_findings_know_which_report_is_better():
+    rng = np.random.default_rng(3)
+    t = rng.integers(0, 2, (120, 4)); wrong = lambda share: np.where(rng.random(t.shape) < share, 1 - t, t)
+    rows = lambda a: [dict(zip("abcd", map(float, r))) for r in a]
+    fine, poor = (finding_counts(rows(t), rows(wrong(w)), "abcd") for w in (.1, .3))
+    d, low, high = finding_difference(fine, poor, samples=300)
+    assert 0 < low < d < high and d == pytest.approx(finding_summary(fine)["F1, micro"][0] - finding_summary(poor)["F1, micro"][0])
+    assert finding_difference(poor, fine, samples=300) == pytest.approx([-d, -high, -low])
+    with pytest.raises(NeuralError, match="120 studies against 60"): finding_difference(fine, poor[:, :60])
+
+
+def test_a_blank_label_is_unknown_and_a_silent_report_is_not_a_finding():
+    truth, said = [{"X": None}, {"X": 1.0}, {"X": 0.0}, {"X": -1.0}], [{"X": 1.0}, {"X": None}, {"X": None}, {"X": 1.0}]
+    assert finding_counts(truth, said, ["X"], silent=np.nan).sum((1, 2)).tolist() == [1, 0, 1, 1]
+    assert finding_counts(truth, said, ["X"]).sum((1, 2)).tolist() == [1, 1, 1, 1]              # between two reports, silence is "not there"
+    assert finding_counts(truth, said, ["X"], "ignore", np.nan).sum((1, 2)).tolist() == [0, 0, 1, 1]
+
+
+def test_a_lost_negation_is_seen():
+    turned = [t.replace("No ", "") for t in TRUE]
+    table = negation_table(read(TRUE), read(turned))
+    assert table.loc["Pneumothorax", ["denied", "kept", "turned"]].tolist() == [2, 0, 2]
+    assert table.loc["Cardiomegaly", ["denied", "kept"]].tolist() == [1, 1]                     # "heart size is normal" stayed
+    card = report_quality(TRUE, turned, READER, samples=50)
+    assert card["denials turned"] > .3 and card["ROUGE-L"][0] > .85                             # nearly the same words, the opposite findings
+    assert card["precision"] < .75
+
+
+def test_perfect_empty_and_foreign_reports():
+    perfect, empty = report_quality(TRUE, TRUE, READER, samples=50), report_quality(TRUE, [""] * 4, READER, samples=50)
+    assert perfect["F1, micro"] == perfect["ROUGE-L"] == [1, 1, 1] and perfect["BLEU"] == pytest.approx(1) and perfect["denials kept"] == 1 and perfect["F1, macro"] == 1
+    assert empty["empty"] == 4 and empty["F1, micro"][0] == empty["ROUGE-L"][0] == empty["BLEU"] == empty["denials kept"] == 0
+    foreign = report_quality(TRUE, ["Quartz mountains hum."] * 4, READER, samples=50)
+    assert foreign["F1, micro"][0] == foreign["ROUGE-L"][0] == 0 and foreign["BLEU"] < .05
+
+
+def test_no_word_of_a_report_leaves_the_card():
+    marked = [t + " Zebrafish." for t in TRUE]
+    assert "ebrafish" not in repr(report_quality(marked, marked[::-1], READER, samples=20)) + repr(finding_table(finding_counts(read(marked), read(marked))))
+    with pytest.raises(NeuralError) as e: report_quality([*marked[:3], " "], marked, READER)
+    assert "1 of 4 reference reports are empty" in str(e.value) and "ebrafish" not in str(e.value)
+
+
+def test_words_agree_with_the_packages():
+    from rouge_score.rouge_scorer import RougeScorer
+    import sacrebleu
+    other = TRUE[1:] + TRUE[:1]
+    assert rouge_l(TRUE, other) == pytest.approx([RougeScorer(["rougeL"]).score(a, b)["rougeL"].fmeasure for a, b in zip(TRUE, other)])
+    assert bleu(TRUE, other) == pytest.approx(sacrebleu.corpus_bleu(other, [TRUE], lowercase=True).score / 100)
+    assert rouge_l(["a b c d"], ["d c b a"])[0] == pytest.approx(.25)                          # in another order, one word is common
+    assert all(v.strip() for v in text_metrics().values()) and "version" in text_metrics()["BLEU"]
+
+
+def test_the_typical_report_is_the_common_one():
+    texts = ["Large mass in the left lung."] + ["No acute disease of the chest."] * 5 + ["No acute disease.", ""]
+    assert typical_report(texts) == 1 and typical_report(texts[::-1]) == 2
+    with pytest.raises(NeuralError, match="no report"): typical_report([" "])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nobody_keeps_a_report_of_their_own(seed):
+    rng = np.random.default_rng(seed)
+    who = rng.permutation(np.repeat(np.arange(12), rng.integers(1, 6, 12)))
+    to = other_patient(who, seed)
+    assert sorted(to) == list(range(len(who))) and (who[to] != who).all()
+    assert (other_patient(who, seed) == to).all() and (other_patient(who, seed + 1) != to).any()
+
+
+def test_real_written_words_are_scored_without_being_shown(real_data, capsys):
+    manifest, _ = index_dataset("open-i", real_data)
+    texts = [t for s in list(manifest)[:80] if (t := evidence(split_sections(report_text(manifest, s))))]
+    shuffled = [texts[i] for i in other_patient(range(len(texts)))]
+    parrot = [texts[typical_report(texts)]] * len(texts)
+    cards = {n: report_quality(texts, t, READER, samples=50) for n, t in (("own", texts), ("shuffled", shuffled), ("parrot", parrot))}
+    assert cards["own"]["F1, micro"][0] == cards["own"]["ROUGE-L"][0] == 1
+    assert cards["parrot"]["F1, micro"][0] < .3 and cards["shuffled"]["F1, micro"][0] < .5     # words come cheap, findings do not
+    assert cards["parrot"]["ROUGE-L"][0] > .1
+    assert capsys.readouterr().out == "" and not any(isinstance(v, str) for c in cards.values() for v in c.values())
