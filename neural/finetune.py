@@ -182,8 +182,7 @@ def stem_logits(
     films: torch.Tensor,  # (B, 1, S, S) in [0, 1]
 ) -> torch.Tensor:  # (B, L), before the sigmoid
     "Findings read from the stem by the label head, without the Swin blocks in between."
-    swin = model.encoder
-    return model.name_findings(swin.layernorm(swin.embeddings(model.normalise(films))[0]))
+    return model.name_findings(model.encoder.layernorm(model.encoder.embeddings(model.normalise(films))[0]))
 
 # %% ../nbs/api/12_finetune.ipynb #1e05c33c
 def warm_start(
@@ -191,7 +190,7 @@ def warm_start(
     data: StudyDataset,  # train split
     epochs: int = 10,  # passes over it
     batch_size: int = 32,  # films per step
-    lr: float = 2e-3,  # peak learning rate
+    lr: float = 5e-3,  # peak learning rate
     seed: int = 0,  # of order and augmentation
     device: str = "cpu",  # "cpu" or "cuda"
     bf16: bool = True,  # autocast to bfloat16

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 import yaml
 
-from neural.pipeline import code_cells, imported_modules, is_fresh, machine_paths, parameters_cell, sha256_of, stage_parameters
+from neural.pipeline import code_cells, find_stages, imported_modules, is_fresh, machine_paths, parameters_cell, pick_stages, sha256_of, stage_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "nbs/api").glob("*.ipynb"))
@@ -128,9 +128,10 @@ def test_stage_outputs_belong_to_its_code(path):
 def test_presets_speak_to_some_stage():
     known = {n: p for path in STAGES for n, p in stage_parameters(path).items()}
     found = sorted((ROOT / "nbs/paper/presets").glob("*.yaml"))
-    assert [p.stem for p in found] == ["paper", "quickstart", "smoke"]
+    assert [p.stem for p in found] == ["open-i", "paper", "quickstart", "smoke"]
     for preset in found:
         values = yaml.safe_load(preset.read_text())
+        pick_stages(find_stages(ROOT / "nbs/paper"), values.pop("stages", ()))
         assert set(values) <= set(known), f"{preset.name}: {set(values) - set(known)}"
 
 

@@ -146,3 +146,96 @@ def test_text_nodes_are_not_all_alike():
 
 def test_dataset_refuses_lists_of_different_length():
     with pytest.raises(ValueError, match="do not belong together"): StudyDataset(Memory(), ["a"], ["x", "y"], np.zeros((1, len(LABELS))))
+
+
+# the three defects that the project says the released code has, each on an example small enough to check by hand (must hold)
+
+def shuffled(attention, seed=0):
+    "The same words, another film: every column of the attention somewhere else."
+    return attention[..., torch.randperm(attention.shape[-1], generator=torch.Generator().manual_seed(seed))]
+
+
+def test_the_token_row_selection_does_not_look_at_the_film():
+    from neural.audit import released_visual
+    torch.manual_seed(0)
+    attention, tokens = (8 * torch.rand(20, 144)).softmax(-1), np.random.default_rng(0).normal(size=(144, 8))
+    here, elsewhere = (released_visual(a, tokens, (12, 12)).patches.tolist() for a in (attention, shuffled(attention)))
+    assert here == elsewhere  # what every word looked at was moved, and the choice is the same
+    ours = [top_k(relevance((a[None, None],), torch.ones(1, 20, dtype=torch.bool)), 4)[0].tolist() for a in (attention, shuffled(attention))]
+    assert ours[0] != ours[1]
+
+
+def test_the_token_row_selection_keeps_the_top_of_the_film_one_patch_per_word():
+    from neural.audit import released_visual
+    for hot in (50, 101, 143):
+        graph = released_visual(planted(20, hot)[0].mean(0), np.zeros((144, 8)), (12, 12))
+        assert graph.patches.max() < 20 and hot not in graph.patches and hot in top_k(relevance((planted(20, hot),), torch.ones(1, 20, dtype=torch.bool)), 4)[0]
+
+
+def test_released_node_counts_follow_the_report_and_a_long_one_is_refused():
+    from neural.audit import released_visual
+    torch.manual_seed(1)
+    count = {t: len(released_visual(torch.rand(t, 144), np.zeros((144, 4)), (12, 12))) for t in (12, 40, 120)}
+    for t, n in count.items(): assert abs(n / t - 0.023 * 144) < 0.1
+    with pytest.raises(ValueError, match="defect A3"): released_visual(torch.rand(150, 144), np.zeros((144, 4)), (12, 12))
+
+
+@pytest.fixture(scope="module")
+def small_graph():
+    "Three patches in a row, two concepts with a relation, one tie."
+    from neural.asset import StudyAsset
+    from neural.classify import to_data
+    return to_data(StudyAsset("s", "image+report", (12, 12), [5, 6, 7], [.2, .5, .3], np.eye(3, 4), [1, 2], [0, 2], [(0, 1, 1)], [(0, 1)], [1.]))
+
+
+def changed_patches(graph):
+    "Patch nodes whose vector differs after two graph convolutions when only text nodes were changed."
+    from torch_geometric.nn import GCNConv
+    torch.manual_seed(0)
+    first, second = GCNConv(6, 6), GCNConv(6, 6)
+    x = torch.randn(graph.num_nodes, 6); y = x.clone(); y[~graph.is_patch] += 1
+    with torch.no_grad(): out = [second(first(v, graph.edge_index).tanh(), graph.edge_index) for v in (x, y)]
+    return ((out[0] - out[1]).abs().amax(1) > 1e-7)[graph.is_patch].tolist()
+
+
+def test_one_way_edges_let_no_word_reach_a_patch_and_ours_do(small_graph):
+    from neural.audit import one_way
+    assert changed_patches(one_way(small_graph)) == [False] * 3
+    assert changed_patches(small_graph) == [True] * 3  # the tied patch, and by the second layer its neighbours
+
+
+def test_one_way_edges_keep_the_relations_of_the_text_both_ways(small_graph):
+    from neural.audit import one_way
+    assert sorted(zip(*one_way(small_graph).edge_index.tolist())) == [(0, 1), (1, 2), (1, 3), (3, 4), (4, 3)]
+
+
+@pytest.mark.parametrize("n, share", [(300, 0.2), (1000, 0.5), (10000, 0.3)])
+def test_one_third_of_the_studies_judged_on_had_trained_the_network(n, share):
+    from neural.audit import stage_overlap
+    y = np.arange(n) < share * n
+    seen = stage_overlap(y)
+    assert seen == {"trained on": pytest.approx(1 / 3, abs=1e-12), "chose its epoch": pytest.approx(2 / 3, abs=1e-12), "unseen": pytest.approx(0, abs=1e-12)}
+
+
+def test_a_split_by_studies_puts_a_patient_on_both_sides_and_ours_does_not():
+    from sklearn.model_selection import train_test_split
+    who = np.repeat([f"p{i}" for i in range(200)], 3)
+    train, held = train_test_split(np.arange(600), test_size=0.3, random_state=42)
+    assert len(set(who[train]) & set(who[held])) > 100
+    ours = {s: {p for p in who if split_of(p) == s} for s in ("train", "validate", "test")}
+    assert not ours["train"] & ours["test"] and not ours["train"] & ours["validate"]
+
+
+def test_released_text_nodes_are_one_vector_without_negation(small_graph):
+    from neural.audit import one_word, without_negation
+    from neural.graph import knowledge_from
+    assert len(set(one_word(small_graph).word.tolist())) == 1 < len(set(small_graph.word.tolist()))
+    yes, no = (without_negation(knowledge_from([3], [a]), np.ones((1, 2)))[0] for a in (0, 2))
+    assert (yes.concepts, yes.assertions) == (no.concepts, no.assertions)
+
+
+def test_the_released_hub_is_the_first_node_whatever_its_relevance():
+    from neural.audit import first_hub
+    from neural.graph import fusion_ties, knowledge_from, visual_graph
+    visual, words = visual_graph([3, 50, 77, 140], np.zeros((4, 2)), [.1, .2, .6, .1], (12, 12)), knowledge_from([1, 2], [0, 0])
+    assert np.argwhere(first_hub(visual, words)).tolist() == [[0, 0]] and np.argwhere(fusion_ties(visual, words)).tolist() == [[0, 2]]

@@ -1,0 +1,152 @@
+"""The contenders of chapter 26: nothing leaks between choices, every budget is kept, and hostile pictures are refused."""
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from neural.baseline import (CODECS, FilmArray, FilmCNN, decode_picture, encode_picture, film_logits, linear_reader, mosaic, only_patches, patch_tokens, pool_cells,
+                             pooled_bytes, random_map, read_films, read_graphs, thumbnail, thumbnail_side, train_graphs, visual_data, within_budget)
+from neural.evaluate import auc
+from neural.finetune import StudyDataset
+from neural.phantom import toy_study
+from neural.prune import top_k
+from neural.radiograph import fit_square
+from neural.study import NeuralError
+from neural.vlm import ReportVLM, ReportVLMConfig, small_config
+
+
+@pytest.fixture(scope="module")
+def film(): return np.asarray(toy_study("Pleural Effusion", size=384, seed=2).image, np.float32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return ReportVLM(small_config(64, 96, width=32, d_model=32, layers=1)).eval()
+
+
+def test_film_network_sees_pixels_as_the_report_generator_does():
+    config, network = ReportVLMConfig(), FilmCNN(2, width=16)
+    assert (network.mean, network.spread) == (config.pixel_mean[0], config.pixel_std[0])
+
+
+def test_probabilities_are_the_sigmoid_of_the_scores():
+    torch.manual_seed(1)
+    network, films = FilmCNN(3, width=16), FilmArray(["a", "b"], np.random.default_rng(0).random((2, 32, 32)))
+    torch.nn.init.normal_(network.head.weight)
+    data = StudyDataset(films, ["a", "b"], [""] * 2, np.zeros((2, 3)))
+    assert np.allclose(read_films(network, data), 1 / (1 + np.exp(-film_logits(network, data).numpy())), atol=1e-6)
+
+
+def test_films_in_memory_keep_their_order_and_their_scale():
+    planes = np.arange(3, dtype=np.uint8)[:, None, None] * np.full((1, 8, 8), 100, np.uint8)
+    films = FilmArray(["a", "b", "c"], planes)
+    assert np.allclose(films.batch(["c", "a", "c"])[:, 0, 0, 0], [200 / 255, 0, 200 / 255])
+    with pytest.raises(KeyError): films.batch(["z"])
+    with pytest.raises(NeuralError): FilmArray(["a", "a"], planes[:2])
+
+
+def test_random_maps_depend_on_the_study_and_on_nothing_around_it():
+    alone, among = random_map(["s7"], seed=3), random_map([f"s{i}" for i in range(20)], seed=3)
+    assert np.array_equal(alone[0], among[7]) and len({m.tobytes() for m in among}) == 20
+    assert not np.array_equal(alone, random_map(["s7"], seed=4))
+
+
+@pytest.mark.parametrize("k", [1, 4, 10, 143])
+def test_random_budgets_nest(k):
+    m = random_map(["a", "b", "c"])
+    for small, large in zip(top_k(m, k).tolist(), top_k(m, k + 1).tolist()): assert set(small) < set(large)
+
+
+def test_a_patch_hears_the_whole_film_only_after_mixing(model):
+    shown = np.asarray(toy_study("Pneumonia", size=96, seed=1).image, np.float32)[None]
+    other = shown.copy(); other[..., :24, :24] = 1 - other[..., :24, :24]
+    seen = lambda x, depth: patch_tokens(model, FilmArray(["a"], x), ["a"], depth)[0, 143].astype(np.float32)
+    assert np.array_equal(seen(shown, "stem"), seen(other, "stem"))
+    assert not np.array_equal(seen(shown, "mixed"), seen(other, "mixed"))
+
+
+def test_nothing_outside_the_patches_reaches_a_film_of_patches():
+    rng = np.random.default_rng(0)
+    a = rng.random((2, 1, 96, 96)).astype(np.float32); b = a.copy(); b[:, :, 40:48, 40:48] = 0
+    kept = np.array([[0, 1, 2], [100, 101, 143]])
+    assert np.array_equal(only_patches(a, kept), only_patches(b, kept))
+    assert not np.array_equal(only_patches(a, np.array([[65], [65]])), only_patches(b, np.array([[65], [65]])))
+    assert (only_patches(a, kept)[0, 0, :8, :24] == a[0, 0, :8, :24]).all()
+
+
+def test_graph_reader_learns_what_is_retained_and_ignores_unknown_targets():
+    rng = np.random.default_rng(1); y = rng.integers(0, 2, (240, 2)).astype(float)
+    x = rng.normal(size=(240, 16, 6)); x[:, 3, 0] += 4 * y[:, 0]; x[:, 9, 1] += 4 * y[:, 1]
+    graphs, unknown = [visual_data(t, [3, 5], (4, 4)) for t in x], y.copy()
+    unknown[::3, 0] = np.nan
+    fit = lambda seed: read_graphs(train_graphs(graphs[:120], unknown[:120], graphs[120:160], y[120:160], batch_size=16, epochs=20, hidden=16, seed=seed), graphs[160:])
+    scores = fit(0)
+    assert auc(y[160:, 0], scores[:, 0]) > 0.9 and auc(y[160:, 1], scores[:, 1]) < 0.75
+    assert np.array_equal(scores, fit(0)) and not np.array_equal(scores, fit(1))
+
+
+def test_pooled_cells_are_means_in_eight_bits():
+    tokens = np.random.default_rng(0).normal(size=(3, 144, 8)).astype(np.float16)
+    quarter = tokens.reshape(3, 12, 12, 8)[:, :6, 6:].reshape(3, 36, 8).astype(np.float32).mean(1)
+    assert np.abs(pool_cells(tokens)[:, 1] - quarter).max() <= np.abs(quarter).max() / 250
+    assert pooled_bytes((2, 2), 192) == 4 * (192 + 4)
+
+
+def test_linear_reader_refuses_what_it_cannot_learn():
+    x = np.eye(4)
+    with pytest.raises(NeuralError, match="1 positive, 0 negative"): linear_reader(x, [1, np.nan, np.nan, np.nan], x, [0, 1, 0, 1], x)
+    with pytest.raises(NeuralError, match="0 known in validate"): linear_reader(x, [1, 0, 1, 0], x, [np.nan] * 4, x)
+
+
+@pytest.mark.parametrize("codec", list(CODECS))
+@pytest.mark.parametrize("budget", [450, 1000, 3000])
+def test_a_thumbnail_stays_within_its_budget(film, codec, budget):
+    data = thumbnail(film, budget, codec, thumbnail_side(fit_square(film, 192)[None], budget, codec))
+    back = decode_picture(data, 192)
+    assert 0 < len(data) <= budget and back.shape == (1, 192, 192)
+    assert np.corrcoef(back.ravel(), fit_square(film, 192).ravel())[0, 1] > 0.9
+
+
+def test_more_bytes_leave_less_error(film):
+    wanted = fit_square(film, 192)
+    error = lambda b: ((decode_picture(thumbnail(film, b, "webp", thumbnail_side(wanted[None], b)), 192) - wanted) ** 2).mean()
+    assert error(250) > error(1000) > error(4000)
+
+
+@pytest.mark.parametrize("codec", list(CODECS))
+def test_a_budget_that_cannot_be_met_is_refused_in_one_line(film, codec):
+    for attempt in (lambda: thumbnail(film, 15, codec), lambda: thumbnail_side(film[None], 15, codec)):
+        with pytest.raises(NeuralError, match=f"{codec} cannot hold") as refusal: attempt()
+        assert "\n" not in str(refusal.value)
+    assert within_budget(fit_square(film, 32), 15, codec) is None
+
+
+@pytest.mark.parametrize("codec", list(CODECS))
+def test_damaged_pictures_are_refused(film, codec):
+    data, rng = encode_picture(fit_square(film, 64), codec, 50), np.random.default_rng(0)
+    for cut in (0, 1, 12, len(data) // 2):
+        with pytest.raises(NeuralError): decode_picture(data[:cut], 64)
+    for _ in range(60):
+        noisy = bytearray(data); noisy[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        try: assert decode_picture(bytes(noisy), 64).shape == (1, 64, 64)  # a codec without a checksum may still read it
+        except NeuralError as e: assert "\n" not in str(e)
+
+
+def test_foreign_and_huge_pictures_are_refused():
+    for kind, size in (("PNG", (8, 8)), ("GIF", (8, 8)), ("WEBP", (3000, 8)), ("JPEG", (8, 2100))):
+        out = io.BytesIO(); Image.new("L", size).save(out, kind)
+        with pytest.raises(NeuralError): decode_picture(out.getvalue(), 64)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 5, 10])
+def test_a_mosaic_holds_exactly_its_patches(k):
+    film = np.arange(48 * 48, dtype=np.float32).reshape(1, 48, 48)
+    patches = np.random.default_rng(k).choice(144, k, replace=False)
+    made = mosaic(film, patches)
+    tiles = made.reshape(made.shape[1] // 4, 4, made.shape[2] // 4, 4).transpose(0, 2, 1, 3).reshape(-1, 4, 4)
+    for tile, p in zip(tiles, patches): assert np.array_equal(tile, film[0, p // 12 * 4 : p // 12 * 4 + 4, p % 12 * 4 : p % 12 * 4 + 4])
+    assert len(tiles) - k < np.ceil(np.sqrt(k)) and (tiles[k:] == 0).all()
+    with pytest.raises(NeuralError): mosaic(film[:, :47], patches)
