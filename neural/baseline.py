@@ -10,8 +10,8 @@ import io
 import warnings
 from dataclasses import replace
 
+import imagecodecs
 import numpy as np
-import pillow_jxl
 import torch
 from PIL import Image, UnidentifiedImageError
 from sklearn.linear_model import LogisticRegression
@@ -35,8 +35,8 @@ from .vlm import ReportVLM, ReportVLMConfig, conv_stem, label_loss, pool_patches
 # %% auto #0
 __all__ = ['CODECS', 'QUALITIES', 'FilmCNN', 'film_logits', 'read_films', 'train_film_cnn', 'length_control', 'centre_prior',
            'film_contrast', 'random_map', 'patch_tokens', 'FilmArray', 'only_patches', 'other_patches', 'visual_data',
-           'read_graphs', 'train_graphs', 'pool_cells', 'pooled_bytes', 'linear_reader', 'encode_picture',
-           'decode_picture', 'within_budget', 'thumbnail_side', 'thumbnail', 'mosaic']
+           'read_graphs', 'train_graphs', 'pool_cells', 'pooled_bytes', 'linear_reader', 'encode_picture', 'jxl_shape',
+           'read_plane', 'decode_picture', 'within_budget', 'thumbnail_side', 'thumbnail', 'mosaic']
 
 # %% ../nbs/api/26_baseline.ipynb #63ba2c17
 class FilmCNN(nn.Module):
@@ -232,6 +232,14 @@ def _finder(graphs, targets, parts, vocabulary_size, hidden, seed):
     standardise(model, graphs)
     return model
 
+def _learn(model, packs, optimiser, order):
+    "One pass over the packed graphs, in the given order."
+    model.train()
+    with one_thread():
+        for n in order:
+            loss = label_loss(model(packs[n][0]).reshape(packs[n][1].shape), packs[n][1])
+            optimiser.zero_grad(); loss.backward(); optimiser.step()
+
 @torch.no_grad()
 def read_graphs(
     model: GraphClassifier,  # of `train_graphs`
@@ -263,11 +271,7 @@ def train_graphs(
     optimiser, truth = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4), torch.as_tensor(np.asarray(y_validate, np.float32))
     best, since = (float("inf"), None), 0
     for _ in range(epochs):
-        model.train()
-        with one_thread():
-            for n in rng.permutation(len(packs)):
-                loss = label_loss(model(packs[n][0]).reshape(packs[n][1].shape), packs[n][1])
-                optimiser.zero_grad(); loss.backward(); optimiser.step()
+        _learn(model, packs, optimiser, rng.permutation(len(packs)))
         loss, since = label_loss(torch.as_tensor(read_graphs(model, validate)), truth).item(), since + 1
         if loss < best[0]: best, since = (loss, {k: v.clone() for k, v in model.state_dict().items()}), 0
         if since >= patience: break
@@ -311,7 +315,7 @@ def linear_reader(
     return max(fits, key=right).predict_proba(np.asarray(others))[:, 1]
 
 # %% ../nbs/api/26_baseline.ipynb #05585752
-CODECS = {"jpeg": ("JPEG", dict(optimize=True)), "webp": ("WEBP", dict(method=4)), "avif": ("AVIF", dict(speed=8, max_threads=1)), "jxl": ("JXL", dict(effort=5, num_threads=1))}
+CODECS = {"jpeg": ("JPEG", dict(optimize=True)), "webp": ("WEBP", dict(method=4)), "avif": ("AVIF", dict(speed=8, max_threads=1)), "jxl": ("JXL", dict(effort=5, numthreads=1, lossless=False, usecontainer=False))}
 QUALITIES = (1, 3, 6, 10, 15, 22, 30, 40, 50, 60, 70, 80, 90, 95)  # bisected: four trials a film
 
 def encode_picture(
@@ -322,11 +326,41 @@ def encode_picture(
     "One film as an 8-bit grey picture of a common codec."
     if codec not in CODECS: raise NeuralError(f"codec must be one of {', '.join(CODECS)}, got {codec!r}")
     name, options = CODECS[codec]
-    out = io.BytesIO()
-    Image.fromarray(np.round(np.asarray(film)[0] * 255).astype(np.uint8)).save(out, name, quality=quality, **options)
+    plane, out = np.round(np.asarray(film)[0] * 255).astype(np.uint8), io.BytesIO()
+    if codec == "jxl": return imagecodecs.jpegxl_encode(plane, level=quality, **options)  # Pillow writes the others
+    Image.fromarray(plane).save(out, name, quality=quality, **options)
     return out.getvalue()
 
 # %% ../nbs/api/26_baseline.ipynb #94deeba0
+def jxl_shape(
+    data: bytes,  # a bare JPEG XL codestream
+) -> tuple[int, int]:  # rows and columns that its header claims
+    "What a JPEG XL picture says it measures, read before anything is decoded (ISO/IEC 18181-1, size header)."
+    bits = int.from_bytes(data[2:16], "little")
+    def take(n):
+        nonlocal bits
+        bits, value = bits >> n, bits & ((1 << n) - 1)
+        return value
+    small = take(1)
+    length = lambda: 8 * (take(5) + 1) if small else take((9, 13, 18, 30)[take(2)]) + 1
+    rows, ratio = length(), take(3)
+    across, down = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))[ratio - 1]
+    return rows, rows * across // down if ratio else length()
+
+def read_plane(
+    data: bytes,  # a file of one of CODECS
+    side: int,  # pixels a picture may have each way
+) -> np.ndarray:  # uint8 (H, W)
+    "The grey values of a picture whose size is known to be small."
+    if jxl := data[:2] == b"\xff\x0a": rows, columns = jxl_shape(data)
+    else:
+        picture = Image.open(io.BytesIO(data), formats=[name for codec, (name, _) in CODECS.items() if codec != "jxl"])
+        columns, rows = picture.size
+    if max(rows, columns) > side: raise NeuralError(f"a picture of {columns}x{rows} pixels; sides up to {side} are read")
+    plane = imagecodecs.jpegxl_decode(data, index=0) if jxl else np.asarray(picture.convert("L"))
+    if plane.shape != (rows, columns) or plane.dtype != np.uint8: raise ValueError("not one grey plane of 8 bits")
+    return plane
+
 def decode_picture(
     data: bytes,  # a file of one of CODECS
     size: int,  # side of the square it is read at, pixels
@@ -338,9 +372,7 @@ def decode_picture(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=[name for name, _ in CODECS.values()]) as picture:
-                if max(picture.size) > side: raise NeuralError(f"a picture of {picture.size[0]}x{picture.size[1]} pixels; sides up to {side} are read")
-                plane = np.asarray(picture.convert("L"), np.float32) / 255
+            plane = read_plane(data, side).astype(np.float32) / 255
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
         raise e if isinstance(e, NeuralError) else NeuralError(f"{len(data)} bytes that are no picture of {', '.join(CODECS)}, or a damaged one ({type(e).__name__})") from None
     return fit_square(plane[None], size)

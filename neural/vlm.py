@@ -65,13 +65,13 @@ def small_config(
 
 # %% ../nbs/api/10_vlm.ipynb #0f098669
 class Residual(nn.Module):
-    "Two 3×3 convolutions beside an identity, at one scale."
+    "Two convolutions beside an identity, at one scale."
 
-    def __init__(self, width: int):  # channels in, and out
+    def __init__(self, width: int, kernel: int = 3):  # channels in and out; side of the kernels, 3 or 1
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
-            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
+            nn.Conv2d(width, width, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, width, H, W) in and out
         return F.relu(x + self.body(x))
@@ -89,7 +89,7 @@ def conv_stem(
     for step in range(steps):
         wide = max(16, width >> (steps - 1 - step))
         layers += [nn.Conv2d(last, wide, 5 if step == 0 else 3, stride=2, padding=2 if step == 0 else 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU(inplace=True)]
-        layers += [Residual(wide) for _ in range(min(step, 1) + (step == steps - 1))]
+        layers += [Residual(wide, 1 if step == steps - 1 else 3) for _ in range(min(step, 1) + (step == steps - 1))]
         last = wide
     return nn.Sequential(*layers)
 
