@@ -36,11 +36,11 @@ from .vlm import ReportVLM, ReportVLMConfig, conv_stem, label_loss, pool_patches
 __all__ = ['CODECS', 'QUALITIES', 'FilmCNN', 'film_logits', 'read_films', 'train_film_cnn', 'length_control', 'centre_prior',
            'film_contrast', 'random_map', 'patch_tokens', 'FilmArray', 'only_patches', 'other_patches', 'visual_data',
            'read_graphs', 'train_graphs', 'pool_cells', 'pooled_bytes', 'linear_reader', 'encode_picture', 'jxl_shape',
-           'read_plane', 'decode_picture', 'within_budget', 'thumbnail_side', 'thumbnail', 'mosaic']
+           'decode_picture', 'within_budget', 'thumbnail_side', 'thumbnail', 'mosaic']
 
 # %% ../nbs/api/26_baseline.ipynb #63ba2c17
 class FilmCNN(nn.Module):
-    "A small residual network from film to findings: the raw-film control, as large as the report generator's stem."
+    "A small residual network from film to findings: the raw-film control, a stem whose every place sees most of the film."
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class FilmCNN(nn.Module):
         sharpness: float = 4.0,  # of the pooling over places, as in the label head; 0 is the mean
     ):
         super().__init__()
-        self.stem, self.sharpness = conv_stem(16, width), sharpness  # (B, 1, S, S) -> (B, width, S/16, S/16)
+        self.stem, self.sharpness = conv_stem(16, width, last=3), sharpness  # (B, 1, S, S) -> (B, width, S/16, S/16)
         self.mean, self.spread = ReportVLMConfig().pixel_mean[0], ReportVLMConfig().pixel_std[0]  # as the report generator sees a film
         self.head = nn.Linear(width, labels)
         nn.init.zeros_(self.head.weight); nn.init.zeros_(self.head.bias)
@@ -347,7 +347,8 @@ def jxl_shape(
     across, down = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))[ratio - 1]
     return rows, rows * across // down if ratio else length()
 
-def read_plane(
+# %% ../nbs/api/26_baseline.ipynb #jxlplane1
+def _read_plane(
     data: bytes,  # a file of one of CODECS
     side: int,  # pixels a picture may have each way
 ) -> np.ndarray:  # uint8 (H, W)
@@ -372,7 +373,7 @@ def decode_picture(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            plane = read_plane(data, side).astype(np.float32) / 255
+            plane = _read_plane(data, side).astype(np.float32) / 255
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
         raise e if isinstance(e, NeuralError) else NeuralError(f"{len(data)} bytes that are no picture of {', '.join(CODECS)}, or a damaged one ({type(e).__name__})") from None
     return fit_square(plane[None], size)

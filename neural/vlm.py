@@ -53,7 +53,7 @@ def small_config(
     d_model: int = 192,  # width of the decoder
     layers: int = 2,  # decoder layers
     **kwargs,  # passed on to `ReportVLMConfig`
-) -> ReportVLMConfig:  # about 3.7 million parameters at the defaults
+) -> ReportVLMConfig:  # about 2.5 million parameters at the defaults
     "A network small enough for two CPU cores, with the paper's 12×12 token grid."
     if image_size not in (96, 192, 384): raise NeuralError(f"image_size must be 96, 192 or 384 for a 12x12 grid, got {image_size}")
     swin = dict(image_size=image_size, patch_size=image_size // 12, num_channels=1, embed_dim=width, depths=[2], num_heads=[width // 32],
@@ -81,16 +81,17 @@ def conv_stem(
     stride: int,  # pixels per patch of the first Swin stage: a power of two, at least 4
     width: int,  # channels it returns
     channels: int = 1,  # channels of the film
+    last: int = 1,  # side of the kernels on the last scale: 1 keeps a patch to its neighbourhood, 3 shows it most of the film
 ) -> nn.Sequential:  # (B, channels, H, W) -> (B, width, H/stride, W/stride)
     "Strided convolutions with residual blocks at each scale, in place of Swin's patch embedding (this companion's choice)."
     steps = stride.bit_length() - 1
     if stride != 1 << steps or steps < 2: raise NeuralError(f"the conv stem needs a stride of 4, 8, 16 ..., got {stride}; choose image_size 96, 192 or 384")
-    layers, last = [], channels
+    layers, before = [], channels
     for step in range(steps):
         wide = max(16, width >> (steps - 1 - step))
-        layers += [nn.Conv2d(last, wide, 5 if step == 0 else 3, stride=2, padding=2 if step == 0 else 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU(inplace=True)]
-        layers += [Residual(wide, 1 if step == steps - 1 else 3) for _ in range(min(step, 1) + (step == steps - 1))]
-        last = wide
+        layers += [nn.Conv2d(before, wide, 5 if step == 0 else 3, stride=2, padding=2 if step == 0 else 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU(inplace=True)]
+        layers += [Residual(wide, last if step == steps - 1 else 3) for _ in range(min(step, 1) + (step == steps - 1))]
+        before = wide
     return nn.Sequential(*layers)
 
 # %% ../nbs/api/10_vlm.ipynb #810a4f31
