@@ -297,7 +297,8 @@ def load_vlm(
     folder = Path(folder)
     if not (folder / "config.json").is_file(): raise NeuralError(f"no network in {folder.name!r}: config.json is missing; run the fine-tuning stage or name its vlm/ folder")
     if not (folder / "model.safetensors").is_file(): raise NeuralError(f"no weights in {folder.name!r}: model.safetensors is missing; copy the whole folder")
-    model, info = ReportVLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
+    try: model, info = ReportVLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
+    except RuntimeError: raise NeuralError(f"the weights in {folder.name!r} do not fit the network of this version: fine-tune again") from None  # sizes differ
     if info["missing_keys"]: raise NeuralError(f"{folder.name!r} lacks {len(info['missing_keys'])} weights, first {sorted(info['missing_keys'])[0]}; it was saved by another version")
     return model.to(device).eval()
 
