@@ -1,0 +1,28 @@
+"The published numbers, computed again from the published predictions."
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+FIGURES = Path(__file__).resolve().parents[1] / "figures"
+predictions = pytest.importorskip("pyarrow.parquet").read_table(FIGURES / "tables/predictions.parquet").to_pandas()
+
+
+def pairs_won(y: np.ndarray, p: np.ndarray) -> float:
+    "AUC from its meaning: the share of pairs, one ill and one well, that the score puts in order; a tie is half."
+    ill, well = p[y == 1], p[y == 0]
+    return float((ill[:, None] > well).mean() + 0.5 * (ill[:, None] == well).mean())
+
+
+@pytest.mark.parametrize("track, variant", [("image+report", "gcn both"), ("image-only", "typed both"), ("image-only", "label head, all patches")])
+def test_an_auc_is_that_of_the_published_predictions(track, variant):
+    part = predictions[(predictions.target == "Pneumonia") & (predictions.track == track) & (predictions.variant == variant) & predictions.y.notna()]
+    assert set(part.split) == {"test"} and part.study_id.nunique() > 500
+    mean = part.groupby("study_id").agg(y=("y", "first"), p=("p", "mean"))
+    found = pairs_won(mean.y.to_numpy(), mean.p.to_numpy())
+    record = json.loads((FIGURES / "records/40_classify.json").read_text())
+    assert found == pytest.approx(record["metrics"]["AUC on test"]["Pneumonia"][f"{track}, {variant}"][0], abs=2e-4)
+    results = pd.read_csv(FIGURES / "tables/results.csv").set_index(["target", "track", "variant"])
+    assert float(results.AUC["Pneumonia", track, variant].split()[0]) == pytest.approx(found, abs=7e-4)
