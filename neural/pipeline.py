@@ -6,12 +6,12 @@
 __all__ = ['SCHEMA', 'PACKAGES', 'PACKAGE', 'METRICS_MIME', 'KERNEL_ENV', 'Stage', 'find_stages', 'pick_stages', 'Parameter',
            'read_notebook', 'parameters_cell', 'stage_parameters', 'fits', 'read_text', 'typed_value', 'load_preset',
            'refuse_unknown', 'settle_parameters', 'write_json', 'read_json', 'open_run', 'lock_run', 'plain',
-           'versions', 'git_commit', 'peak_memory', 'machine', 'sha256_of', 'rounded', 'metric_lines', 'show_record',
-           'describe_figures', 'record', 'read_record', 'code_cells', 'code_hash', 'imported_modules', 'module_files',
-           'short_hash', 'look_at', 'run_files', 'upstream', 'stage_inputs', 'why_run', 'kernel_environment',
-           'failed_cell', 'explain_failure', 'execute_stage', 'shown_record', 'finish_record', 'settle_manifest',
-           'run_stage', 'stage_line', 'run_pipeline', 'save_notebook', 'stamp', 'is_fresh', 'machine_paths',
-           'clean_outputs', 'publish_stage', 'publish']
+           'versions', 'git_commit', 'peak_memory', 'machine', 'sha256_of', 'rounded', 'metric_lines', 'first_lines',
+           'show_record', 'describe_figures', 'record', 'read_record', 'code_cells', 'code_hash', 'imported_modules',
+           'module_files', 'short_hash', 'look_at', 'run_files', 'upstream', 'stage_inputs', 'why_run',
+           'kernel_environment', 'failed_cell', 'explain_failure', 'execute_stage', 'shown_record', 'finish_record',
+           'settle_manifest', 'run_stage', 'stage_line', 'run_pipeline', 'save_notebook', 'stamp', 'is_fresh',
+           'machine_paths', 'slim_output', 'clean_outputs', 'publish_stage', 'publish']
 
 # %% ../nbs/api/40_pipeline.ipynb #edba623f
 import ast, contextlib, difflib, hashlib, json, math, os, re, shutil, subprocess, sys, tempfile, time
@@ -326,14 +326,22 @@ def metric_lines(
 # %% ../nbs/api/40_pipeline.ipynb #9f59d0a7
 METRICS_MIME = "application/vnd.neural.metrics+json"
 
+# %% ../nbs/api/40_pipeline.ipynb #firstlines
+def first_lines(
+    text: str,  # of any length
+    most=40,    # lines that are kept
+) -> str:       # at most one line more
+    "The beginning of a long text, with a word about the rest."
+    lines = text.split("\n")
+    return text if len(lines) <= most + 1 else "\n".join([*lines[:most], f"| … {len(lines) - most} more in the run record | |" if lines[0].startswith("|") else f"… {len(lines) - most} more in the run record"])
+
 # %% ../nbs/api/40_pipeline.ipynb #abe45080
 def show_record(
     entry: dict,  # a run record
 ) -> dict:        # MIME type -> content, as a notebook stores it
     "The MIME bundle of a run record: the data for machines, a table for people."
-    rows = [f"| {k} | {v} |" for k, v in metric_lines(entry["metrics"]).items()]
-    return {METRICS_MIME: entry, "text/markdown": "\n".join([f"| {entry['stage']} | value |", "|---|---|", *rows]),
-            "text/plain": "\n".join(f"{k}: {v}" for k, v in metric_lines(entry["metrics"]).items())}
+    rows, plain_rows = zip(*[(f"| {k} | {v} |", f"{k}: {v}") for k, v in metric_lines(entry["metrics"]).items()]) if entry["metrics"] else ((), ())
+    return {METRICS_MIME: entry, "text/markdown": first_lines("\n".join([f"| {entry['stage']} | value |", "|---|---|", *rows])), "text/plain": first_lines("\n".join(plain_rows))}
 
 # %% ../nbs/api/40_pipeline.ipynb #fa66f993
 def describe_figures(
@@ -686,6 +694,22 @@ def machine_paths(
     found = [m[0] for p in places if len(p.parts) > 1 for m in re.finditer(rf"(?<![\w./]){re.escape(str(p))}(/[\w./-]*|\b)", text)]
     return sorted(set(found))
 
+# %% ../nbs/api/40_pipeline.ipynb #slimoutput
+def slim_output(
+    out,  # one output of a cell
+):        # the same, fit for a page
+    "Pictures with a palette of 256 colours where that is smaller, long records cut to their beginning."
+    from base64 import b64decode, b64encode
+    from io import BytesIO
+    from PIL import Image
+    data = dict(out.get("data", {}))
+    if METRICS_MIME in data: data |= {k: first_lines(data[k]) for k in ("text/markdown", "text/plain") if k in data}
+    if "image/png" in data:
+        small = BytesIO()
+        Image.open(BytesIO(b64decode(data["image/png"]))).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+        data["image/png"] = min(data["image/png"], b64encode(small.getvalue()).decode(), key=len)
+    return {**out, "data": data} if data else out
+
 # %% ../nbs/api/40_pipeline.ipynb #05062679
 def clean_outputs(
     outputs: list,  # of one executed cell
@@ -697,6 +721,7 @@ def clean_outputs(
     for out in outputs:
         if out.output_type == "error": raise NeuralError(f"{where} ended in an error; run it again before publishing")
         if out.output_type == "stream" and out.name == "stderr": continue
+        out = slim_output(out)
         texts = [out.get("text", "")] + [v if isinstance(v, str) else json.dumps(v) for k, v in out.get("data", {}).items() if not k.startswith("image/png")]
         if hit := machine_paths("\n".join(texts)): raise NeuralError(f"{where} prints a path of this machine ({hit[0]}); print it relative to the run")
         kept.append(nbformat.from_dict({**out, "metadata": {}}) if "metadata" in out else out)
