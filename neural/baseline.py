@@ -30,7 +30,7 @@ from .graph import EDGE_TYPES, visual_graph
 from .prune import top_k
 from .radiograph import fit_square
 from .study import NeuralError
-from .vlm import ReportVLM, ReportVLMConfig, conv_stem, label_loss, pool_patches
+from .vlm import ReportVLM, ReportVLMConfig, conv_stem, label_loss, pool_patches, start_convolutions
 
 # %% auto #0
 __all__ = ['CODECS', 'QUALITIES', 'FilmCNN', 'film_logits', 'read_films', 'train_film_cnn', 'length_control', 'centre_prior',
@@ -53,8 +53,7 @@ class FilmCNN(nn.Module):
         self.mean, self.spread = ReportVLMConfig().pixel_mean[0], ReportVLMConfig().pixel_std[0]  # as the report generator sees a film
         self.head = nn.Linear(width, labels)
         nn.init.zeros_(self.head.weight); nn.init.zeros_(self.head.bias)
-        for conv in self.stem.modules():
-            if isinstance(conv, nn.Conv2d): nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        start_convolutions(self.stem)
 
     def forward(self, films: torch.Tensor) -> torch.Tensor:  # (B, 1, S, S) in [0, 1] -> (B, labels), before the sigmoid
         x = ((films - self.mean) / self.spread).contiguous(memory_format=torch.channels_last)

@@ -30,9 +30,9 @@ from .vlm import ReportVLM, load_vlm
 
 # %% auto #0
 __all__ = ['TRACKS', 'ZONES', 'SIDES', 'TABLES', 'SCHEMAS', 'Aggregation', 'Reading', 'word_mask', 'named_findings', 'guided',
-           'region', 'mention_regions', 'finding_places', 'read_batch', 'by_activation', 'look', 'habit',
-           'write_reports', 'reading_rows', 'save_readings', 'load_readings', 'save_aggregation', 'load_aggregation',
-           'decode_films', 'shard_of', 'build_store', 'usable', 'hash_of', 'open_store']
+           'region', 'mention_regions', 'finding_places', 'read_batch', 'wanted_findings', 'by_activation', 'look',
+           'habit', 'write_reports', 'reading_rows', 'save_readings', 'load_readings', 'save_aggregation',
+           'load_aggregation', 'decode_films', 'shard_of', 'build_store', 'usable', 'hash_of', 'open_store']
 
 # %% ../nbs/api/21_build.ipynb #c9a646cf
 TRACKS = ("image+report", "image-only")
@@ -183,6 +183,17 @@ def read_batch(
             for b, (i, f) in enumerate(zip(ids, tokens.float().cpu()[rows, kept]))]
 
 # %% ../nbs/api/21_build.ipynb #faa7dac1
+def wanted_findings(
+    model: ReportVLM,  # trained
+    tokens: torch.Tensor,  # (B, N, d) token grid
+    notes: list[Annotation],  # of the reports
+) -> tuple[torch.Tensor, torch.Tensor]:  # float32 (B, L) weight of each finding; bool (B,) the report named none
+    "The findings a report names, or the head's own probabilities where it names none."
+    wanted = named_findings(notes, model.config.label_names)
+    silent = ~(wanted > 0).any(1)
+    own = torch.sigmoid(model.name_findings(tokens)).cpu()
+    return torch.where(silent[:, None], own * torch.tensor([n != "No Finding" for n in model.config.label_names]), wanted), silent
+
 def by_activation(
     model: ReportVLM,  # trained
     tokens: torch.Tensor,  # (B, N, d) token grid
@@ -191,10 +202,7 @@ def by_activation(
     places: bool = True,  # look for a finding only where the report places it
 ) -> tuple[torch.Tensor, torch.Tensor]:  # float32 (B, N) relevance; bool (B,) no finding was named
     "Relevance by the findings a report names, or by the head's own where it names none."
-    wanted = named_findings(notes, model.config.label_names)
-    silent = ~(wanted > 0).any(1)
-    own = torch.sigmoid(model.name_findings(tokens)).cpu()
-    wanted = torch.where(silent[:, None], own * torch.tensor([n != "No Finding" for n in model.config.label_names]), wanted)
+    wanted, silent = wanted_findings(model, tokens, notes)
     where = finding_places(notes, list(model.config.label_names), model.grid) if places else None
     return guided(model.find(tokens).cpu(), usual, wanted, model.config.sharpness, where), silent
 

@@ -396,8 +396,9 @@ def code_cells(
 def code_hash(
     notebook,  # path, or a notebook already read
 ) -> str:      # 16 hex digits
-    "A hash of a notebook's code alone: prose and outputs may change without changing it."
-    return hashlib.sha256("\x00".join(code_cells(notebook)).encode()).hexdigest()[:16]
+    "A hash of a notebook's code alone: prose, captions and outputs may change without changing it."
+    code = [re.sub(r"(?m)^#\|.*\n?", "", source) for source in code_cells(notebook)]  # label, caption and alt text are read, not run
+    return hashlib.sha256("\x00".join(code).encode()).hexdigest()[:16]
 
 # %% ../nbs/api/40_pipeline.ipynb #3d601e43
 def imported_modules(

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
-from .build import finding_places, guided, named_findings, word_mask
+from .build import finding_places, guided, wanted_findings, word_mask
 from .evaluate import finding_patches, precision, random_hit_rate
 from .finetune import pad_rows, report_ids
 from .phantom import toy_study
@@ -109,11 +109,8 @@ def collect(
     pairs, notes, names = [report_ids(tokenizer, t, max_tokens) for t in texts], list(reader.pipe(texts)), list(model.config.label_names)
     labels = pad_rows([p[0] for p in pairs], -100).to(films.device)
     classes = word_classes(labels.cpu(), [p[1] for p in pairs], notes, sections)
-    with torch.no_grad(): tokens = model.encode(films); seen, own = model.find(tokens).cpu(), torch.sigmoid(model.name_findings(tokens)).cpu()
+    with torch.no_grad(): tokens = model.encode(films); seen, wanted = model.find(tokens).cpu(), wanted_findings(model, tokens, notes)[0]
     out, slope = decode(model, tokens, labels, classes["finding"].to(films.device))
-    wanted = named_findings(notes, names)
-    fallback = own * torch.tensor([n != "No Finding" for n in names])
-    wanted = torch.where((wanted > 0).any(1, keepdim=True), wanted, fallback)
     off = lambda layers: tuple(a.detach().float().cpu() for a in layers)
     return Evidence(off(out.cross_attentions), off(out.decoder_attentions), slope.float().cpu(), classes, seen, wanted, finding_places(notes, names, model.grid), patch_ranks(films.cpu(), model.grid))
 
@@ -272,5 +269,4 @@ def swapped_precision(
     on = finding_patches(coverage)
     if len(on) < 2 or on.shape != tuple(np.shape(maps)): raise NeuralError(f"swapping takes at least two studies and one map each; got {len(on)} coverages and {len(maps)} maps")
     kept = np.zeros(on.shape); np.put_along_axis(kept, top_k(torch.as_tensor(maps), k).numpy(), 1, 1)
-    met = on.astype(float) @ kept.T / k  # (n, n): mark of the row, patches of the column
-    return (met.sum(1) - np.diag(met)) / (len(on) - 1)
+    return (on * (kept.sum(0) - kept)).sum(1) / k / (len(on) - 1)  # how often the others kept each patch, on this study's mark

@@ -19,7 +19,8 @@ from .study import LABELS, NeuralError
 
 # %% auto #0
 __all__ = ['ReportVLMConfig', 'small_config', 'Residual', 'conv_stem', 'build_encoder', 'build_decoder', 'ReportVLMOutput',
-           'ReportVLM', 'pool_patches', 'text_loss', 'label_loss', 'load_vlm', 'checkpoint_folder', 'read_checkpoint']
+           'ReportVLM', 'start_convolutions', 'pool_patches', 'text_loss', 'label_loss', 'load_vlm',
+           'checkpoint_folder', 'read_checkpoint']
 
 # %% ../nbs/api/10_vlm.ipynb #5bf4efa2
 class ReportVLMConfig(PreTrainedConfig):
@@ -146,13 +147,19 @@ class ReportVLM(PreTrainedModel):
         self.start()
 
 # %% ../nbs/api/10_vlm.ipynb #de741c10
+def start_convolutions(
+    module: nn.Module,  # whose convolutions are followed by a ReLU
+) -> None:
+    "Begin convolutions with weights of Kaiming's spread, so that a deep stack neither fades nor bursts (He et al. 2015)."
+    for conv in module.modules():
+        if isinstance(conv, nn.Conv2d): nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+
 @patch
 def start(self: ReportVLM) -> None:
     "Begin undecided: uniform words, findings at one half; stem convolutions by Kaiming (this companion's choice)."
     nn.init.zeros_(self.head.weight); nn.init.zeros_(self.head.bias)
     nn.init.constant_(self.decoder.decoder.final_layer_norm.weight, 0.25)  # word scores of spread 1/4 instead of 1
-    for conv in self.encoder.embeddings.patch_embeddings.modules():
-        if self.config.stem == "conv" and isinstance(conv, nn.Conv2d): nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    if self.config.stem == "conv": start_convolutions(self.encoder.embeddings.patch_embeddings)
     for linear in (self.projection[0], self.projection[3]): nn.init.trunc_normal_(linear.weight, std=linear.in_features ** -0.5)
 
 # %% ../nbs/api/10_vlm.ipynb #27d4030e
