@@ -1,4 +1,4 @@
-"The published numbers, computed again from the published predictions."
+"The published numbers, computed again: three from the predictions, and every one of the page from a record."
 import json
 from pathlib import Path
 
@@ -26,3 +26,23 @@ def test_an_auc_is_that_of_the_published_predictions(track, variant):
     assert found == pytest.approx(record["metrics"]["AUC on test"]["Pneumonia"][f"{track}, {variant}"][0], abs=2e-4)
     results = pd.read_csv(FIGURES / "tables/results.csv").set_index(["target", "track", "variant"])
     assert float(results.AUC["Pneumonia", track, variant].split()[0]) == pytest.approx(found, abs=7e-4)
+    page = pd.read_csv(FIGURES / "tables/58_verdict.csv")
+    said = page[(page.data == "phantoms") & page.question.str.contains(f"({track}, {variant})", regex=False)].measured
+    assert len(said) == 1 and float(said.iloc[0].split()[0]) == pytest.approx(found, abs=7e-4)
+
+
+def numbers(tree) -> set[str]:
+    "Every number of a record, as the page would print it."
+    if isinstance(tree, dict): return set().union(*map(numbers, tree.values())) if tree else set()
+    if isinstance(tree, list): return set().union(*map(numbers, tree)) if tree else set()
+    return {f"{sign * tree:.3f}" for sign in (1, -1)} if isinstance(tree, (int, float)) and not isinstance(tree, bool) else set()
+
+
+def test_every_number_of_the_page_is_in_a_record():
+    page = pd.read_csv(FIGURES / "tables/58_verdict.csv")
+    known = {path.stem[:2]: numbers(json.loads(path.read_text())["metrics"]) for path in (FIGURES / "records").glob("*.json")}
+    mine = page[page.data == "phantoms"]
+    assert len(mine) > 40
+    lost = [(q, n) for q, m, c in zip(mine.question, mine.measured, mine.command) for n in m.replace("[", "").replace("]", "").replace(",", "").split()
+            if n.lstrip("-").replace(".", "").isdigit() and len(n.lstrip("-")) == 5 and n not in known[c.split()[2]]]
+    assert lost == []
