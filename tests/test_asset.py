@@ -1,16 +1,25 @@
 "The asset under hostile conditions: random assets, damaged and forged bytes, damaged stores, crashes, planted identifiers."
+import io
 import json
 import os
+import shutil
+from pathlib import Path
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import neural.asset as asset_module
-from neural.asset import AssetError, AssetStore, StudyAsset, asset_html, check_key, dequantise, describe, quantise, vocabulary_hash
+from PIL import Image
+
+from neural.asset import AssetError, AssetStore, StudyAsset, asset_html, check_key, describe, keyed_id, vocabulary_hash
+from neural.codec import CODECS, FITTED, check_codec, dequantise, encode, fit_pca, fit_pq, quantise
+from neural.picture import encode_tiles, thumbnail
 from neural.study import NeuralError
 
+FIXTURES = Path(__file__).parent / "fixtures"
 WORDS = tuple(f"word{i}" for i in range(20))
 PROVENANCE = dict(model_hash="0123456789abcdef", vocabulary_hash=vocabulary_hash(WORDS), keep_ratio=.023, selection="described", fusion="grounding")
 
@@ -22,13 +31,20 @@ def random_asset(seed, k=None, m=None, d=None, codec=None, **over):
     ties = np.unravel_index(np.sort(rng.choice(m * k, g, replace=False)), (m, k)) if g else (np.zeros(0, int),) * 2
     fields = dict(study_id=f"s{seed}", track=("image+report", "image-only")[seed % 2], grid=(12, 12), patches=np.sort(rng.choice(144, k, replace=False)), relevance=rng.random(k),
                   features=rng.normal(size=(k, d)) * 10.0 ** rng.integers(-8, 4), concepts=rng.integers(0, 20, m), assertions=rng.integers(0, 3, m),
-                  relations=np.column_stack([rng.integers(0, max(m, 1), (r, 2)), rng.integers(0, 3, r)]), grounding=np.column_stack(ties), weights=rng.random(g), provenance=PROVENANCE, codec=codec or ("int8", "f16")[seed % 3 == 0])
+                  relations=np.column_stack([rng.integers(0, max(m, 1), (r, 2)), rng.integers(0, 3, r)]), grounding=np.column_stack(ties), weights=rng.random(g), provenance=PROVENANCE, codec=codec or ("int8", "f16", "f32")[seed % 3])
     return StudyAsset(**{**fields, **over})
 
 
-def store_of(folder, n=30, codec="int8", track="image+report", shards=2, d=8):
-    store = AssetStore.create(folder, WORDS, {w: "Observation" for w in WORDS}, dim=d, codec=codec, track=track, provenance=PROVENANCE)
-    assets = [random_asset(i, d=d, codec=codec, track=track) for i in range(n)]
+def book_of(codec, d=8):
+    x = np.random.default_rng(7).normal(size=(400, d))
+    return {"pca": lambda: fit_pca(x, 4), "pq": lambda: fit_pq(x, 4)}.get(codec, lambda: None)()
+
+
+def store_of(folder, n=30, codec="int8", track="image+report", shards=2, d=8, **over):
+    book = book_of(codec, d)
+    store = AssetStore.create(folder, WORDS, {w: "Observation" for w in WORDS}, dim=d, codec=codec, track=track, provenance=PROVENANCE, book=book)
+    features = dict(features=lambda i: np.random.default_rng(i).normal(size=(5, d))) if book else {}
+    assets = [random_asset(i, d=d, codec=codec, track=track, book=book, **{k: v(i) for k, v in features.items()}, **(dict(k=5) if book else {}), **over) for i in range(n)]
     for part in np.array_split(np.arange(n), shards): store.append([assets[i] for i in part])
     return store, assets
 
@@ -46,7 +62,7 @@ def test_round_trip_of_random_assets(seed):
 
 @pytest.mark.parametrize("k,m,d", [(1, 0, 1), (1, 1, 1), (144, 0, 3), (144, 8, 64), (4, 0, 1024)])
 def test_edge_sizes(k, m, d):
-    for codec in ("int8", "f16"):
+    for codec in ("int8", "f16", "f32"):
         a = random_asset(3, k=k, m=m, d=d, codec=codec)
         assert StudyAsset.from_bytes(a.to_bytes()) == a
         assert describe(a) and asset_html(a)
@@ -97,7 +113,7 @@ def test_forged_bytes_with_a_right_checksum_are_read_in_one_form_or_refused():
 def test_no_header_can_ask_for_memory(monkeypatch):
     a = random_asset(8, k=5, m=4, d=6)
     monkeypatch.setattr(asset_module, "_payload", lambda *_: pytest.fail("arrays were made before the sizes were checked"))
-    for at in (12, 16, 20, 24, 28, 32, 34):
+    for at in (10, 12, 14, 16, 18, 20, 22, 24, 26):
         b = bytearray(a.to_bytes()[:-8]); b[at:at + 2] = b"\xff\xff"
         with pytest.raises(AssetError, match="its header speaks of"): StudyAsset.from_bytes(bytes(b) + asset_module._digest(bytes(b)))
 
@@ -105,9 +121,9 @@ def test_no_header_can_ask_for_memory(monkeypatch):
 @pytest.mark.parametrize("prov", [b"[" * 4000, b"{}x", b'{"keep_ratio":NaN}', b'{"note":"Mr Smith"}', b"[]", b'{"fusion":"grounding","fusion":"none"}', b'{"keep_ratio":1}', b'{ }', b"\xff\xfe"])
 def test_forged_provenance(prov):
     a = random_asset(4, k=2, m=0, d=3, provenance={})
-    head = bytearray(a.to_bytes()[:36]); key = a.study_id.encode()
-    head[34:36] = len(prov).to_bytes(2, "little")
-    body = bytes(head) + key + prov + a.to_bytes()[36 + len(key) + 2:-8]
+    head = bytearray(a.to_bytes()[:30]); key = a.study_id.encode()
+    head[22:24] = len(prov).to_bytes(2, "little")
+    body = bytes(head) + key + prov + a.to_bytes()[30 + len(key) + 2:-8]
     with pytest.raises(AssetError): StudyAsset.from_bytes(body + asset_module._digest(body))
 
 
@@ -142,14 +158,14 @@ def test_graphs_come_back():
     assert np.array_equal(back.features, a.features) and np.array_equal(back.relevance, a.relevance)
 
 
-@pytest.mark.parametrize("codec", ["int8", "f16"])
+@pytest.mark.parametrize("codec", CODECS)
 def test_store_reopened(tmp_path, codec):
     store, assets = store_of(tmp_path / "s", n=300, codec=codec, shards=3)      # more than one row group per shard is possible
     again = AssetStore(tmp_path / "s")
     assert again.ids == [a.study_id for a in assets] and len(again) == 300 and list(again) == assets
     for i in np.random.default_rng(0).permutation(300)[:40]: assert again[f"s{i}"] == assets[i]
     assert again.verify() == [] and "s7" in again and "s999" not in again
-    assert again.bytes_per_study() == pytest.approx(sum(f.stat().st_size for f in (tmp_path / "s").iterdir()) / 300)
+    assert again.bytes_per_study() == pytest.approx(sum(f.stat().st_size for f in (tmp_path / "s").iterdir() if f.name != ".lock") / 300)
     with pytest.raises(AssetError, match="s999 is not in"): again["s999"]
 
 
@@ -161,12 +177,19 @@ def test_row_groups_are_crossed(tmp_path):
     assert list(store) == assets and store["s289"] == assets[289] and store["s128"] == assets[128]
 
 
-def test_any_arrow_tool_reads_a_shard(tmp_path):
+def test_other_tools_read_a_shard_without_this_library(tmp_path):
     store, assets = store_of(tmp_path / "s", n=5, shards=1)
-    t = pq.read_table(tmp_path / "s" / store.shards[0].name).to_pylist()
-    assert [r["study_id"] for r in t] == [a.study_id for a in assets]
-    codes = np.frombuffer(t[2]["features"], np.int8).reshape(-1, 8)
-    assert np.allclose(codes * np.array(t[2]["scales"], np.float32)[:, None], assets[2].features)
+    path = tmp_path / "s" / store.shards[0].name
+    rows = pq.read_table(path).to_pylist()
+    frame = pq.read_table(path).to_pandas()
+    found = duckdb.sql(f"select study_id, patches, relevance, weights, features from read_parquet('{path}')").fetchall()
+    for a, row, (_, line), (key, patches, relevance, weights, codes) in zip(assets, rows, frame.iterrows(), found, strict=True):
+        assert row["study_id"] == line.study_id == key == a.study_id
+        assert row["patches"] == list(line.patches) == patches == a.patches.tolist()
+        assert np.allclose(row["relevance"], a.relevance) and np.allclose(relevance, a.relevance) and np.allclose(weights, a.weights)
+        for data in (row["features"], line.features, codes):
+            each = np.frombuffer(data, np.uint8).reshape(len(patches), 8 + 4)          # eight codes and a scale per patch: nothing but numpy
+            assert np.allclose(each[:, :8].astype(np.int8) * each[:, 8:].copy().view("<f4"), a.features)
 
 
 def test_a_flipped_bit_anywhere_is_found(tmp_path):
@@ -181,7 +204,7 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path):
     assert store.verify() == []
 
 
-@pytest.mark.parametrize("column,value", [("patches", [7]), ("relevance", [float("nan")]), ("features", b"12345678"), ("scales", [1.0]), ("concepts", [999]), ("assertions", [3]), ("relations", [1]), ("weights", [.5] * 99), ("study_id", None), ("checksum", b"00000000")])
+@pytest.mark.parametrize("column,value", [("patches", [7]), ("relevance", [float("nan")]), ("features", b"12345678"), ("thumbnail", b"GIF89a"), ("pixels", b"\x89PNG"), ("concepts", [999]), ("assertions", [3]), ("relations", [1]), ("weights", [.5] * 99), ("study_id", None), ("checksum", b"00000000")])
 def test_an_edited_row_is_named(tmp_path, column, value):
     store, _ = store_of(tmp_path / "s", n=12, shards=1)
     rows = pq.read_table(store.shards[0]).to_pylist()
@@ -194,12 +217,13 @@ def test_an_edited_row_is_named(tmp_path, column, value):
 
 def test_duplicates_and_strangers_are_refused_and_leave_no_trace(tmp_path):
     store, assets = store_of(tmp_path / "s", n=6, shards=1)
-    before = sorted((f.name, f.stat().st_size) for f in (tmp_path / "s").iterdir())
+    files = lambda: sorted((f.name, f.stat().st_size) for f in (tmp_path / "s").iterdir())
+    before = files()
     new = lambda i, **kw: random_asset(i, **{**dict(d=8, codec="int8", track="image+report"), **kw})
     for bad, said in (([new(50), new(3)], "s3 is already"), ([new(50), new(50)], "s50 is already"), ([new(50), new(51, d=9)], "dim is 9"), ([new(50, codec="f16")], "codec"), ([new(50, track="image-only")], "track"),
                       ([new(50, grid=(14, 14))], "grid"), ([new(50, m=1, concepts=[20], assertions=[0], relations=[], grounding=[], weights=[])], "concept 20"), ([new(50, provenance=dict(model_hash="ffffffff"))], "provenance"), ([], "nothing to append")):
         with pytest.raises(AssetError, match=said): store.append(bad)
-    assert sorted((f.name, f.stat().st_size) for f in (tmp_path / "s").iterdir()) == before and len(AssetStore(tmp_path / "s")) == 6
+    assert files() == before and len(AssetStore(tmp_path / "s")) == 6
     store.append([new(50, provenance={})])
     assert AssetStore(tmp_path / "s")["s50"].provenance == PROVENANCE and store.verify() == []
 
@@ -211,7 +235,7 @@ def test_a_crash_while_writing_leaves_the_store_as_it_was(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(KeyboardInterrupt): store.append([extra])
     monkeypatch.undo()
-    (tmp_path / "s" / ".shard-000001-aaaaaaaaaaaaaaaa.parquet.123.tmp").write_bytes(b"PAR1 half")
+    (tmp_path / "s" / ".shard-000000-000001-aaaaaaaaaaaaaaaa.parquet.123.tmp").write_bytes(b"PAR1 half")
     (tmp_path / "s" / "shard-000001.parquet.part").write_bytes(b"PAR1 half")
     again = AssetStore(tmp_path / "s")
     assert list(again) == assets and again.verify() == []
@@ -243,7 +267,7 @@ def test_foreign_store_json(tmp_path, text):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("field,value", [("vocabulary", [{}]), ("vocabulary", ["a", "a"]), ("vocabulary", ["a" * 101]), ("kinds", {"a": 3}), ("dim", 0), ("dim", 10**12), ("dim", True), ("grid", [12]), ("grid", [12, "x"]), ("grid", [[1], [2, 3]]), ("track", "x"), ("codec", "pickle"), ("provenance", {"name": "x"}), ("extra", 1)])
+@pytest.mark.parametrize("field,value", [("vocabulary", [{}]), ("vocabulary", ["a", "a"]), ("vocabulary", ["a" * 101]), ("kinds", {"a": 3}), ("dim", 0), ("dim", 10**12), ("dim", True), ("grid", [12]), ("grid", [12, "x"]), ("grid", [[1], [2, 3]]), ("track", "x"), ("codec", "pickle"), ("codec", "pq"), ("codebook", "0" * 16), ("loss", -1.0), ("loss", "0"), ("generation", -1), ("generation", 0.5), ("schema_version", 1), ("provenance", {"name": "x"}), ("extra", 1)])
 def test_forged_store_json(tmp_path, field, value):
     store_of(tmp_path / "s", n=2, shards=1)
     meta = json.loads((tmp_path / "s" / "store.json").read_text()); meta[field] = value
@@ -253,9 +277,9 @@ def test_forged_store_json(tmp_path, field, value):
 
 def test_a_parquet_file_of_something_else_is_refused(tmp_path):
     store, _ = store_of(tmp_path / "s", n=4, shards=1)
-    pq.write_table(pa.table({"patient": ["x"], "label": [1]}), tmp_path / "s" / f"shard-000001-{'0' * 16}.parquet")
+    pq.write_table(pa.table({"patient": ["x"], "label": [1]}), tmp_path / "s" / f"shard-000000-000001-{'0' * 16}.parquet")
     with pytest.raises(AssetError, match="columns of a shard"): AssetStore(tmp_path / "s").ids
-    assert [n for n, _ in store.verify()] == [f"shard-000001-{'0' * 16}.parquet"]
+    assert [n for n, _ in store.verify()] == [f"shard-000000-000001-{'0' * 16}.parquet"]
 
 
 def test_existing_folder_is_not_taken_over(tmp_path):
@@ -291,3 +315,147 @@ def test_html_is_inert():
 
 def test_errors_are_neural_errors():
     assert issubclass(AssetError, NeuralError) and check_key("s1") == "s1"
+
+
+# version 1
+
+def test_a_store_of_version_1_is_read_kept_whole_and_brought_forward(tmp_path):
+    for codec, n in (("int8", 6), ("f16", 4)):
+        shutil.copytree(FIXTURES / "store-v1" / codec, tmp_path / codec)
+        old = AssetStore(tmp_path / codec)
+        assets = [random_asset(i, d=8, codec=codec, track="image+report") for i in range(n)]
+        assert old.version == 1 and list(old) == assets and old[f"s{n - 1}"] == assets[-1] and old.verify() == []
+        with pytest.raises(AssetError, match="neural compact"): old.append([random_asset(50, d=8, codec=codec, track="image+report")])
+        old.compact()
+        new = AssetStore(tmp_path / codec)
+        assert new.version == 2 and list(new) == assets and new.verify() == [] and len(new.shards) == 1
+        assert sorted(p.name for p in (tmp_path / codec).iterdir()) == [".lock", new.shards[0].name, "store.json"]
+        new.append([random_asset(50, d=8, codec=codec, track="image+report")])
+
+
+def test_a_flipped_bit_in_a_store_of_version_1_is_found(tmp_path):
+    shutil.copytree(FIXTURES / "store-v1" / "int8", tmp_path / "s")
+    path = AssetStore(tmp_path / "s").shards[0]
+    good = path.read_bytes()
+    for at in np.random.default_rng(0).integers(4, len(good) - 8, 20):
+        b = bytearray(good); b[at] ^= 4; path.write_bytes(b)
+        assert AssetStore(tmp_path / "s").verify()
+
+
+def test_the_wire_form_of_version_1_is_read():
+    data = (FIXTURES / "store-v1" / "study.asset").read_bytes()
+    a = StudyAsset.from_bytes(data)
+    assert a == random_asset(5, k=4, m=3, d=8, codec="int8") and len(a.to_bytes()) < len(data)
+    for cut in range(len(data)):
+        with pytest.raises(AssetError): StudyAsset.from_bytes(data[:cut])
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        b = bytearray(data[:-8])
+        b[rng.integers(6, len(b))] = rng.integers(256)
+        try: again = StudyAsset.from_bytes(bytes(b) + asset_module._digest(bytes(b)))
+        except AssetError as e: assert "\n" not in str(e); continue
+        assert asset_module._bytes_1(again)[:-8] == bytes(b)
+
+
+# pictures and codebooks
+
+@pytest.mark.parametrize("codec", FITTED)
+def test_an_asset_of_a_fitted_codec_round_trips_with_its_codebook_and_no_other(codec):
+    book = book_of(codec)
+    for seed in range(20):
+        a = random_asset(seed, k=5, d=8, codec=codec, book=book, features=np.random.default_rng(seed).normal(size=(5, 8)))
+        assert StudyAsset.from_bytes(a.to_bytes(), book) == a and encode(a.features, codec, book).shape == (5, check_codec(codec, 8, book))
+    other = {"pca": lambda: fit_pca(np.random.default_rng(1).normal(size=(400, 8)), 4), "pq": lambda: fit_pq(np.random.default_rng(1).normal(size=(400, 8)), 4)}[codec]()
+    for wrong in (None, other, book_of(next(c for c in FITTED if c != codec))):
+        with pytest.raises(AssetError): StudyAsset.from_bytes(a.to_bytes(), wrong)
+
+
+def test_a_store_without_its_codebook_is_refused(tmp_path):
+    store_of(tmp_path / "s", n=3, codec="pq")
+    path = tmp_path / "s" / "codebook.safetensors"
+    good = path.read_bytes()
+    for damage in (lambda: path.unlink(), lambda: path.write_bytes(good[:-4] + b"abcd"), lambda: path.write_bytes(b""), lambda: path.write_bytes(b"\xff" * 64)):
+        damage()
+        with pytest.raises(AssetError, match="codebook"): AssetStore(tmp_path / "s")
+    path.write_bytes(good)
+    assert AssetStore(tmp_path / "s").verify() == []
+
+
+def square(side=192, seed=0): return np.random.default_rng(seed).random((1, side, side), np.float32)
+
+
+def test_thumbnail_and_pixels_come_back_bit_for_bit(tmp_path):
+    a = random_asset(8, k=3, m=2, d=4)
+    b = random_asset(8, k=3, m=2, d=4, thumbnail=thumbnail(square(96), 900, "webp"), pixels=encode_tiles(square(), a.patches, (12, 12)))
+    assert StudyAsset.from_bytes(b.to_bytes()) == b and b != a and len(b.to_bytes()) == len(a.to_bytes()) + len(b.thumbnail) + len(b.pixels)
+    store, assets = store_of(tmp_path / "s", n=4, shards=1, k=3, thumbnail=b.thumbnail, pixels=encode_tiles(square(), [1, 2, 3], (12, 12)))
+    assert list(AssetStore(tmp_path / "s")) == assets and assets[0].thumbnail == b.thumbnail
+
+
+def bomb(side, form="PNG"):
+    out = io.BytesIO(); Image.new("L", (8, 8)).save(out, form)
+    data = bytearray(out.getvalue()); data[16:24] = side.to_bytes(4, "big") * 2
+    return bytes(data)
+
+
+@pytest.mark.parametrize("over", [dict(thumbnail=b"\x89PNG"), dict(thumbnail="text"), dict(thumbnail=b"\0" * 70000), dict(thumbnail=bomb(40000)), dict(pixels=bomb(60000)), dict(pixels=b"RIFF"), dict(pixels=b"\x80\x04pickle"), dict(pixels=bomb(8))])
+def test_pictures_that_are_none_are_refused(over):
+    with pytest.raises(AssetError) as e: random_asset(5, k=3, m=0, d=4, **over)
+    assert "\n" not in str(e.value)
+
+
+# keys, writers, disks
+
+def test_keyed_ids_join_and_do_not_tell():
+    ids = [f"s{i}" for i in range(500)]
+    keyed = [keyed_id(i, b"0123456789abcdef") for i in ids]
+    assert len(set(keyed)) == 500 and keyed == [keyed_id(i, b"0123456789abcdef") for i in ids]
+    assert not set(keyed) & {keyed_id(i, b"0123456789abcdeX") for i in ids} and all(check_key(k) and i not in k for i, k in zip(ids, keyed))
+
+
+def test_what_is_there_may_be_skipped(tmp_path):
+    store, assets = store_of(tmp_path / "s", n=6, shards=1)
+    more = [random_asset(i, d=8, codec="int8", track="image+report") for i in range(3, 9)]
+    other = AssetStore(tmp_path / "s")
+    other.append(more, again="skip")
+    assert store.ids == [f"s{i}" for i in range(9)] and store["s8"] == more[-1] and store.append(more, again="skip") == "" and store.verify() == []
+
+
+def test_a_store_merged_by_another_process_is_read_on(tmp_path):
+    store, assets = store_of(tmp_path / "s", n=40, shards=8)
+    assert store["s3"] == assets[3]
+    AssetStore(tmp_path / "s").compact(size=15)
+    assert store["s39"] == assets[39] and list(store) == assets and len(store.shards) == 3
+    store.append([random_asset(90, d=8, codec="int8", track="image+report")])
+    assert len(AssetStore(tmp_path / "s")) == 41 and AssetStore(tmp_path / "s").verify() == []
+
+
+def test_a_merge_that_is_killed_leaves_one_whole_store(tmp_path, monkeypatch):
+    store, assets = store_of(tmp_path / "s", n=20, shards=5)
+    real, calls = asset_module._publish, []
+    for stop in (0, 1, 2):
+        def publish(path, data):
+            calls.append(path)
+            if len(calls) > stop: raise KeyboardInterrupt
+            real(path, data)
+        calls.clear(); monkeypatch.setattr(asset_module, "_publish", publish)
+        with pytest.raises(KeyboardInterrupt): store.compact(size=10)
+        monkeypatch.undo()
+        assert list(AssetStore(tmp_path / "s")) == assets and AssetStore(tmp_path / "s").verify() == []
+    assert store.compact(size=10) == (5, 2) and list(store) == assets and store.verify() == []
+    assert len([p for p in (tmp_path / "s").iterdir() if p.suffix == ".parquet"]) == 2
+
+
+def test_a_page_that_claims_to_unfold_far_is_refused_before_it_does(tmp_path):
+    store, _ = store_of(tmp_path / "s", n=4, shards=1)
+    rows = pq.read_table(store.shards[0]).to_pylist()
+    rows[0]["features"] = b"\0" * 300_000_000                                     # a few kilobytes of zstd
+    out = io.BytesIO(); pq.write_table(pa.Table.from_pylist(rows, schema=asset_module.SHARD_SCHEMA), out, compression="zstd", use_dictionary=False)
+    assert len(out.getvalue()) < 1_000_000
+    name = f"shard-000000-000000-{asset_module._digest(out.getvalue()).hex()}.parquet"
+    store.shards[0].unlink(); (tmp_path / "s" / name).write_bytes(out.getvalue())
+    peak = lambda: int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM")).split()[1])
+    before = peak()
+    with pytest.raises(AssetError, match="claims .* bytes for 4 studies"): list(AssetStore(tmp_path / "s"))
+    assert [n for n, _ in AssetStore(tmp_path / "s").verify()] == [name]
+    assert peak() - before < 100_000                                               # kilobytes
