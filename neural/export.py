@@ -247,7 +247,7 @@ def data_card(
              "## Left out", gone]
     return '\n\n'.join(parts) + '\n'
 
-# %% ../nbs/api/23_export.ipynb #2cd3b425
+# %% ../nbs/api/23_export.ipynb #1ac012eb
 def read_json(
     path,                 # a file of a run folder
     most=16_000_000,      # bytes; a larger file is refused
@@ -256,7 +256,9 @@ def read_json(
     path = Path(path)
     if not path.is_file(): return {}
     if path.stat().st_size > most: raise NeuralError(f"{path.name}: larger than {most:,} bytes, this is no record of a run")
-    with readable(path.name): found = json.loads(path.read_text('utf-8'))
+    try:
+        with readable(path.name): found = json.loads(path.read_text('utf-8'))
+    except RecursionError: raise NeuralError(f"{path.name}: nested too deeply, this is no record of a run") from None
     if not isinstance(found, dict): raise NeuralError(f"{path.name}: a record is a table of names and values; run its stage again")
     return found
 
@@ -265,9 +267,9 @@ def look_up(
     *names: str,     # from the outside in
     default=None,    # where a name is missing
 ):                   # what is there
-    "A value deep in a record, or the default."
+    "A value deep in a record, or the default; where the default is a table, only a table will do."
     for n in names: record = record.get(n) if isinstance(record, dict) else None
-    return default if record is None else record
+    return default if record is None or isinstance(default, dict) and not isinstance(record, dict) else record
 
 # %% ../nbs/api/23_export.ipynb #9f53c8d2
 def _number(value):
@@ -297,7 +299,7 @@ def hit_rows(
     reason = lambda what: 'exact' if what.endswith('random') else 'none: used to choose' if 'on validate' in what else 'not recorded'
     return [(what, _number(look_up(v, 'hit rate')), _interval(look_up(v, 'low'), look_up(v, 'high')) or reason(what), str(look_up(v, 'studies', default=''))) for what, v in on_test + on_validate]
 
-# %% ../nbs/api/23_export.ipynb #74e8c2bc
+# %% ../nbs/api/23_export.ipynb #171cc96d
 def network_rows(
     config: dict,     # of vlm/config.json
 ) -> list[tuple]:     # (what, in words)
@@ -309,7 +311,7 @@ def network_rows(
     deep = 2**(len(depths) - 1) if whole else 1
     grid = f"{size//(patch*deep)} x {size//(patch*deep)} tokens of {width*deep} numbers" if whole else 'not recorded'
     return [('network', 'ReportVLM: a Swin encoder, a projection, a T5 decoder that writes the report, and a label head'), ('input', f"one frontal radiograph, {n(swin, 'image_size')} pixels square, grey, bone bright"), ('token grid', grid),
-            ('decoder', f"{n(t5, 'num_decoder_layers')} layers of {n(t5, 'd_model')} numbers, {n(t5, 'vocab_size')} word pieces"), ('findings of the label head', ', '.join(map(str, look_up(config, 'label_names', default=[]))) or 'not recorded')]
+            ('decoder', f"layers: {n(t5, 'num_decoder_layers')}; width: {n(t5, 'd_model')}; word pieces: {n(t5, 'vocab_size')}"), ('findings of the label head', ', '.join(look_up(config, 'label_names', default=())) or 'not recorded')]
 
 # %% ../nbs/api/23_export.ipynb #2fc3d76e
 def run_command(
@@ -330,7 +332,7 @@ def run_manifest(
     studies, _ = from_rows(read_table(run/'manifest.csv', COLUMNS), 'manifest.csv')
     return Manifest(studies, layout=str(side.get('layout', '')), label_source=Path(str(side.get('label_source', ''))).name)
 
-# %% ../nbs/api/23_export.ipynb #44b72a64
+# %% ../nbs/api/23_export.ipynb #d0e3af8a
 def trained_rows(
     run,           # run folder
     manifest,      # its Manifest, or None
@@ -342,7 +344,7 @@ def trained_rows(
     splits = ', '.join(f'{s} {k:,}' for s, k in n['splits'].items()) if n else 'not recorded'
     weights = Path(run)/'vlm'/'model.safetensors'
     return [('studies', splits), ('layout', f"{manifest.layout or 'not recorded'}; {made}" if n else made), ('labels from', manifest.label_source or 'not recorded' if n else 'not recorded'), ('left out', of('metrics', 'excluded')), ('parameters', of('metrics', 'parameters')),
-            ('epochs, seed', f"{of('parameters', 'epochs')}, {of('seed')}"), ('chosen', f"the epoch of least loss on validate, report and findings together: epoch {of('metrics', 'best epoch')}"), ('mean AUC of the label head on validate', _number(of('metrics', 'mean AUC on validate'))),
+            ('epochs, seed', f"{of('parameters', 'epochs')}, {of('seed')}"), ('chosen', f"the epoch of least loss on validate, report and findings together; best epoch: {of('metrics', 'best epoch')}"), ('mean AUC of the label head on validate', _number(of('metrics', 'mean AUC on validate'))),
             ('weights, SHA-256', file_hash(weights)[:16] if weights.is_file() else 'not recorded'), ('code', f"git {str(of('git_commit'))[:12]}, torch {of('versions', 'torch')}, transformers {of('versions', 'transformers')}")]
 
 # %% ../nbs/api/23_export.ipynb #184ad997

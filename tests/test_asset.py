@@ -277,9 +277,11 @@ def test_forged_store_json(tmp_path, field, value):
 
 def test_a_parquet_file_of_something_else_is_refused(tmp_path):
     store, _ = store_of(tmp_path / "s", n=4, shards=1)
-    pq.write_table(pa.table({"patient": ["x"], "label": [1]}), tmp_path / "s" / f"shard-000000-000001-{'0' * 16}.parquet")
+    out = io.BytesIO(); pq.write_table(pa.table({c.name: pa.array([["x"]]) for c in asset_module.SHARD_SCHEMA}), out)
+    name = f"shard-000000-000001-{asset_module._digest(out.getvalue()).hex()}.parquet"
+    (tmp_path / "s" / name).write_bytes(out.getvalue())
     with pytest.raises(AssetError, match="columns of a shard"): AssetStore(tmp_path / "s").ids
-    assert [n for n, _ in store.verify()] == [f"shard-000000-000001-{'0' * 16}.parquet"]
+    assert [n for n, _ in store.verify()] == [name] and store["s3"].study_id == "s3"
 
 
 def test_existing_folder_is_not_taken_over(tmp_path):

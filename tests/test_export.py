@@ -46,7 +46,7 @@ def random_store(folder, n=9, shards=3):
 
 # graphs
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("fusion", ["grounding", "betweenness", "none"])
 def test_hetero_holds_the_unified_graph_edge_by_edge(seed, fusion):
     asset = random_asset(seed)
@@ -64,7 +64,7 @@ def test_hetero_holds_the_unified_graph_edge_by_edge(seed, fusion):
 
 
 def test_places_on_a_grid_that_is_not_square():
-    place = to_hetero(random_asset(1, grid=(4, 36))).__getattr__("patch")["place"] if False else to_hetero(random_asset(1, grid=(4, 36)))["patch"].place
+    place = to_hetero(random_asset(1, grid=(4, 36)))["patch"].place
     assert np.array_equal((place.numpy() * [4, 36] - .5).round() @ [36, 1], random_asset(1).patches)
 
 
@@ -163,7 +163,7 @@ def test_a_store_lives_on_with_its_description_inside(tmp_path):
     write_croissant(store.folder, "x", **ABOUT)
     AssetStore(store.folder).append([random_asset(77)])
     assert len(AssetStore(store.folder)) == 10 and AssetStore(store.folder).verify() == []
-    with pytest.raises(NeuralError, match="new since it was described"): raise NeuralError(check_croissant(json.loads((store.folder / "croissant.json").read_text()), store.folder)[0])
+    assert check_croissant(json.loads((store.folder / "croissant.json").read_text()), store.folder) == ["new since it was described: 1 of its shards"]
     write_croissant(store.folder, "x", **ABOUT)
     assert check_croissant(json.loads((store.folder / "croissant.json").read_text()), store.folder) == [] and not list(store.folder.glob("*.part"))
 
@@ -256,9 +256,7 @@ def test_a_torn_record_is_refused_in_one_line(run, content):
 @pytest.mark.parametrize("odd", [None, [], "x", {"AUC on test": 3}, {"AUC on test": {"Edema": [1, 2]}}, {"AUC on test": {"Edema": {"x": "0.9"}}}, {"AUC on test": {"Edema": {"x": [True, 1, None]}}}, {"retained patches on test": {"Edema": {"x": 3}}}, {"validate": {"x": {"hit rate": float("inf")}}}])
 def test_odd_values_become_not_measured_never_a_number(odd):
     for read in (auc_rows, hit_rows):
-        try: rows = read({"metrics": odd})
-        except AttributeError: pytest.fail("an odd record broke the reader")
-        assert all(r[1] == "not measured" for r in rows)
+        assert all(r[1] == "not measured" for r in read({"metrics": odd}))
 
 
 def test_a_cell_cannot_break_its_table():

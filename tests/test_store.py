@@ -13,15 +13,18 @@ import numpy as np
 import pytest
 
 import neural.asset as asset_module
-from neural.asset import AssetError, AssetStore, StudyAsset
+from neural.asset import AssetError, AssetStore, StudyAsset, vocabulary_hash
 
 WORDS = ("lung", "pneumonia")
 fork = multiprocessing.get_context("fork")
 
 
+PROVENANCE = {"vocabulary_hash": vocabulary_hash(WORDS)}
+
+
 def an_asset(i, d=8):
     rng = np.random.default_rng(i)
-    return StudyAsset(f"s{i}", "image+report", (12, 12), np.sort(rng.choice(144, 3, replace=False)), rng.random(3), rng.normal(size=(3, d)), [0, 1], [0, 2], [[1, 0, 0]], [[1, 2]], [1.0])
+    return StudyAsset(f"s{i}", "image+report", (12, 12), np.sort(rng.choice(144, 3, replace=False)), rng.random(3), rng.normal(size=(3, d)), [0, 1], [0, 2], [[1, 0, 0]], [[1, 2]], [1.0], PROVENANCE)
 
 
 def write_all(folder, order, size=4):
@@ -32,7 +35,7 @@ def write_all(folder, order, size=4):
 
 
 def test_two_writers_killed_fifty_times_lose_nothing_and_double_nothing(tmp_path):
-    n, rng = 240, np.random.default_rng(0)
+    n, rng = 120, np.random.default_rng(0)
     AssetStore.create(tmp_path / "s", WORDS, dim=8)
     orders = [list(range(n)), list(range(n))[::-1]]
     kills = 0
@@ -136,6 +139,8 @@ def test_damage_to_one_shard_leaves_the_others_readable(tmp_path):
     again = AssetStore(tmp_path / "s")
     assert again.verify() and all(n == path.name or int(n[1:]) >= 5 for n, _ in again.verify())
     assert again["s2"] == an_asset(2)
+    for act in (lambda: again["s7"], lambda: again.ids, lambda: again.append([an_asset(50)])):
+        with pytest.raises(AssetError, match="run verify"): act()
 
 
 def test_swapped_shards_and_foreign_names(tmp_path):
