@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'plain_line', 'PlainErrors', 'one_line', 'show_version', 'start', 'phantom', 'index_summary', 'index',
-           'stage_folder', 'read_assignments', 'run', 'publish', 'build', 'predict', 'verify', 'asset_lines',
-           'asset_page', 'inspect', 'main']
+           'stage_folder', 'read_assignments', 'run', 'publish', 'build', 'codebook', 'predict', 'verify', 'compact',
+           'bench', 'asset_lines', 'inspect', 'main']
 
 # %% ../nbs/api/42_cli.ipynb #12d6d536
 import contextlib, os, sys
@@ -68,7 +68,7 @@ def start(
     "Prune a chest X-ray to what its report cares about. Research software, not a diagnostic device."
     os.environ.setdefault("HF_HUB_OFFLINE", "1")    # nothing is downloaded unless the user says so
 
-# %% ../nbs/api/42_cli.ipynb #6b5015c1
+# %% ../nbs/api/42_cli.ipynb #7a5116a6
 @app.command()
 def phantom(
     out: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
@@ -139,7 +139,7 @@ def read_assignments(
         if not pair.partition("=")[0].isidentifier() or "=" not in pair: raise typer.BadParameter(f"write -p name=value, got {pair!r}", param_hint="-p")
     return {name: value for name, _, value in (p.partition("=") for p in pairs)}
 
-# %% ../nbs/api/42_cli.ipynb #36cc30aa
+# %% ../nbs/api/42_cli.ipynb #fc14445a
 @app.command()
 def run(
     stages: Annotated[Optional[list[str]], typer.Argument(metavar="[STAGE]...", help="Stages by number, name, word or range, such as 20, prune or 51-58; none means those the preset lists, or all.")] = None,
@@ -159,7 +159,7 @@ def run(
     results = place/"tables/results.md"
     typer.echo(f"run: {place}" + (f"\n\n{results.read_text(encoding='utf-8').strip()}" if results.is_file() else ""))
 
-# %% ../nbs/api/42_cli.ipynb #fd475fd6
+# %% ../nbs/api/42_cli.ipynb #217530cb
 @app.command(hidden=True)
 def publish(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.", exists=True, file_okay=False)],
@@ -172,7 +172,7 @@ def publish(
     done = publish_run(folder, stage_folder(notebooks), figures, not numbers)
     typer.echo(f"published: {', '.join(done)}")
 
-# %% ../nbs/api/42_cli.ipynb #688ff72a
+# %% ../nbs/api/42_cli.ipynb #c157682d
 @app.command()
 def build(
     manifest: Annotated[Path, typer.Argument(help="Manifest of the studies.", exists=True, dir_okay=False)],
@@ -180,17 +180,45 @@ def build(
     vlm: Annotated[Path, typer.Option(help="Folder of the fine-tuned network, such as runs/quickstart/vlm.", exists=True, file_okay=False)],
     keep: Annotated[Optional[float], typer.Option(help="Share of the patches to retain, such as 0.023; as in the network's run if left out.")] = None,
     track: Annotated[Literal["image+report", "image-only"], typer.Option(help="What is known: the report, or the film alone.")] = "image+report",
+    codec: Annotated[Literal["int8", "f16", "f32", "pca", "pq"], typer.Option(help="How patch features are written.")] = "int8",
+    codebook: Annotated[Optional[Path], typer.Option(help="Codebook of the codecs pca and pq, from `neural codebook`.", exists=True, dir_okay=False)] = None,
+    thumbnail: Annotated[int, typer.Option(min=0, max=65535, help="Bytes of a context thumbnail, such as 450; 0 for none.")] = 0,
+    pixels: Annotated[bool, typer.Option("--pixels", help="Keep the retained patches' pixels, lossless.")] = False,
+    key_file: Annotated[Optional[Path], typer.Option(help="Replace study ids by a hash keyed with this file's bytes.", exists=True, dir_okay=False)] = None,
+    hide_corners: Annotated[bool, typer.Option("--hide-corners", help="Retain and show no patch of the four corners, where names are burnt in.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Decoding processes.")] = 2,
     limit: Annotated[float, typer.Option(min=0, max=1, help="Stop if a larger share of the studies is left out.")] = 0.05,
 ):
     "Build the store of a manifest with a fine-tuned network."
-    from neural.build import build_store
+    from neural.build import Packing, build_store, corners
+    from neural.codec import read_book
     from neural.study import Manifest
+    from neural.vlm import load_vlm
     studies = Manifest.load(manifest)
-    made, excluded = build_store(studies, store, vlm, track, keep, workers=workers)
+    packing = Packing(codec, read_book(codebook) if codebook else None, thumbnail, pixels, key_file.read_bytes()[:4096] if key_file else b"", corners(load_vlm(vlm).grid) if hide_corners else ())
+    made, excluded = build_store(studies, store, vlm, track, keep, packing=packing, workers=workers)
     for reason, n in excluded.counts().items(): typer.echo(f"left out: {n} {reason}")
     excluded.check(len(studies), limit)
     typer.echo(f"store: {store}, {len(made)} assets, {made.bytes_per_study():.0f} bytes a study")
+
+# %% ../nbs/api/42_cli.ipynb #5d75d8f8
+@app.command()
+def codebook(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run with its pruning stage finished.", exists=True, file_okay=False)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Codebook to write.", dir_okay=False)] = Path("codebook.safetensors"),
+    codec: Annotated[Literal["pca", "pq"], typer.Option(help="Principal components, or product quantisation.")] = "pq",
+    size: Annotated[int, typer.Option("--bytes", min=1, help="Bytes per retained patch.")] = 64,
+):
+    "Fit the codebook of a codec on the train patches of a run; its loss is measured on validate."
+    import numpy as np
+    from neural.build import TRACKS, load_readings
+    from neural.codec import book_bytes, fit_pca, fit_pq, loss_of_codec
+    from neural.study import Manifest
+    split = {s.study_id: s.split for s in Manifest.load(folder / "manifest.csv")}
+    x = {part: np.concatenate([r.features for t in TRACKS for r in load_readings(folder, t) if split.get(r.study_id) == part]) for part in ("train", "validate")}
+    book = {"pca": fit_pca, "pq": fit_pq}[codec](x["train"], size)
+    out.write_bytes(book_bytes(book))
+    typer.echo(f"codebook: {out}, {codec}, {book.width} bytes a patch instead of {4 * book.dim}, fitted on {len(x['train'])} train patches; share of the variance lost on {len(x['validate'])} validate patches: {loss_of_codec(x['validate'], codec, book):.4f}")
 
 # %% ../nbs/api/42_cli.ipynb #9ce26f45
 @app.command()
@@ -221,6 +249,31 @@ def verify(
     if damaged: raise NeuralError(f"{store} is damaged in {len(damaged)} place{'s' * (len(damaged) > 1)}; fetch it again or build it again")
     typer.echo(f"assets: {len(assets)}, all whole")
 
+# %% ../nbs/api/42_cli.ipynb #54b3ebcf
+@app.command()
+def compact(
+    store: Annotated[Path, typer.Argument(help="Folder of an asset store.", exists=True, file_okay=False)],
+    size: Annotated[int, typer.Option(min=1, help="Studies per shard.")] = 8192,
+):
+    "Merge the small shards of a store, and bring an old one into the present form."
+    from neural.asset import AssetStore
+    assets = AssetStore(store.resolve())
+    before, after = assets.compact(size)
+    typer.echo(f"shards: {before} before, {after} now, {len(assets)} assets, {assets.bytes_per_study():.0f} bytes a study")
+
+# %% ../nbs/api/42_cli.ipynb #e2b23f1a
+@app.command()
+def bench(
+    what: Annotated[Literal["bytes"], typer.Argument(help="What is measured.")],
+    studies: Annotated[int, typer.Option(min=10, help="Studies of each store.")] = 1000,
+    out: Annotated[Optional[Path], typer.Option(help="Write the table as JSON, too.", dir_okay=False)] = None,
+):
+    "Measure, and set beside a plain reference: bytes of a study, form by form."
+    from neural.bench import bench_bytes, machine
+    table = bench_bytes(studies)
+    typer.echo(table.round(1).to_string() + f"\n{machine()}")
+    if out: out.write_text(table.to_json(orient="index", indent=1), encoding="utf-8")
+
 # %% ../nbs/api/42_cli.ipynb #46709c97
 def asset_lines(
     asset,       # a StudyAsset
@@ -234,19 +287,7 @@ def asset_lines(
     lines += [f"  {said[a]:9}  {name(i)}" for i, a in enumerate(asset.assertions)]
     return lines + [f"  {name(h)} {linked[t]} {name(o)}" for h, o, t in asset.relations] + [f"  {k}: {v}" for k, v in asset.provenance.items()]
 
-# %% ../nbs/api/42_cli.ipynb #f127e822
-def asset_page(
-    asset,       # a StudyAsset
-    vocabulary,  # concept names in order
-) -> str:        # an HTML page without scripts or outside references
-    "One asset as a page of its own."
-    from html import escape
-    from neural.asset import asset_html
-    style = "body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem}td,th{padding:.1rem .8rem .1rem 0}svg{max-width:100%}"
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(asset.study_id)}</title><style>{style}</style></head>'
-            f"<body>{asset_html(asset, vocabulary)}<p>Research software, not a diagnostic device.</p></body></html>")
-
-# %% ../nbs/api/42_cli.ipynb #bec406cd
+# %% ../nbs/api/42_cli.ipynb #0f06e0b8
 @app.command()
 def inspect(
     store: Annotated[Path, typer.Argument(help="Folder of an asset store.", exists=True, file_okay=False)],
@@ -256,6 +297,7 @@ def inspect(
     "Show what one asset holds, as text or as a page."
     from neural.asset import AssetStore
     from neural.study import NeuralError
+    from neural.viewer import asset_page
     assets = AssetStore(store.resolve())
     if study not in assets: raise NeuralError(f"no study {study} in {store}; it holds {len(assets)}, such as {', '.join(assets.ids[:3])}")
     if html is None: return typer.echo("\n".join(asset_lines(assets[study], assets.vocabulary)))

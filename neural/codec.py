@@ -18,7 +18,7 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from .study import NeuralError
 
-# %% ../nbs/api/19_codec.ipynb #0267db90
+# %% ../nbs/api/19_codec.ipynb #9b02cd89
 CODECS = ('int8', 'f16', 'f32', 'pca', 'pq')   # the order is part of the asset format: only ever append
 FITTED = ('pca', 'pq')                         # those that need a codebook
 
@@ -27,7 +27,7 @@ def finite(
     most=1e30,    # largest magnitude allowed
 ) -> np.ndarray:  # the same as float64
     "Features that can be coded at all, or a refusal (this companion's choice)."
-    x = np.asarray(x, np.float64)
+    with np.errstate(invalid='ignore'): x = np.asarray(x, np.float64)                 # signalling nans, refused in the next line
     if x.ndim != 2 or not np.isfinite(x).all() or np.abs(x).max(initial=0) > most: raise NeuralError(f"features must be a finite (n, d) array within {most:g}, got shape {x.shape}")
     return x
 

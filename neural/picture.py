@@ -18,7 +18,7 @@ from .study import NeuralError
 
 # %% auto #0
 __all__ = ['PICTURE_CODECS', 'QUALITIES', 'PICTURE_FORMATS', 'encode_picture', 'jxl_shape', 'picture_shape', 'decode_picture',
-           'within_budget', 'thumbnail_side', 'thumbnail', 'mosaic', 'encode_tiles', 'decode_tiles']
+           'within_budget', 'thumbnail_side', 'thumbnail', 'mosaic', 'pad_square', 'encode_tiles', 'decode_tiles']
 
 # %% ../nbs/api/08_picture.ipynb #bf043e77
 PICTURE_CODECS = {"jpeg": ("JPEG", dict(optimize=True)), "webp": ("WEBP", dict(method=4)), "avif": ("AVIF", dict(speed=8, max_threads=1)), "jxl": ("JXL", dict(effort=5, numthreads=1, lossless=False, usecontainer=False))}
@@ -154,6 +154,20 @@ def mosaic(
     for n, p in enumerate(np.asarray(patches)): out[n // columns, n % columns] = film[0, p // grid[1] * h : (p // grid[1] + 1) * h, p % grid[1] * w : (p % grid[1] + 1) * w]
     return out.transpose(0, 2, 1, 3).reshape(1, out.shape[0] * h, columns * w)
 
+# %% ../nbs/api/08_picture.ipynb #padsquare0
+def pad_square(
+    film: np.ndarray,  # (1, H, W) in [0, 1]
+    multiple: int = 12,  # of which the side shall be one
+) -> np.ndarray:  # float32 (1, S, S), S >= max(H, W) the next multiple; no pixel changed, zeros around
+    "A radiograph in the middle of a square that a grid divides, without resizing: the place of `fit_square`, to within half a patch's remainder."
+    film = np.asarray(film, np.float32)
+    if film.ndim != 3 or film.shape[0] != 1 or not film.size or multiple < 1: raise NeuralError(f"a square is made of a film (1, H, W) and a multiple of at least 1, got {film.shape} and {multiple}")
+    h, w = film.shape[1:]; side = -(-max(h, w) // multiple) * multiple
+    if side * side > MAX_PIXELS: raise NeuralError(f"a square of {side} pixels is larger than the limit of {MAX_PIXELS:,}; make the film smaller")
+    out = np.zeros((1, side, side), np.float32); top, left = (side - h) // 2, (side - w) // 2
+    out[:, top : top + h, left : left + w] = film
+    return out
+
 # %% ../nbs/api/08_picture.ipynb #07297b60
 def _strip(
     film: np.ndarray,  # (1, S, S) in [0, 1]
@@ -197,7 +211,7 @@ def encode_tiles(
         out = io.BytesIO(); Image.fromarray(strip).save(out, name, **options); found.append(out.getvalue())
     return min(found, key=len)
 
-# %% ../nbs/api/08_picture.ipynb #6a7258c5
+# %% ../nbs/api/08_picture.ipynb #5ba212a9
 def decode_tiles(
     data: bytes,  # from `encode_tiles`
     k: int,  # patches it holds
@@ -205,12 +219,13 @@ def decode_tiles(
     "The tiles exactly as they were stored, or one line that says why not."
     if k < 1: raise NeuralError(f"a strip of {k} tiles; at least one is needed")
     codec, rows, columns = picture_shape(data, math.isqrt(k * MAX_PIXELS))
-    if codec != "png" and data[12:16] != b"VP8L": raise NeuralError(f"tiles in a {codec} picture that loses detail; encode_tiles writes PNG or lossless WebP")
+    if codec != "png" and (codec, data[12:16]) != ("webp", b"VP8L"): raise NeuralError(f"tiles in a {codec} picture that loses detail; encode_tiles writes PNG or lossless WebP")
     if rows != k * columns: raise NeuralError(f"a strip of {columns}x{rows} pixels does not hold {k} square tiles; read it with the patches it was made with")
     try:
+        if codec == "png" and not data.endswith(b"IEND\xaeB`\x82"): raise EOFError
         _opened(data).verify()  # the checksums of a PNG
-        strip = np.asarray(_opened(data))
+        picture = _opened(data); strip = np.asarray(picture)
     except LIBRARY_ERRORS as e: raise NeuralError(f"damaged tiles in {len(data)} bytes ({type(e).__name__}); copy the file again") from None
-    if strip.ndim == 3 and (strip == strip[..., :1]).all(): strip = strip[..., 0]  # WebP knows no grey
-    if strip.shape != (rows, columns) or strip.dtype not in (np.uint8, np.uint16): raise NeuralError(f"tiles of a {codec} picture that is not grey with 8 or 16 bits; encode_tiles makes such a one")
+    if codec == "webp" and picture.mode == "RGB" and (strip == strip[..., :1]).all(): strip = strip[..., 0]  # WebP knows no grey
+    elif picture.mode not in ("L", "I;16"): raise NeuralError(f"tiles of a {codec} picture that is not grey with 8 or 16 bits; encode_tiles makes such a one")
     return strip.reshape(k, columns, columns)

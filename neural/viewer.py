@@ -74,7 +74,7 @@ def patch_words(
     kept = f', kept {len(nodes)} times' if len(nodes) > 1 else ''
     return f'patch {p} (row {p//asset.grid[1]}, column {p%asset.grid[1]}), relevance {asset.relevance[nodes].max():.4f}{kept}'
 
-# %% ../nbs/api/25_viewer.ipynb #72ba97c0
+# %% ../nbs/api/25_viewer.ipynb #a274e34a
 def _patch(asset, p, nodes, tile, ties, says):
     "One retained patch: its pixels if there are any, a shade for its relevance, an outline."
     (rows, cols), top = asset.grid, float(asset.relevance.max()) or 1.
@@ -82,7 +82,7 @@ def _patch(asset, p, nodes, tile, ties, says):
     box = f'x="{p%cols*w:.2f}" y="{p//cols*high:.2f}" width="{w:.2f}" height="{high:.2f}"'
     share = float(asset.relevance[nodes].max())/top
     pixels = f'<svg {box} viewBox="0 {nodes[0]*tile} {tile} {tile}" preserveAspectRatio="none"><use href="#strip"/></svg>' if tile else ''
-    shade = .3*share if tile else .2 + .65*share
+    shade = .22*share if tile else .2 + .65*share
     return (f'<g class="patch" id="p{p}" data-ties="{ties}" data-say="{safe(words + "; " + says)}" aria-label="{safe(words)}"><title>{safe(words)}</title>{pixels}'
             f'<rect class="shade" {box} fill-opacity="{shade:.2f}"/><rect class="ring" {box}/></g>')
 
@@ -154,7 +154,7 @@ def _ports(spans, lane):
         for n, (_, _, i, side) in enumerate(sorted(here)): out[i, side] = (row + .5)*ROW + (n - (len(here)-1)/2)*step
     return out
 
-# %% ../nbs/api/25_viewer.ipynb #f5fa95fc
+# %% ../nbs/api/25_viewer.ipynb #2a53c5dd
 def relation_svg(
     asset: StudyAsset,
 ) -> str:             # an SVG element as high as the rows; '' without relations
@@ -173,9 +173,9 @@ def relation_svg(
         head, tail, kind = relations[i]
         return f'<g class="rel" data-ends="c{head} c{tail}"><path d="{path}" stroke-dasharray="{DASH[RELATIONS[kind]]}"/><path class="tip" d="M0 {b:.1f}l6 -3v6z"/></g>'
     wide, high = 20 + max(lane)*gap, len(rows)*ROW
-    return f'<svg class="rels" aria-hidden="true" viewBox="0 0 {wide:.0f} {high}" width="{wide/16:.3f}rem" height="{high/16:.3f}rem">{"".join(map(bracket, range(len(spans))))}</svg>'
+    return f'<svg class="rels" aria-hidden="true" preserveAspectRatio="none" viewBox="0 0 {wide:.0f} {high}" width="{wide/16:.3f}rem" height="{high/16:.3f}rem">{"".join(map(bracket, range(len(spans))))}</svg>'
 
-# %% ../nbs/api/25_viewer.ipynb #6a12ecb0
+# %% ../nbs/api/25_viewer.ipynb #4159c49a
 GLYPHS = dict(present='●', uncertain='◐', absent='○')   # told apart without colour
 
 def concept_html(
@@ -189,7 +189,7 @@ def concept_html(
         if row in ASSERTIONS: out.append(f'{"</ul>" if n else ""}<h3 class="{row}">{row.capitalize()} <small>{int((asset.assertions == ASSERTIONS.index(row)).sum())}</small></h3><ul>'); continue
         (name, said), mine = concept_words(asset, row, vocabulary), [(p, w) for (c, p), w in weights.items() if c == row]
         words = f'{name}, {said}; ' + listed([f'patch {p} ({w:.2f})' for p, w in mine], 'tied to ', 'tied to no patch')
-        count = f'<small>{len(mine)} patch{"es" if len(mine) > 1 else ""}</small>' if mine else ''
+        count = f'<small>{len(mine)}<span> patch{"es" if len(mine) > 1 else ""}</span></small>' if mine else ''
         out.append(f'<li><span class="chip {said}" id="c{row}" data-ties="{" ".join(f"p{p}:{w/most:.3f}" for p, w in mine)}" data-say="{safe(words)}" aria-label="{safe(name)}, {said}" title="{safe(name)}">'
                    f'<i aria-hidden="true">{GLYPHS[said]}</i><bdi>{safe(name)}</bdi>{count}</span></li>')
     return ''.join(out) + '</ul>' if rows else '<p class="soft">This asset holds no concepts.</p>'
@@ -207,7 +207,7 @@ def asset_sizes(
     known['provenance'] = len(asset.to_bytes()) - sum(known.values())
     return {part: known[part] for part in ('header', 'key', 'provenance', 'features', 'graph', 'thumbnail', 'pixels', 'checksum')}
 
-# %% ../nbs/api/25_viewer.ipynb #04f24785
+# %% ../nbs/api/25_viewer.ipynb #35277a03
 def tables_html(
     asset: StudyAsset,
 ) -> str:              # a table of bytes and a list of what made the asset
@@ -217,7 +217,7 @@ def tables_html(
     bar = lambda n: f'<svg class="bar" aria-hidden="true" viewBox="0 0 100 8" preserveAspectRatio="none"><rect width="{100*n/total:.2f}" height="8"/></svg>'
     rows = ''.join(f'<tr><th scope="row">{part}</th><td>{n:,}</td><td class="share">{bar(n)}</td></tr>' for part, n in sizes.items())
     facts = dict(track=f'{asset.track} ({"the report guided the pruning" if asset.track == "image+report" else "the report was generated from the film"})', codec=f'{asset.codec}, {asset.features.shape[1]} numbers per patch',
-                 grid=f'{asset.grid[0]} x {asset.grid[1]} patches', **{k.replace('_', ' '): f'{v:g}' if isinstance(v, float) else v for k, v in asset.provenance.items()})
+                 grid=f'{asset.grid[0]} x {asset.grid[1]} patches', **{k.replace('_', ' '): f'{v:.3g}' if isinstance(v, float) else v for k, v in asset.provenance.items()})
     return (f'<section><h2>Size</h2><table><thead><tr><th scope="col">part</th><th scope="col">bytes</th><th scope="col" class="share">share</th></tr></thead><tbody>{rows}</tbody>'
             f'<tfoot><tr><th scope="row">total</th><td>{total:,}</td><td class="share"></td></tr></tfoot></table></section>'
             f'<section><h2>Provenance</h2><dl>{"".join(f"<dt>{safe(k)}</dt><dd>{safe(v)}</dd>" for k, v in facts.items())}</dl></section>')
@@ -237,7 +237,7 @@ def lists_html(
     return ('<section><h2>Relations</h2>' + (f'<p class="key">{key}</p><ul class="said">{said}</ul>{more(len(relations))}' if relations else '<p class="soft">None.</p>') + '</section>'
             '<section><h2>Ties</h2>' + (f'<details><summary>{len(ties):,} concept–patch weights</summary><table><thead><tr><th scope="col">concept</th><th scope="col">patch</th><th scope="col">weight</th></tr></thead><tbody>{rows}</tbody></table>{more(len(ties))}</details>' if ties else '<p class="soft">None: no concept is tied to a patch.</p>') + '</section>')
 
-# %% ../nbs/api/25_viewer.ipynb #26006bd7
+# %% ../nbs/api/25_viewer.ipynb #1fdd947c
 STYLE = """
 :root{--page:#fafaf7;--card:#fff;--ink:#1c2530;--soft:#56616e;--line:#d8dce1;--keep:#1f66ad;--lit:#b85c00;--glow:#fff1dc;--present:#0b6e4f;--uncertain:#855800;--absent:#a40e26;color-scheme:light dark}
 @media (prefers-color-scheme:dark){:root{--page:#0f141a;--card:#171e26;--ink:#e6ebf0;--soft:#a3aebb;--line:#303b47;--keep:#7db8f0;--lit:#ffb454;--glow:#3a2c17;--present:#62cda4;--uncertain:#e3b353;--absent:#ff919b}}
@@ -265,10 +265,10 @@ h2{font-size:1rem;font-weight:650;margin:0 0 .6rem}
 .patch:focus-visible .ring{stroke-width:4.5}
 .say{margin:.75rem 0 0;min-height:4.5em;color:var(--soft);font-size:.9rem}
 .graph{display:flex;align-items:flex-start}
-.graph>div{flex:1;min-width:0}
+.graph>div{flex:1;min-width:0;container-type:inline-size}
 """
 
-# %% ../nbs/api/25_viewer.ipynb #a7f5db91
+# %% ../nbs/api/25_viewer.ipynb #60f8b2f1
 STYLE += """
 .graph h3{height:2.125rem;margin:0;padding-top:.55rem;font-size:.85rem;font-weight:650;line-height:1.4}
 .graph ul{list-style:none;margin:0;padding:0}
@@ -286,7 +286,8 @@ h3.present,.present i{color:var(--present)} h3.uncertain,.uncertain i{color:var(
 .choosing .rel:not(.lit){opacity:.3}
 .rel.lit{stroke:var(--lit);stroke-width:2} .rel.lit .tip{fill:var(--lit)}
 .wires{position:absolute;inset:0;width:100%;height:100%;pointer-events:none;fill:none;stroke:var(--lit);stroke-width:1.75}
-.below{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:2rem 4.5rem;margin-top:2.5rem;padding-top:1.75rem;border-top:1px solid var(--line)}
+.below{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:2rem 4.5rem;align-items:start;margin-top:2.5rem;padding-top:1.75rem;border-top:1px solid var(--line)}
+.below section+section{margin-top:2rem}
 .key{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;margin:0 0 .5rem;font-size:.85rem;color:var(--soft)} .key svg{width:1.75rem;height:.5rem;margin-right:.4rem;vertical-align:middle}
 .said{margin:0;padding:0;list-style:none;font-size:.92rem} .said li{padding:.15rem .4rem;margin-left:-.4rem;border-radius:.3rem} .said em{color:var(--soft)} .said li.lit{background:var(--glow)}
 table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}
@@ -296,17 +297,18 @@ td.share,thead th.share{width:45%;padding-left:1rem;text-align:left} .bar{displa
 summary{cursor:pointer;font-size:.92rem} summary:focus-visible{outline:3px solid var(--keep)}
 dl{display:grid;grid-template-columns:auto minmax(0,1fr);gap:.25rem 1.25rem;margin:0;font-size:.92rem} dt{color:var(--soft)} dd{margin:0}
 footer{margin-top:2.5rem;padding-top:1rem;border-top:1px solid var(--line);font-size:.9rem}
-@media (max-width:47rem){.stage{grid-template-columns:minmax(0,1fr)} body{padding-top:1.25rem} .below{gap:1.75rem}}
+@container (max-width:21rem){.chip small span{display:none} .chip small::after{content:" ▪"}}
+@media (min-width:47.01rem) and (min-height:36rem){.look{position:sticky;top:1rem}}
+@media (max-width:47rem){.stage{grid-template-columns:minmax(0,1fr)} .graph .rels{max-width:15vw} body{padding-top:1.25rem} .below{gap:1.75rem}}
 @media (prefers-reduced-motion:reduce){*{transition:none!important}}
 """
 
-# %% ../nbs/api/25_viewer.ipynb #593f7745
+# %% ../nbs/api/25_viewer.ipynb #ce781898
 SCRIPT = """
 (() => {
   const nodes = [...document.querySelectorAll('[data-ties]')], ends = [...document.querySelectorAll('[data-ends]')];
   const say = document.querySelector('.say'), stage = document.querySelector('.stage'), wires = document.querySelector('.wires');
-  const hint = 'Point at a patch or a concept, or step to it with the Tab key, to see what belongs together. A press keeps it; Escape lets go.';
-  let near = null, kept = null;
+  let near = null, kept = null, hint = 'Point at a patch or a concept, or step to it with the Tab key, to see what belongs together. A press keeps it; Escape lets go.';
   const box = e => (e.querySelector('.ring') || e).getBoundingClientRect();
   function draw(from, to) {
     const o = stage.getBoundingClientRect();
@@ -315,8 +317,7 @@ SCRIPT = """
       const x = p.right - o.left, y = p.top + p.height / 2 - o.top, u = c.left - o.left, v = c.top + c.height / 2 - o.top, m = (x + u) / 2;
       const line = document.createElementNS(wires.namespaceURI, 'path');
       if (u > x && c.left > document.querySelector('.film').getBoundingClientRect().right) line.setAttribute('d', `M${x} ${y}C${m} ${y} ${m} ${v} ${u} ${v}`);
-      line.setAttribute('stroke-opacity', .3 + .7 * w);
-      return line;
+      return line.setAttribute('stroke-opacity', .3 + .7 * w), line;
     }));
   }
   function show() {
@@ -327,7 +328,8 @@ SCRIPT = """
       n.style.setProperty('--w', to.get(n.id) || 0); n.setAttribute('aria-pressed', n === kept);
     }
     for (const e of ends) e.classList.toggle('lit', !!chosen && e.dataset.ends.split(' ').includes(chosen.id));
-    say.textContent = chosen ? chosen.dataset.say + (kept ? '. Kept: Escape lets go.' : '.') : hint;
+    const words = chosen ? chosen.dataset.say + (kept ? '. Kept: Escape lets go.' : '.') : hint;
+    if (say.textContent !== words) say.textContent = words;
     draw(chosen, to);
   }
   const press = n => { kept = kept === n ? null : n; near = null; show(); };
@@ -338,7 +340,8 @@ SCRIPT = """
     n.addEventListener('keydown', e => { if (e.key === 'Enter' || e.key === ' ') { e.preventDefault(); press(n); } });
   }
   addEventListener('keydown', e => { if (e.key === 'Escape') { kept = near = null; show(); } });
-  addEventListener('resize', show); show();
+  for (const event of ['resize', 'scroll']) addEventListener(event, show, {passive: true});
+  show();
 })();
 """
 
@@ -351,7 +354,7 @@ def policy(
     sha = lambda text: f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
     return f"default-src 'none'; img-src data:; style-src {sha(style)}; script-src {sha(script)}; base-uri 'none'; form-action 'none'"
 
-# %% ../nbs/api/25_viewer.ipynb #1794802b
+# %% ../nbs/api/25_viewer.ipynb #9e4485a6
 def asset_page(
     asset: StudyAsset,
     vocabulary=None,   # concept names in order; None shows their numbers
@@ -366,8 +369,8 @@ def asset_page(
 <meta name="viewport" content="width=device-width, initial-scale=1"><meta name="referrer" content="no-referrer"><link rel="icon" href="data:,">
 <title>{heading}</title><style>{STYLE}</style></head>
 <body><header><h1><bdi>{heading}</bdi></h1><p class="lead">{lead}</p></header>
-<main><div class="stage"><section aria-label="Film">{film_svg(asset, vocabulary)}<p class="say" role="status">Brighter squares are more relevant. Which concept goes with which patch is listed under Ties.</p></section>
+<main><div class="stage"><section class="look" aria-label="Film">{film_svg(asset, vocabulary)}<p class="say" role="status">Brighter squares are more relevant. Which concept goes with which patch is listed under Ties.</p></section>
 <section aria-label="Concepts"><div class="graph"><div>{concept_html(asset, vocabulary)}</div>{relation_svg(asset)}</div></section><svg class="wires" aria-hidden="true"></svg></div>
-<div class="below">{lists_html(asset, vocabulary)}{tables_html(asset)}</div></main>
+<div class="below"><div>{lists_html(asset, vocabulary)}</div><div>{tables_html(asset)}</div></div></main>
 <footer>Research software, not a diagnostic device.</footer><script>{SCRIPT}</script></body></html>
 """

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
 import neural.asset as asset_module
-from neural.asset import AssetError, AssetStore, StudyAsset
+from neural.asset import AssetError, AssetStore, StudyAsset, vocabulary_hash
 from neural.codec import fit_pq
 from neural.picture import encode_tiles, thumbnail
 from neural.radiograph import read_radiograph
@@ -21,13 +21,15 @@ from neural.study import NeuralError
 
 CORPUS = Path(__file__).parent / "corpus"
 fuzz = lambda n: settings(max_examples=n, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+WORDS = ("lung", "pneumonia")
+PROVENANCE = {"vocabulary_hash": vocabulary_hash(WORDS), "keep_ratio": 0.023, "fusion": "grounding"}
 BOOK = fit_pq(np.random.default_rng(0).normal(size=(300, 8)), 4)
 
 
 def asset_of(i, **over):
     rng = np.random.default_rng(i)
     fields = dict(study_id=f"s{i}", track="image+report", grid=(12, 12), patches=np.sort(rng.choice(144, 3, replace=False)), relevance=rng.random(3), features=rng.normal(size=(3, 8)), concepts=[0, 1],
-                  assertions=[0, 2], relations=[[1, 0, 0]], grounding=[[1, 2]], weights=[1.0], provenance={"keep_ratio": 0.023, "fusion": "grounding"})
+                  assertions=[0, 2], relations=[[1, 0, 0]], grounding=[[1, 2]], weights=[1.0], provenance=PROVENANCE)
     return StudyAsset(**{**fields, **over})
 
 
@@ -54,7 +56,7 @@ def mutated(draw, originals, seal=None):
         if not data: break
         if kind == 0: data[at] ^= 1 << draw(st.integers(0, 7))
         elif kind == 1: del data[at:]
-        elif kind == 2: data[at : at + (n := draw(st.sampled_from([1, 2, 4, 8])))] = draw(st.sampled_from([b"\xff", b"\x7f", b"\x80", b"\0"])) * n
+        elif kind == 2: n = draw(st.sampled_from([1, 2, 4, 8])); data[at : at + n] = draw(st.sampled_from([b"\xff", b"\x7f", b"\x80", b"\0"])) * n
         elif kind == 3: data[at:at] = draw(st.binary(max_size=30))
         elif kind == 4: data[at : at + 40] = draw(st.sampled_from(originals))[at : at + 40]
         elif kind == 5: data[at:at] = draw(st.sampled_from([b"[", b'{"a":', b"\x1c"])) * draw(st.sampled_from([50, 3000]))
@@ -98,7 +100,7 @@ def test_mutated_assets(traced, data):
 def shards(tmp_path_factory):
     "A store of two shards, as files."
     folder = tmp_path_factory.mktemp("fuzz") / "s"
-    store = AssetStore.create(folder, ("lung", "pneumonia"), dim=8, provenance={"keep_ratio": 0.023, "fusion": "grounding"})
+    store = AssetStore.create(folder, WORDS, dim=8, provenance=PROVENANCE)
     for start in (0, 3): store.append([asset_of(i) for i in range(start, start + 3)])
     return folder, {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"}
 
