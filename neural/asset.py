@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'TRACKS', 'PROVENANCE', 'SHARD_SCHEMA', 'MAX_SHARD', 'MAX_UNFOLDED', 'MAX_VALUES', 'AssetError',
-           'check_key', 'keyed_id', 'check_provenance', 'vocabulary_hash', 'StudyAsset', 'describe', 'asset_svg',
-           'asset_html', 'to_table', 'AssetStore', 'is_named']
+           'check_key', 'keyed_id', 'check_provenance', 'vocabulary_hash', 'StudyAsset', 'Codes', 'describe',
+           'asset_svg', 'asset_html', 'to_table', 'AssetStore', 'is_named']
 
-# %% ../nbs/api/20_asset.ipynb #f03d45cb
+# %% ../nbs/api/20_asset.ipynb #56fbb191
 import errno, fcntl, hashlib, hmac, html, json, os, re, struct
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Iterator
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq
 from fastcore.basics import patch
-from .codec import CODECS, FITTED, Codebook, book_bytes, check_codec, decode, dequantise, encode, quantise, read_book
+from .codec import CODECS, FITTED, Codebook, book_bytes, canonical, check_codec, decode, dequantise, encode, quantise, read_book
 from .graph import ASSERTIONS, RELATIONS, KnowledgeGraph, UnifiedGraph, VisualGraph, fuse, grounding_links, knowledge_from, visual_graph
 from .picture import picture_shape
 from .study import NeuralError
@@ -117,7 +117,7 @@ class StudyAsset:
     def __hash__(self): return hash(self.to_bytes())
     def __repr__(self): return f"StudyAsset({self.study_id!r}, {self.track}, {len(self.patches)} of {self.grid[0]*self.grid[1]} patches, {len(self.concepts)} concepts, {len(self.relations)} relations, {len(self.grounding)} ties)"
 
-# %% ../nbs/api/20_asset.ipynb #0a2b94d2
+# %% ../nbs/api/20_asset.ipynb #ce5396d9
 def _checked(a):
     "All fields of an asset in their stored form; the first that is not right is named."
     if a.track not in TRACKS: raise AssetError(f"track must be one of {', '.join(TRACKS)}, got {str(a.track)[:30]!r}")
@@ -126,24 +126,35 @@ def _checked(a):
     k, m = len(patches), len(a.concepts)
     once = a.provenance.get('selection') != 'released'       # the released code repeats patches (defect A1)
     if not k or (np.diff(patches.astype(int)) < once).any(): raise AssetError(f"patches must be at least one index, ascending, each once; got {k}")
+    codes, features = _coded(a, k)
     relations = _whole('relations', a.relations, 65536, '<u2', (None, 3))
     grounding = _whole('grounding', a.grounding, 65536, '<u2', (None, 2))
     for name, values, below in (('relation ends', relations[:, :2], m), ('relation types', relations[:, 2], len(RELATIONS)), ('grounding concepts', grounding[:, 0], m), ('grounding patches', grounding[:, 1], k)):
         if values.size and values.max() >= below: raise AssetError(f"{name} must lie in 0..{below-1}, got {values.max()}")
     if max(len(relations), len(grounding), m) > 65535: raise AssetError(f"an asset holds at most 65535 concepts, relations or grounding edges; got {m}, {len(relations)}, {len(grounding)}")
-    return dict(study_id=check_key(a.study_id), grid=(rows, cols), patches=patches, relevance=_share('relevance', a.relevance, k), features=_coded(a, k),
+    return dict(study_id=check_key(a.study_id), grid=(rows, cols), patches=patches, relevance=_share('relevance', a.relevance, k), codes=codes, features=features,
                 concepts=_whole('concepts', a.concepts, 65536, '<u2', (m,)), assertions=_whole('assertions', a.assertions, len(ASSERTIONS), 'u1', (m,)),
                 relations=relations, grounding=grounding, weights=_share('grounding weights', a.weights, len(grounding)), provenance=check_provenance(a.provenance),
                 thumbnail=_thumbnail(a.thumbnail), pixels=_pixels(a.pixels, k))
 
-# %% ../nbs/api/20_asset.ipynb #ce12d5aa
+# %% ../nbs/api/20_asset.ipynb #c523ca9e
+class Codes:
+    "Features that come as codes already (chapter 19), and need not be coded again."
+    def __init__(self, rows, dim): self.rows, self.dim = rows, dim
+
 def _coded(a, k):
-    "Features as they read back from their codec, float32 [k, d]."
-    x = np.asarray(a.features, np.float32)
-    if x.ndim != 2 or len(x) != k or not 0 < x.shape[1] <= 65535: raise AssetError(f"features must be (k={k}, d) with d from 1 to 65535, got {x.shape}")
-    try: return _frozen(decode(encode(x, a.codec, a.book), a.codec, x.shape[1], a.book))
+    "Codes of the features, uint8 [k, bytes], and the features as they read back, float32 [k, d]."
+    try:
+        if isinstance(a.features, Codes):
+            rows, d = a.features.rows, a.features.dim
+            x = decode(rows, a.codec, d, a.book)
+            if not canonical(rows, a.codec, d, a.book): raise AssetError("features are not written in the one form of their codec")
+        else: rows, x = None, np.asarray(a.features, np.float32)
+        if x.ndim != 2 or len(x) != k or not 0 < x.shape[1] <= 65535: raise AssetError(f"features must be (k={k}, d) with d from 1 to 65535, got {x.shape}")
+        if rows is None: rows = encode(x, a.codec, a.book); x = decode(rows, a.codec, x.shape[1], a.book)
     except AssetError: raise
     except NeuralError as e: raise AssetError(str(e)) from None
+    return _frozen(rows), _frozen(x)
 
 # %% ../nbs/api/20_asset.ipynb #ee59c712
 def _picture(what, data, most, side):
@@ -222,14 +233,14 @@ def _layout(grid, k, width, m, r, g):
 
 def _digest(data): return hashlib.blake2b(data, digest_size=8).digest()
 
-# %% ../nbs/api/20_asset.ipynb #b525be03
+# %% ../nbs/api/20_asset.ipynb #92704679
 @patch
 def to_bytes(
     self: StudyAsset,
 ) -> bytes:        # the whole asset; the last 8 bytes are its checksum
     "Writes the asset for the wire (DESIGN of this companion, sec. 4)."
     key, prov = self.study_id.encode(), json.dumps(self.provenance, separators=(',', ':')).encode()
-    (k, d), m, r, g, codes = self.features.shape, len(self.concepts), len(self.relations), len(self.grounding), encode(self.features, self.codec, self.book)
+    (k, d), m, r, g, codes = self.features.shape, len(self.concepts), len(self.relations), len(self.grounding), self.codes
     head = _HEADER.pack(b'NRLA', SCHEMA_VERSION, CODECS.index(self.codec), TRACKS.index(self.track), *self.grid, k, d, m, r, g, len(key), len(prov), len(self.thumbnail), len(self.pixels))
     arrays = dict(features=codes, ends=self.relations[:, :2], types=self.relations[:, 2], tied=self.grounding[:, 0], to=self.grounding[:, 1])
     body = b''.join(np.asarray(arrays.get(n, getattr(self, n, None))).astype(t).tobytes() for n, t, _ in _layout(self.grid, k, codes.shape[1], m, r, g))
@@ -268,7 +279,7 @@ def _size(shape):
     for s in shape: n *= s
     return n
 
-# %% ../nbs/api/20_asset.ipynb #bb8f2cc5
+# %% ../nbs/api/20_asset.ipynb #b7d155d8
 def _payload(data, layout, lengths, codec, dim, book):
     "The fields behind the header; the caller has checked that all of them are there."
     nkey, nprov, nthumb, npixels = lengths
@@ -280,8 +291,7 @@ def _payload(data, layout, lengths, codec, dim, book):
     for name, dtype, shape in layout:
         arrays[name] = np.frombuffer(data, dtype, _size(shape), at).reshape(shape)
         at += arrays[name].nbytes
-    try: features = decode(arrays.pop('features'), codec, dim, book)
-    except NeuralError as e: raise AssetError(str(e)) from None
+    features = Codes(arrays.pop('features'), dim)
     relations, grounding = np.column_stack([arrays.pop('ends'), arrays.pop('types')]), np.column_stack([arrays.pop('tied'), arrays.pop('to')])
     return {**fields, **arrays, 'features': features, 'relations': relations, 'grounding': grounding, 'thumbnail': data[at:at+nthumb], 'pixels': data[at+nthumb:at+nthumb+npixels]}
 
@@ -383,7 +393,7 @@ def _repr_html_(self: StudyAsset): return asset_html(self)
 # %% ../nbs/api/20_asset.ipynb #639487e3
 def _list(kind): return pa.list_(pa.field('element', kind))       # Parquet's own name for the items of a list
 
-# %% ../nbs/api/20_asset.ipynb #8e6e9dbd
+# %% ../nbs/api/20_asset.ipynb #b7126afc
 _FIELDS = [('study_id', pa.string()), ('patches', _list(pa.uint16())), ('relevance', _list(pa.float16())), ('features', pa.binary()), ('concepts', _list(pa.uint16())), ('assertions', _list(pa.uint8())),
            ('relations', _list(pa.uint16())), ('grounding', _list(pa.uint16())), ('weights', _list(pa.float16())), ('thumbnail', pa.binary()), ('pixels', pa.binary()), ('checksum', pa.binary(8))]
 SHARD_SCHEMA = pa.schema(_FIELDS)
@@ -393,7 +403,7 @@ def to_table(
     assets: list,     # of one grid, dim, codec, track and provenance
 ) -> pa.Table:        # one row per asset; features as rows of codes (chapter 19), pairs and triples flattened
     "Assets as an Arrow table (this companion's choice)."
-    rows = [[a.study_id, a.patches.tolist(), a.relevance.tolist(), encode(a.features, a.codec, a.book).tobytes(), a.concepts.tolist(), a.assertions.tolist(), a.relations.ravel().tolist(),
+    rows = [[a.study_id, a.patches.tolist(), a.relevance.tolist(), a.codes.tobytes(), a.concepts.tolist(), a.assertions.tolist(), a.relations.ravel().tolist(),
              a.grounding.ravel().tolist(), a.weights.tolist(), a.thumbnail, a.pixels, a.to_bytes()[-8:]] for a in assets]
     return pa.table([pa.array(column, f.type) for column, f in zip(zip(*rows), SHARD_SCHEMA)], schema=SHARD_SCHEMA)
 
@@ -558,7 +568,7 @@ def _thrift(data, at, kind=12, depth=0):
     if kind == 12: return _thrift_struct(data, at, depth)
     raise ValueError(f"a field of unknown type {kind}")
 
-# %% ../nbs/api/20_asset.ipynb #fa4d9883
+# %% ../nbs/api/20_asset.ipynb #bd40aa22
 def _thrift_list(data, at, depth):
     "A list or set; it cannot be longer than the bytes that are left."
     head, at = data[at:at+1], at + 1
@@ -575,14 +585,16 @@ def _thrift_list(data, at, depth):
 
 def _thrift_struct(data, at, depth):
     "The fields of a struct by their numbers."
-    out, field = {}, 0
+    out, field, end = {}, 0, len(data)
     while True:
-        if at >= len(data): raise ValueError("a struct cut short")
+        if at >= end: raise ValueError("a struct cut short")
         head = data[at]; at += 1
         if head == 0: return out, at
         if head >> 4: field += head >> 4
         else: z, at = _varint(data, at); field = (z >> 1) ^ -(z & 1)
-        out[field], at = _thrift(data, at, head & 15, depth + 1)
+        kind = head & 15
+        if kind in (5, 6) and at < end and data[at] < 128: z = data[at]; at += 1; out[field] = (z >> 1) ^ -(z & 1)      # most numbers take one byte
+        else: out[field], at = _thrift(data, at, kind, depth + 1)
 
 # %% ../nbs/api/20_asset.ipynb #cc3538b6
 MAX_SHARD, MAX_UNFOLDED, MAX_VALUES = 2_000_000_000, 256_000_000, 20_000_000        # bytes of a file; bytes and values of one row group
@@ -626,7 +638,7 @@ def _check_group(path, group, columns):
     except (ValueError, OSError) as e: raise AssetError(f"{path.name} is damaged ({e}): run verify") from None
     if sum(u for u, _ in claims) > MAX_UNFOLDED or max(v for _, v in claims) > MAX_VALUES: raise AssetError(f"{path.name} claims {sum(u for u, _ in claims):,} bytes for {rows:,} studies in one row group: refused")
 
-# %% ../nbs/api/20_asset.ipynb #a8534780
+# %% ../nbs/api/20_asset.ipynb #91439fd8
 class _Shard:
     "An open shard: its row groups, each checked before it is read."
     def __init__(self, path, schema, named=True):
@@ -636,6 +648,10 @@ class _Shard:
         try: self.groups, self.file = _footer(path, len(schema)), pq.ParquetFile(path, page_checksum_verification=True, thrift_string_size_limit=16_000_000, thrift_container_size_limit=1_000_000)
         except (pa.ArrowException, OSError, ValueError) as e: raise AssetError(f"{path.name} is damaged or no Parquet file ({str(e).splitlines()[0][:60]}): run verify") from None
         if [(c.name, str(c.type)) for c in self.file.schema_arrow] != [(c.name, str(c.type)) for c in schema]: raise AssetError(f"{path.name} does not have the columns of a shard")
+    def column(self, name):
+        for group in self.groups: _check_group(self.path, group, [self.names.index(name)])
+        try: return self.file.read(columns=[name])[name].to_pylist()
+        except (pa.ArrowException, OSError, ValueError) as e: raise AssetError(f"{self.path.name} is damaged ({type(e).__name__}): run verify") from None
     def read(self, group, columns=None):
         _check_group(self.path, self.groups[group], range(len(self.names)) if columns is None else [self.names.index(c) for c in columns])
         try: return self.file.read_row_group(group, columns=columns)
@@ -647,7 +663,7 @@ def is_named(
     "Whether a shard is what it was when it was written."
     with open(path, 'rb') as f: return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=8)).hexdigest() == _SHARD.fullmatch(path.name)[3]
 
-# %% ../nbs/api/20_asset.ipynb #235f2b4b
+# %% ../nbs/api/20_asset.ipynb #cd70ef1a
 @patch
 def _where(self: AssetStore, whole=True) -> dict:
     "study id -> (shard, row group, row); a damaged shard is an error, or is left aside where the rest will do."
@@ -664,8 +680,9 @@ def _where(self: AssetStore, whole=True) -> dict:
 def _look(self: AssetStore, path) -> dict:
     "Where the studies of one shard stand."
     shard, new = self._open(path), {}
-    for g in range(len(shard.groups)):
-        for row, key in enumerate(shard.read(g, ['study_id'])['study_id'].to_pylist()):
+    keys = iter(shard.column('study_id'))
+    for g, (n, _) in enumerate(shard.groups):
+        for row, key in zip(range(n), keys):
             if key in new or key in self._index: raise AssetError(f"study {key} stands twice in {self.folder.name}")
             new[key] = (path, g, row)
     return new
@@ -690,7 +707,7 @@ def __len__(self: AssetStore): return len(self._where())
 @patch
 def __contains__(self: AssetStore, study_id): return study_id in self._where()
 
-# %% ../nbs/api/20_asset.ipynb #3f848247
+# %% ../nbs/api/20_asset.ipynb #03e80092
 @patch
 def append(
     self: AssetStore,
@@ -715,7 +732,7 @@ def _write(self: AssetStore, assets, generation, number):
     "One shard, published; the caller holds the lock."
     for left in self.folder.glob('.shard-*.tmp'): left.unlink(missing_ok=True)             # of writers that were killed
     out = pa.BufferOutputStream()
-    pq.write_table(to_table(assets), out, row_group_size=128, compression='zstd', use_dictionary=False, write_statistics=False, write_page_checksum=True, store_schema=False)
+    pq.write_table(to_table(assets), out, row_group_size=256, compression='zstd', use_dictionary=False, write_statistics=False, write_page_checksum=True, store_schema=False)
     data = out.getvalue().to_pybytes()
     name = f"shard-{generation:06}-{number:06}-{_digest(data).hex()}.parquet"
     _publish(self.folder/name, data)
@@ -729,14 +746,14 @@ def _belongs(self: AssetStore, a):
         if mine != its: raise AssetError(f"study {a.study_id}: {what} is {its}, this store holds {mine}")
     if len(a.concepts) and a.concepts.max() >= len(self.vocabulary): raise AssetError(f"study {a.study_id}: concept {a.concepts.max()} is not in the store's vocabulary of {len(self.vocabulary)}")
 
-# %% ../nbs/api/20_asset.ipynb #50e5f719
+# %% ../nbs/api/20_asset.ipynb #0a4bb90e
 @patch
 def _asset(self: AssetStore, row, shard):
     "One row as an asset, its checksum compared."
     k = len(row['patches'] or ())
     try:
         if self.version == 1: features = dequantise(np.frombuffer(row['features'] or b'', 'i1').reshape(k, self.dim), np.array(row['scales'], np.float32).reshape(k)) if self.codec == 'int8' else np.frombuffer(row['features'] or b'', '<f2').reshape(k, self.dim)
-        else: features = decode(np.frombuffer(row['features'] or b'', np.uint8).reshape(k, check_codec(self.codec, self.dim, self.book)), self.codec, self.dim, self.book)
+        else: features = Codes(np.frombuffer(row['features'] or b'', np.uint8).reshape(k, check_codec(self.codec, self.dim, self.book)), self.dim)
         a = StudyAsset(row['study_id'], self.track, self.grid, _ints(row['patches']), row['relevance'], features, _ints(row['concepts']), _ints(row['assertions']), _ints(row['relations']).reshape(-1, 3),
                        _ints(row['grounding']).reshape(-1, 2), row['weights'], self.provenance, self.codec, self.book, row.get('thumbnail', b'') or b'', row.get('pixels', b'') or b'')
     except (NeuralError, ValueError, TypeError) as e: raise AssetError(f"{shard}: study {row['study_id']} is damaged: {e}") from None

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CODECS', 'FITTED', 'TABLES', 'MAX_BOOK', 'finite', 'quantise', 'dequantise', 'Codebook', 'checked_tables', 'fit_pca',
-           'fit_pq', 'check_codec', 'encode', 'nearest', 'decode', 'loss_of_codec', 'book_bytes', 'read_book']
+           'fit_pq', 'check_codec', 'encode', 'nearest', 'decode', 'canonical', 'loss_of_codec', 'book_bytes',
+           'read_book']
 
 # %% ../nbs/api/19_codec.ipynb #c8e48008
 import hashlib
@@ -51,7 +52,7 @@ def dequantise(
     "The numbers that the codes stand for (this companion's choice)."
     return codes.astype(np.float32)*scales[:, None]
 
-# %% ../nbs/api/19_codec.ipynb #2b2ff8b1
+# %% ../nbs/api/19_codec.ipynb #d9f5d9e7
 TABLES = {'pca': {'mean': ('<f4', 1), 'basis': ('<f2', 2), 'scales': ('<f4', 1)}, 'pq': {'centroids': ('<f2', 3)}}   # name -> dtype, dimensions
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -66,6 +67,8 @@ class Codebook:
     def width(self) -> int: return len(self.tables['scales' if self.kind == 'pca' else 'centroids'])                                                              # bytes per feature after coding
     @cached_property
     def hash(self) -> str: return hashlib.blake2b(b''.join(f"{n}{t.shape}".encode() + t.tobytes() for n, t in sorted(self.tables.items())), digest_size=8).hexdigest()  # 16 hex characters
+    @cached_property
+    def first(self) -> np.ndarray: return np.stack([[int(i) for i in np.unique(c, axis=0, return_index=True)[1][np.unique(c, axis=0, return_inverse=True)[1].ravel()]] for c in self.tables['centroids']])  # of equal prototypes, the one that is written
     @cached_property
     def inverse(self) -> np.ndarray: return np.linalg.pinv(self.tables['basis'].astype(float))       # of the rounded basis, so that coding twice is coding once
 
@@ -169,6 +172,19 @@ def decode(
     c = book.tables['centroids'].astype(np.float32)
     if len(rows) and rows.max() >= c.shape[1]: raise NeuralError(f"codes speak of prototype {rows.max()}, the codebook has {c.shape[1]}")
     return c[np.arange(len(c)), rows].reshape(len(rows), dim)
+
+# %% ../nbs/api/19_codec.ipynb #5bef3a7b
+def canonical(
+    rows: np.ndarray,      # uint8 (n, bytes per feature)
+    codec: str,            # one of CODECS
+    dim: int,              # numbers per feature
+    book: Codebook=None,   # of a fitted codec
+) -> bool:                 # True if `encode` would have written them so
+    "Whether codes are the one way of writing what they say."
+    if codec == 'pca': return not (rows == 128).any()                                             # -128 is never written
+    if codec == 'pq': return bool((rows < book.first.shape[1]).all() and (book.first[np.arange(rows.shape[1]), rows] == rows).all())
+    x = decode(rows, codec, dim, book)
+    return bool(np.isfinite(x).all() and np.abs(x).max(initial=0) <= (65000 if codec == 'f16' else 1e30) and np.array_equal(encode(x, codec), rows))
 
 # %% ../nbs/api/19_codec.ipynb #710ac6b2
 def loss_of_codec(

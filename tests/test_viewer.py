@@ -137,11 +137,12 @@ class Browser:
         self.process = subprocess.Popen([sys.executable, "-c", self.LAUNCH, str(theirs_in), str(theirs_out), program, *self.FLAGS, f"--user-data-dir={profile}", "about:blank"],
                                         pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(theirs_in); os.close(theirs_out)
-        self.buffer, self.count, self.session, self.events = b"", 0, None, []
+        self.buffer, self.count, self.session, self.tab, self.events = b"", 0, None, None, []
 
     def message(self, until: float):
         while b"\0" not in self.buffer:
-            if not select.select([self.inp], [], [], max(until - time.monotonic(), 0))[0]: raise TimeoutError("Chromium does not answer")
+            left = until - time.monotonic()
+            if left < 0 or not select.select([self.inp], [], [], left)[0]: raise TimeoutError("Chromium does not answer")
             if not (more := os.read(self.inp, 1 << 16)): raise ConnectionError("Chromium has gone")
             self.buffer += more
         first, self.buffer = self.buffer.split(b"\0", 1)
@@ -151,16 +152,17 @@ class Browser:
         self.count += 1
         call = dict(id=self.count, method=method, params=params) | (dict(sessionId=self.session) if self.session else {})
         os.write(self.out, json.dumps(call).encode() + b"\0")
-        until = time.monotonic() + 60
+        until = time.monotonic() + 120
         while (reply := self.message(until)).get("id") != self.count: self.events.append(reply)
         assert "error" not in reply, reply
         return reply["result"]
 
     def show(self, page: str, width: int = 1200, height: int = 900, scripts: bool = True, dark: bool = False):
-        "Puts a page into a fresh tab."
-        self.session = None
-        target = self("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        "Puts a page into a fresh tab, and closes the one before."
+        self.session, before = None, self.tab
+        self.tab = self("Target.createTarget", url="about:blank")["targetId"]
+        if before: self("Target.closeTarget", targetId=before)
+        self.session = self("Target.attachToTarget", targetId=self.tab, flatten=True)["sessionId"]
         self.events = []
         for domain in ("Page", "Runtime", "Log", "Network"): self(f"{domain}.enable")
         self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
