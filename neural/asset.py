@@ -456,7 +456,7 @@ def _publish(
         finally: temp.unlink(missing_ok=True)
     except OSError as e: raise AssetError(f"{path.parent.name}/{path.name} could not be written ({os.strerror(e.errno or errno.EIO)}); the store is as it was") from None
 
-# %% ../nbs/api/20_asset.ipynb #f2ef39c9
+# %% ../nbs/api/20_asset.ipynb #272927f7
 class AssetStore:
     "A folder of assets: store.json and Parquet shards, append-only (DESIGN of this companion, sec. 4)."
     def __init__(self,
@@ -464,6 +464,7 @@ class AssetStore:
     ):
         self.folder = Path(folder)
         self.reload()
+    def __reduce__(self): return AssetStore, (self.folder,)     # a worker process opens the files again
 
 # %% ../nbs/api/20_asset.ipynb #b7ca2a06
 @patch

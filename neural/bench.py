@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FINDINGS', 'drawn_features', 'sized_asset', 'store_bytes', 'film_bytes', 'bench_bytes', 'machine']
 
-# %% ../nbs/api/41_bench.ipynb #8dbf7152
+# %% ../nbs/api/41_bench.ipynb #69617244
 import io
 import os
 import platform
@@ -18,8 +18,7 @@ from .asset import AssetStore, StudyAsset
 from .codec import fit_pca, fit_pq, loss_of_codec
 from .graph import knowledge_graph, visual_graph
 from .phantom import toy_study
-from .picture import encode_tiles, thumbnail
-from .radiograph import fit_square
+from .picture import thumbnail
 from .report import ReportReader
 from .study import NeuralError
 
@@ -36,7 +35,7 @@ def drawn_features(
     mix, kinds = world.normal(size=(min(48, dim), dim)), 4*world.normal(size=(30, min(48, dim)))
     return ((kinds[rng.integers(0, 30, n)] + rng.normal(size=(n, mix.shape[0])))@mix + .3*rng.normal(size=(n, dim))).astype(np.float32)
 
-# %% ../nbs/api/41_bench.ipynb #78e3ab77
+# %% ../nbs/api/41_bench.ipynb #049f8ea0
 def sized_asset(
     i: int,                  # number of the study
     k: int,                  # retained patches
@@ -52,7 +51,7 @@ def sized_asset(
     knowledge = knowledge_graph(note, vocabulary)
     visual = visual_graph(np.sort(rng.choice(144, k, replace=False)), drawn_features(k, dim, i), np.sort(rng.random(k))[::-1], (12, 12))
     ties = rng.random((len(knowledge), k)) if len(knowledge) else None
-    small = thumbnail(fit_square(toy.image, 192), picture, 'webp') if picture else b''
+    small = thumbnail(toy.image, picture, 'webp') if picture else b''
     return StudyAsset.from_graphs(f"s{50000000 + i}", 'image+report', visual, knowledge, ties, {}, codec, book, small)
 
 # %% ../nbs/api/41_bench.ipynb #f8d939ec
@@ -78,7 +77,7 @@ def film_bytes(
     return {'film, DICOM pixels uncompressed': float(np.mean([2*x.size for x in films])), 'film, PNG 16 bits': float(np.mean([written(x, 'PNG', 16) for x in films])),
             'film, PNG 8 bits': float(np.mean([written(x, 'PNG') for x in films])), 'film, JPEG quality 90': float(np.mean([written(x, 'JPEG', quality=90) for x in films]))}
 
-# %% ../nbs/api/41_bench.ipynb #ea55dc30
+# %% ../nbs/api/41_bench.ipynb #2c019563
 def bench_bytes(
     studies=1000,     # of each store
     dim=1024,         # numbers per patch; the paper's
@@ -89,7 +88,7 @@ def bench_bytes(
 ) -> pd.DataFrame:    # bytes per study, one row per form, and its ratio to the released graph
     "What a study takes, form by form (answers defect A8)."
     if dim % size: raise NeuralError(f"{size} bytes a patch do not divide {dim} numbers; product quantisation needs that")
-    reader, toys = ReportReader(), [toy_study(FINDINGS[s % 6], seed=s) for s in range(48)]
+    reader, toys = ReportReader(), [toy_study(FINDINGS[s % 6], size=128, seed=s) for s in range(studies)]      # no study twice: compression must not find a copy
     notes = [reader(t.report) for t in toys]
     train = drawn_features(4096, dim, seed=10**6)
     books = {'pca': fit_pca(train, size), 'pq': fit_pq(train, size), 'int8': None, 'f32': None}
