@@ -1,5 +1,5 @@
 # make reproduce   from an empty machine to the results table, on phantom studies (about ten minutes, no data needed)
-# make audit       the same run held against its controls, leaks and the released code's defects (half an hour more)
+# make audit       the same run held against its controls, leaks and the released code's defects (forty minutes more)
 # make test        everything the project promises, checked: notebooks, tests, a smoke run, the pages
 # make lab         JupyterLab on the notebooks            make docs    the pages, in _docs/
 # make install     the environment of requirements.lock   make hooks   git hooks that keep notebooks clean
@@ -41,9 +41,9 @@ install:
 	  echo "$$want" > $(VENV)/.installed; \
 	fi
 
-# The audit also reads the same studies at 1024 pixels, and a cohort drawn from another seed. Paths given to a stage are relative to the run folder.
+# The audit also reads the same studies at 1024 pixels, a cohort drawn from another seed, and the published numbers of Open-i. Paths given to a stage are relative to the run folder.
 audit: cohort fine elsewhere
-	@$(BIN)/neural run 10-58 --preset $(PRESET) --manifest build/phantom/manifest.csv --run $(RUN) -p fine=../../build/phantom-1024/manifest.csv -p elsewhere=../../build/elsewhere/manifest.csv
+	@$(BIN)/neural run 10-58 --preset $(PRESET) --manifest build/phantom/manifest.csv --run $(RUN) -p fine=../../build/phantom-1024/manifest.csv -p elsewhere=../../build/elsewhere/manifest.csv -p beside=../../figures/open-i
 
 # $(call draw,FOLDER,STUDIES,SIZE,SEED): phantom studies and their manifest; made again when a setting or the code that draws them changed.
 define draw

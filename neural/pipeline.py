@@ -754,6 +754,8 @@ def publish(
     run, figures = Path(run), Path(figures)
     done = [s for s in find_stages(folder) if read_record(run, s.name).get("inputs")]
     if not done: raise NeuralError(f"{run} has no finished stage; run one first")
+    for s in done:
+        if hit := machine_paths((run/f"{s.name}.json").read_text("utf-8")): raise NeuralError(f"the record of {s.name} names a path of this machine ({hit[0]}); run the stage again with a path relative to the run folder")
     for stage in done if notebooks else []: publish_stage(stage, run)
     files = {n: run/n for n in run_files(run) if n.split("/")[0] in ("figures", "tables") or n == "results.json"}
     files = {n.removeprefix("figures/"): p for n, p in files.items()} | {f"records/{s.name}.json": run/f"{s.name}.json" for s in done}
