@@ -43,7 +43,7 @@ install:
 
 # The audit also reads the same studies at 1024 pixels, a cohort drawn from another seed, and the published numbers of Open-i. Paths given to a stage are relative to the run folder.
 audit: cohort fine elsewhere
-	@$(BIN)/neural run 10-58 --preset $(PRESET) --manifest build/phantom/manifest.csv --run $(RUN) -p fine=../../build/phantom-1024/manifest.csv -p elsewhere=../../build/elsewhere/manifest.csv -p beside=../../figures/open-i
+	@$(BIN)/neural run 10-59 --preset $(PRESET) --manifest build/phantom/manifest.csv --run $(RUN) -p fine=../../build/phantom-1024/manifest.csv -p elsewhere=../../build/elsewhere/manifest.csv -p beside=../../figures/open-i
 
 # $(call draw,FOLDER,STUDIES,SIZE,SEED): phantom studies and their manifest; made again when a setting or the code that draws them changed.
 define draw

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'plain_line', 'PlainErrors', 'one_line', 'show_version', 'start', 'phantom', 'index_summary', 'index',
            'stage_folder', 'read_assignments', 'run', 'publish', 'build', 'codebook', 'predict', 'verify', 'compact',
-           'bench', 'asset_lines', 'inspect', 'main']
+           'describe', 'bench', 'asset_lines', 'inspect', 'main']
 
 # %% ../nbs/api/42_cli.ipynb #12d6d536
 import contextlib, os, sys
@@ -260,6 +260,22 @@ def compact(
     assets = AssetStore(store.resolve())
     before, after = assets.compact(size)
     typer.echo(f"shards: {before} before, {after} now, {len(assets)} assets, {assets.bytes_per_study():.0f} bytes a study")
+
+# %% ../nbs/api/42_cli.ipynb #b02f8933
+@app.command()
+def describe(
+    store: Annotated[Path, typer.Argument(help="Folder of an asset store.", exists=True, file_okay=False)],
+    name: Annotated[str, typer.Option(help="Name of the dataset.")],
+    licence: Annotated[str, typer.Option(help="Its licence, as a URL or a short name.")],
+    url: Annotated[str, typer.Option(help="Where it is had.")],
+    creator: Annotated[str, typer.Option(help="Who made it.")],
+    published: Annotated[str, typer.Option(help="When, as YYYY-MM-DD.")],
+    description: Annotated[str, typer.Option(help="What it is, in a sentence.")] = "Chest X-ray studies as pruned graphs: patch features, concepts of the report, and the edges between them.",
+):
+    "Write a Croissant description into a store."
+    from neural.export import write_croissant
+    path = write_croissant(store.resolve(), name, description=description, licence=licence, url=url, creator=creator, published=published)
+    typer.echo(f"described: {store / path.name}")
 
 # %% ../nbs/api/42_cli.ipynb #e2b23f1a
 @app.command()

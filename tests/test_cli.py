@@ -19,8 +19,8 @@ def neural(*words, cwd, **env) -> subprocess.CompletedProcess:
 def test_help_names_every_command(tmp_path):
     said = neural("--help", cwd=tmp_path)
     assert said.returncode == 0 and said.stderr == ""
-    for name in ("phantom", "index", "run", "build", "predict", "verify", "inspect"): assert f"\n  {name} " in said.stdout, f"`neural {name}` is missing"
-    for name in ("phantom", "index", "run", "build", "predict", "verify", "inspect"): assert neural(name, "--help", cwd=tmp_path).returncode == 0
+    for name in ("phantom", "index", "run", "publish", "build", "codebook", "predict", "verify", "compact", "inspect", "describe", "bench"): assert f"\n  {name} " in said.stdout, f"`neural {name}` is missing"
+    for name in ("phantom", "index", "run", "publish", "build", "codebook", "predict", "verify", "compact", "inspect", "describe", "bench"): assert neural(name, "--help", cwd=tmp_path).returncode == 0
 
 
 @pytest.mark.parametrize("words", [["--bogus"], ["frobnicate"], ["phantom"], ["phantom", "out", "--studies", "none"], ["phantom", "out", "--studies", "0"], ["index", "dicomdir", "."],
