@@ -6,10 +6,11 @@ import nbclient
 import nbformat
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
-predictions = pytest.importorskip("pyarrow.parquet").read_table(FIGURES / "tables/predictions.parquet").to_pandas()
+predictions = pq.read_table(FIGURES / "tables/predictions.parquet").to_pandas()
 
 
 def pairs_won(y: np.ndarray, p: np.ndarray) -> float:
