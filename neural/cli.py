@@ -277,17 +277,17 @@ def describe(
     path = write_croissant(store.resolve(), name, description=description, licence=licence, url=url, creator=creator, published=published)
     typer.echo(f"described: {store / path.name}")
 
-# %% ../nbs/api/42_cli.ipynb #e2b23f1a
+# %% ../nbs/api/42_cli.ipynb #4ed5c21c
 @app.command()
 def bench(
-    what: Annotated[Literal["bytes"], typer.Argument(help="What is measured.")],
-    studies: Annotated[int, typer.Option(min=10, help="Studies of each store.")] = 1000,
+    what: Annotated[Literal["bytes", "store"], typer.Argument(help="What is measured: bytes of a study, or a store being read.")],
+    studies: Annotated[Optional[int], typer.Option(min=10, help="Studies of each store; 1,000 for bytes, 100,000 for a store.")] = None,
     out: Annotated[Optional[Path], typer.Option(help="Write the table as JSON, too.", dir_okay=False)] = None,
 ):
-    "Measure, and set beside a plain reference: bytes of a study, form by form."
-    from neural.bench import bench_bytes, machine
-    table = bench_bytes(studies)
-    typer.echo(table.round(1).to_string() + f"\n{machine()}")
+    "Measure, and set beside a plain reference: bytes of a study, form by form; a large store being read."
+    from neural.bench import bench_bytes, bench_store, machine
+    table = {"bytes": bench_bytes, "store": bench_store}[what](**({} if studies is None else {"studies": studies}))
+    typer.echo((table if len(table) > 1 else table.T).round(2).to_string(header=len(table) > 1) + f"\n{machine()}")
     if out: out.write_text(table.to_json(orient="index", indent=1), encoding="utf-8")
 
 # %% ../nbs/api/42_cli.ipynb #46709c97
