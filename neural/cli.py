@@ -172,7 +172,7 @@ def publish(
     done = publish_run(folder, stage_folder(notebooks), figures, not numbers)
     typer.echo(f"published: {', '.join(done)}")
 
-# %% ../nbs/api/42_cli.ipynb #c157682d
+# %% ../nbs/api/42_cli.ipynb #d3afc7ac
 @app.command()
 def build(
     manifest: Annotated[Path, typer.Argument(help="Manifest of the studies.", exists=True, dir_okay=False)],
@@ -186,17 +186,20 @@ def build(
     pixels: Annotated[bool, typer.Option("--pixels", help="Keep the retained patches' pixels, lossless.")] = False,
     key_file: Annotated[Optional[Path], typer.Option(help="Replace study ids by a hash keyed with this file's bytes.", exists=True, dir_okay=False)] = None,
     hide_corners: Annotated[bool, typer.Option("--hide-corners", help="Retain and show no patch of the four corners, where names are burnt in.")] = False,
-    workers: Annotated[int, typer.Option(min=0, help="Decoding processes.")] = 2,
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="This machine, or the workers of Ray: those of RAY_ADDRESS, or new ones here.")] = "local",
+    workers: Annotated[int, typer.Option(min=0, help="Decoding processes; with ray, processes that hold the network.")] = 2,
     limit: Annotated[float, typer.Option(min=0, max=1, help="Stop if a larger share of the studies is left out.")] = 0.05,
 ):
     "Build the store of a manifest with a fine-tuned network."
     from neural.build import Packing, build_store, corners
+    from neural.cluster import build_on_cluster
     from neural.codec import read_book
     from neural.study import Manifest
     from neural.vlm import load_vlm
     studies = Manifest.load(manifest)
     packing = Packing(codec, read_book(codebook) if codebook else None, thumbnail, pixels, key_file.read_bytes()[:4096] if key_file else b"", corners(load_vlm(vlm).grid) if hide_corners else ())
-    made, excluded = build_store(studies, store, vlm, track, keep, packing=packing, workers=workers)
+    make = {"local": build_store, "ray": build_on_cluster}[engine]
+    made, excluded = make(studies, store, vlm, track, keep, packing=packing, workers=workers)
     for reason, n in excluded.counts().items(): typer.echo(f"left out: {n} {reason}")
     excluded.check(len(studies), limit)
     typer.echo(f"store: {store}, {len(made)} assets, {made.bytes_per_study():.0f} bytes a study")

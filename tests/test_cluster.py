@@ -1,0 +1,78 @@
+"Ray's workers build what one process builds, byte for byte, and a worker that is killed costs nothing."
+import contextlib
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+
+from neural.build import Aggregation, Packing, build_store, save_aggregation
+from neural.cluster import build_on_cluster
+from neural.phantom import write_cohort
+from neural.report import train_tokenizer
+from neural.study import NeuralError, index_dataset, report_text
+from neural.vlm import ReportVLM, small_config
+
+pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    "Two dozen studies, one of them without its film, and an untaught network."
+    home = tmp_path_factory.mktemp("cluster")
+    write_cohort(home / "data", studies=24, size=64, seed=4, workers=0)
+    manifest, _ = index_dataset("mimic-cxr", home / "data", labels="truth/labels.csv")
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer([report_text(manifest, s) for s in manifest], 300)
+    for part in (ReportVLM(small_config(len(tokenizer), 96, width=64, d_model=64, layers=1)), tokenizer): part.save_pretrained(home / "vlm")
+    save_aggregation(home / "vlm", Aggregation(lift=False), None, 4, 40)
+    manifest.image_path(list(manifest)[5].frontal).write_bytes(b"no film")
+    return home, manifest
+
+
+def files(store): return {p.name: p.read_bytes() for p in store.folder.iterdir() if not p.name.startswith(".")}
+
+
+def workers():
+    "The workers that Ray runs below this process."
+    named = lambda p: (p.cmdline() or [""])[0].startswith("ray::MapWorker")
+    found = []
+    for p in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess): found += [p] if named(p) else []
+    return found
+
+
+def test_a_worker_killed_midway_changes_nothing(cohort, tmp_path):
+    home, manifest = cohort
+    alone, missing = build_store(manifest, tmp_path / "alone", home / "vlm", batch_size=2, workers=0)
+    killed = []
+
+    def kill():
+        "The first worker there is, once the store has begun to fill."
+        for _ in range(3000):
+            if list((tmp_path / "together").glob("shard-*.parquet")) and (found := workers()): found[0].kill(); return killed.append(found[0].pid)
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=kill); thread.start()
+    together, left_out = build_on_cluster(manifest, tmp_path / "together", home / "vlm", batch_size=2, workers=2)
+    thread.join()
+    assert killed, "no worker was there to be killed: the test tested nothing"
+    assert files(together) == files(alone) and list(left_out) == list(missing) and len(left_out) >= 1
+    assert together.verify() == [] and len(together) + len(left_out) == len(manifest)
+
+
+def test_a_store_begun_here_is_finished_there(cohort, tmp_path):
+    home, manifest = cohort
+    whole, _ = build_store(manifest, tmp_path / "whole", home / "vlm", "image-only", batch_size=6, workers=0, packing=Packing(thumbnail=300, secret=b"sixteen bytes or more"))
+    first = tmp_path / "first"
+    first.mkdir(); names = sorted(p.name for p in (tmp_path / "whole").iterdir() if p.suffix == ".parquet")
+    for name in ("store.json", *names[:2]): (first / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    store, _ = build_on_cluster(manifest, first, home / "vlm", "image-only", batch_size=6, workers=2, packing=Packing(thumbnail=300, secret=b"sixteen bytes or more"))
+    assert sorted(store.ids) == sorted(whole.ids) and all(store[i] == whole[i] for i in whole.ids) and store.verify() == []
+
+
+def test_without_ray_one_line_says_what_to_do(cohort, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(NeuralError, match="pip install"): build_on_cluster(cohort[1], tmp_path / "s", cohort[0] / "vlm")
