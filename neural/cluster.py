@@ -52,19 +52,20 @@ class Worker:
         made = [(i, r.asset(self.reader.vocabulary, self.fusion, None, self.packing, film, full(i)).to_bytes(), "", "") for r, (i, film, _) in zip(read, studies)]
         return [dict(batch=row["id"], study=i, data=data, reason=reason, detail=detail) for i, data, reason, detail in [*made, *((i, b"", reason, detail) for i, reason, detail in left)]]
 
-# %% ../nbs/api/29_cluster.ipynb #0908c53c
+# %% ../nbs/api/29_cluster.ipynb #39a8907a
 @contextmanager
 def ray_session(
     workers: int,  # processes, where no cluster is named
 ):
     "Ray's data module, connected; what was started here is stopped here."
     for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_BACKEND_LOG_LEVEL", "fatal")): os.environ.setdefault(name, value)
-    for name in ("ray.data", "ray.widgets"): logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.widgets").setLevel(logging.ERROR)       # asks for a notebook's widgets while it is imported
     try: import ray, ray.data
     except ImportError: raise NeuralError("the ray engine needs Ray, which is not installed: pip install 'neural-companion[ray]', or build with the local engine") from None
     mine = not ray.is_initialized()
     here = {} if os.environ.get("RAY_ADDRESS") else dict(num_cpus=workers, include_dashboard=False)
     if mine: ray.init(logging_level=logging.ERROR, log_to_driver=False, **here)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     try: yield ray
     finally:
         if mine: ray.shutdown()
