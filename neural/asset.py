@@ -724,7 +724,7 @@ def append(
         for a in assets:
             if a.study_id in new or (a.study_id in there and again != 'skip'): raise AssetError(f"study {a.study_id} is already in {self.folder.name}: a store is append-only")
             self._belongs(a)
-            if a.study_id not in there: new[a.study_id] = replace(a, provenance=self.provenance)       # what is common to all stands in store.json
+            if a.study_id not in there: new[a.study_id] = replace(a, features=Codes(a.codes, a.features.shape[1]), provenance=self.provenance)       # what is common to all stands in store.json; nothing is coded twice
         if not new: return ''
         return self._write(list(new.values()), self.meta['generation'], len(self._found))
 
