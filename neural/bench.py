@@ -57,7 +57,7 @@ def sized_asset(
     knowledge = knowledge_graph(note, vocabulary)
     visual = visual_graph(np.sort(rng.choice(144, k, replace=False)), drawn_features(k, dim, i), np.sort(rng.random(k))[::-1], (12, 12))
     ties = rng.random((len(knowledge), k)) if len(knowledge) else None
-    small = thumbnail(toy.image, picture, 'webp') if picture else b''
+    small = thumbnail(toy.image, picture, 'webp', 96) if picture else b''
     return StudyAsset.from_graphs(f"s{50000000 + i}", 'image+report', visual, knowledge, ties, {}, codec, book, small)
 
 # %% ../nbs/api/41_bench.ipynb #f8d939ec

@@ -285,7 +285,7 @@ class Packing:
     "How assets are written (this companion's choice)."
     codec: str = "int8"  # of the patch features, see chapter 19
     book: Codebook | None = None  # of a fitted codec
-    thumbnail: int = 0  # bytes of a context thumbnail, WebP; 0: none
+    thumbnail: int = 0  # bytes of a context thumbnail, WebP of 96 pixels, or 64 below 400 bytes; 0: none
     pixels: bool = False  # keep the retained patches at the radiograph's full resolution
     secret: bytes = b""  # of keyed study ids; empty: ids as they are
     never: tuple = ()  # patches that are neither retained nor shown, such as `corners(grid)`
@@ -303,7 +303,7 @@ def asset(
     "The persistent asset of this study: no label, no text, no identifier but its key."
     joined = self.graph(vocabulary, fusion)
     ties = grounding_links(self.grounding(vocabulary)) if len(joined.knowledge.concepts) else None
-    small = thumbnail(hide(film, packing.never, self.grid), packing.thumbnail, "webp") if packing.thumbnail else b""
+    small = thumbnail(hide(film, packing.never, self.grid), packing.thumbnail, "webp", 96 if packing.thumbnail >= 400 else 64) if packing.thumbnail else b""
     tiles = encode_tiles(pad_square(full, self.grid[0]), self.patches, self.grid) if packing.pixels else b""
     key = keyed_id(self.study_id, packing.secret) if packing.secret else self.study_id
     return StudyAsset.from_graphs(key, self.track, joined.visual, joined.knowledge, ties, {**(provenance or {}), "fusion": fusion}, packing.codec, packing.book, small, tiles)
