@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'CONTEXT', 'CONTEXT_SIDE', 'KINDS', 'edge_shares', 'to_data', 'context_of', 'collate', 'StoreDataset',
-           'TypedConv', 'GraphClassifier', 'known_targets', 'one_thread', 'predict_logits', 'predict', 'standardise',
-           'train_classifier', 'save_classifier', 'load_classifier']
+           'ragged', 'GraphBatch', 'GraphColumns', 'bag_sum', 'TypedConv', 'GraphClassifier', 'known_targets',
+           'one_thread', 'as_columns', 'predict_logits', 'predict', 'deal', 'standardise', 'train_classifier',
+           'save_classifier', 'load_classifier']
 
-# %% ../nbs/api/22_classify.ipynb #d8806ce8
+# %% ../nbs/api/22_classify.ipynb #1eb6e62e
 import json, math, os, sys
 from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
@@ -19,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn import functional as F
 from torch_geometric.data import Batch, Data, Dataset
-from torch_geometric.nn import GCNConv, global_max_pool, global_mean_pool
+from torch_geometric.nn import GCNConv
 from tqdm import tqdm
 from .graph import ASSERTIONS, EDGE_TYPES
 from .picture import decode_picture
@@ -99,7 +101,115 @@ class StoreDataset(Dataset):
         if self.targets is not None: g.y = self.targets[idx:idx+1]
         return g
 
-# %% ../nbs/api/22_classify.ipynb #beef969e
+# %% ../nbs/api/22_classify.ipynb #54b7cf0c
+def ragged(
+    start: np.ndarray,    # [s] where each stretch begins
+    length: np.ndarray,   # [s] how long it is, 0 allowed
+) -> np.ndarray:          # int64 [sum of length]
+    "The indices of many stretches, one stretch after another (this companion's choice)."
+    return np.arange(length.sum()) + np.repeat(start - (length.cumsum() - length), length)
+
+# %% ../nbs/api/22_classify.ipynb #797a3d2a
+@dataclass
+class GraphBatch:
+    "What a classifier reads: patches of all graphs, then concepts of all graphs (this companion's choice)."
+    x: torch.Tensor         # [P, d] features of the patches
+    place: torch.Tensor     # [P] their indices on the grid
+    word: torch.Tensor      # [W] concept and assertion in one number
+    size: torch.Tensor      # [2, B] patches and concepts of each graph
+    heard: tuple            # bags of neighbours, one per listener and edge type: (nodes, where each bag begins, weights)
+    told: tuple             # the same edges as bags per speaker: (bags of `heard`, where each begins, weights)
+    listener: torch.Tensor  # node of each bag of `heard`
+    groups: list            # bags of `heard` of each edge type
+    pool: tuple             # bags of nodes, one per graph for its patches, then one per graph for its concepts
+    spread: tuple           # the way back: the bag of each node
+    context: torch.Tensor = None   # uint8 [B, 1, 48, 48], if read
+
+    @property
+    def num_graphs(self): return self.size.shape[1]
+
+    def to(self, device):
+        "The batch on another device."
+        move = lambda v: v.to(device) if torch.is_tensor(v) else tuple(map(move, v)) if isinstance(v, tuple) else v
+        return self if str(device) == 'cpu' else replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+# %% ../nbs/api/22_classify.ipynb #02b19070
+class GraphColumns:
+    "Many graphs as flat arrays, from which a batch is cut without a Python object per graph (this companion's choice)."
+    def __init__(self,
+        graphs: Batch,   # of `collate`, any number of graphs
+        kind='typed',    # the classifier that will read them: 'gcn' | 'typed'
+    ):
+        owner, word, n = graphs.batch.numpy(), 1 - graphs.is_patch.numpy().astype(int), graphs.num_graphs
+        self.kind, self.x, self.place, self.word, self.context = kind, graphs.x.numpy(), graphs.place.numpy(), graphs.word.numpy(), graphs.get('context')
+        self.size = np.stack([np.bincount(owner[word == i], minlength=n) for i in (0, 1)])                # (2, n) patches, concepts
+        self.first = self.size.cumsum(1) - self.size
+        rank = np.where(word, word.cumsum(), (1-word).cumsum()) - 1 - self.first[word, owner]             # among its kind, in its graph
+        a, b, group, weight, self.share = _edges(graphs, word, owner, self.size, kind)
+        order = np.lexsort((rank[b], word[b], owner[b], group))
+        a, b, group, self.weight = a[order], b[order], group[order], weight[order].astype(np.float32)
+        self.groups = len(EDGE_TYPES) if kind == 'typed' else 2
+        self.bounds = np.searchsorted(group*n + owner[b], np.arange(self.groups*n + 1))                   # where the edges of each type and graph begin
+        self.ends = [(2*rank[e] + word[e]).astype(np.int32) for e in (a, b)]                              # rank and kind in one number
+        self.opens = np.append(True, (b[1:] != b[:-1]) | (group[1:] != group[:-1]))[:len(b)]              # the first edge of its bag
+
+    def __len__(self): return self.size.shape[1]
+
+def _edges(g, word, owner, size, kind):
+    "Speaker, listener, type and weight of every edge, and the weight of every node in the mean over its graph, patches first."
+    (a, b), each = g.edge_index.numpy(), np.argsort(word, kind='stable')
+    if kind == 'typed': return a, b, g.edge_type.numpy(), g.edge_weight.numpy(), (1/size[word, owner])[each].astype(np.float32)
+    a, b = np.concatenate([[a, b], np.tile(np.arange(len(word)), (2, 1))], 1)
+    degree = np.bincount(b, minlength=len(word))
+    weight = 1/np.sqrt(degree[a]*degree[b])
+    return a, b, word[b], weight, (np.bincount(a, weight, len(word))/size.sum(0)[owner])[each].astype(np.float32)
+
+# %% ../nbs/api/22_classify.ipynb #2d8a8fa8
+@patch
+def batch(
+    self: GraphColumns,
+    rows,               # int [B], places of the studies wanted, in any order
+) -> GraphBatch:        # features float32, weights float32, all else int64
+    "Cuts a batch out of the columns (this companion's choice)."
+    rows = np.asarray(rows, np.int64)
+    size = self.size[:, rows]
+    begin = size.cumsum(1) - size + [[0], [size[0].sum()]]                                    # first patch, first concept of each graph in the batch
+    patch, word = (ragged(self.first[i, rows], size[i]) for i in (0, 1))
+    span = np.arange(self.groups)[:, None]*len(self) + rows
+    length = self.bounds[span + 1] - self.bounds[span]
+    at = ragged(self.bounds[span].ravel(), length.ravel())
+    of = np.repeat(np.tile(np.arange(len(rows)), self.groups), length.ravel())
+    (source, target), weight, opens = ((e >> 1) + begin[e & 1, of] for e in (end[at] for end in self.ends)), self.weight[at], self.opens[at]
+    starts, back, nodes = np.flatnonzero(opens), np.argsort(source, kind='stable'), np.arange(size.sum())
+    told = np.bincount(source, minlength=len(nodes))
+    groups = np.diff(np.searchsorted(starts, np.append(0, length.sum(1).cumsum()))).tolist()
+    share = np.concatenate([self.share[patch], self.share[len(self.x) + word]])
+    bags = dict(heard=(source, starts, weight), told=((opens.cumsum() - 1)[back], told.cumsum() - told, weight[back]),
+                pool=(nodes, begin.ravel(), share), spread=(np.repeat(np.arange(2*len(rows)), size.ravel()), nodes, share))
+    return GraphBatch(*map(torch.from_numpy, (self.x[patch], self.place[patch], self.word[word], size)), listener=torch.from_numpy(target[starts]), groups=groups,
+                      context=None if self.context is None else self.context[rows], **{k: tuple(map(torch.from_numpy, v)) for k, v in bags.items()})
+
+# %% ../nbs/api/22_classify.ipynb #c972e43e
+class _BagSum(torch.autograd.Function):
+    "Weighted sums over bags of rows, and back along the same edges."
+    @staticmethod
+    def forward(ctx, h, there, back):
+        ctx.back = back
+        return _bag_sum(h, *there)
+    @staticmethod
+    def backward(ctx, grad): return _bag_sum(grad.contiguous(), *ctx.back), None, None
+
+def _bag_sum(h, index, starts, weight): return torch.embedding_bag(h, index, starts, False, 0, False, weight)[0]     # 0: sum
+
+def bag_sum(
+    h,       # (n, width) a vector per node
+    there,   # bags: (nodes, where each bag begins, weights)
+    back,    # the same as bags per node: (bags, where each begins, weights)
+):           # (bags, width)
+    "Weighted sums over bags of nodes, in one operation (this companion's choice)."
+    return _BagSum.apply(h, there, back)
+
+# %% ../nbs/api/22_classify.ipynb #0301195b
 class TypedConv(nn.Module):
     "Relational graph convolution over the edge types of chapter 18 (this companion's choice)."
     def __init__(self,
@@ -112,12 +222,10 @@ class TypedConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(2, width))
 
     def forward(self, h, g):     # h (n, width), g: the batch
-        kind, (source, target) = g.is_patch.long(), g.edge_index
-        out = torch.where(g.is_patch[:, None], h@self.own[1], h@self.own[0]) + self.bias[kind]
-        slot, of = torch.unique(g.edge_type*len(h) + target, return_inverse=True)                            # one per (type, listener), by type
-        heard = h.new_zeros(len(slot), h.shape[1]).index_add(0, of, h[source]*g.edge_weight[:, None])        # the mean of those neighbours
-        parts = heard.split(torch.bincount(slot//len(h), minlength=len(EDGE_TYPES)).tolist())
-        return out.index_add(0, slot % len(h), torch.cat([x@w for x, w in zip(parts, self.relation)]))
+        own, bias, n = self.own.unbind(), self.bias.unbind(), len(g.x)
+        out = torch.cat([torch.addmm(bias[1], h[:n], own[1]), torch.addmm(bias[0], h[n:], own[0])])
+        heard = bag_sum(h, g.heard, g.told).split(g.groups)                                  # the mean of the neighbours of each type
+        return out.index_add(0, g.listener, torch.cat([x@w for x, w in zip(heard, self.relation.unbind())]))
 
 # %% ../nbs/api/22_classify.ipynb #0e5f3670
 KINDS = ('gcn', 'typed')
@@ -147,48 +255,50 @@ class GraphClassifier(nn.Module):
         self.register_buffer('mean', torch.zeros(dim)); self.register_buffer('spread', torch.ones(dim))
         nn.init.normal_(self.last.weight, std=.01/math.sqrt(self.last.in_features)); nn.init.zeros_(self.last.bias)
 
-# %% ../nbs/api/22_classify.ipynb #562c7f66
+# %% ../nbs/api/22_classify.ipynb #fd855b2a
 @patch
 def nodes(
     self: GraphClassifier,
-    g,                    # Batch of `collate`
-) -> torch.Tensor:        # (n, hidden)
+    g,                    # GraphBatch
+) -> torch.Tensor:        # (n, hidden), patches first
     "The first vector of every node: patches from their features, concepts from a learned table (corrects the released constant)."
     for part, there in zip(PARTS, (len(g.x), len(g.word))):
         if there and part not in self.config['parts']: raise NeuralError(f"a graph with {part} nodes, but this classifier reads {', '.join(self.config['parts'])}: make the graphs with the same parts")
-    h = self.last.weight.new_zeros(g.num_nodes, self.config['hidden'])
+    h = []
     if 'visual' in self.config['parts']:
         if g.x.shape[1] != self.config['dim']: raise NeuralError(f"patch features of {g.x.shape[1]} numbers; this classifier was built for {self.config['dim']}")
         x = self.visual((g.x-self.mean)/self.spread)
-        h[g.is_patch] = x if self.place is None else x + self.place(g.place)
+        h.append(x if self.place is None else x + self.place(g.place))
     if 'knowledge' in self.config['parts']:
         if len(g.word) and g.word.max() >= self.words.num_embeddings: raise NeuralError(f"concept {int(g.word.max())//len(ASSERTIONS)} is not in the vocabulary of {self.config['vocabulary_size']} this classifier was built for")
-        h[~g.is_patch] = self.words(g.word)
-    return h
+        h.append(self.words(g.word))
+    return torch.cat(h)
 
-# %% ../nbs/api/22_classify.ipynb #1ee43d2c
+# %% ../nbs/api/22_classify.ipynb #c7edc087
 @patch
 def forward(
     self: GraphClassifier,
-    g,                    # Batch of `collate`, with the same fusion and parts
+    g,                    # GraphBatch of `GraphColumns` for this kind, or a PyG Batch of `collate`; same fusion and parts
 ) -> torch.Tensor:        # (graphs,) logits; `predict` applies the sigmoid, once
     "Logits of a batch of graphs (NEURAL, sec. 2.3)."
+    if isinstance(g, Batch): g = GraphColumns(g, self.config['kind']).batch(np.arange(g.num_graphs))
+    h, mean = self.nodes(g), lambda h: bag_sum(h, g.pool, g.spread).view(2, g.num_graphs, -1)
     if self.config['kind'] == 'gcn':
-        h = self.layers[0](self.nodes(g), g.edge_index).relu()
-        return self.last(self.dropout(global_mean_pool(self.layers[1](h, g.edge_index), g.batch, g.num_graphs))).squeeze(-1)
-    h = self.nodes(g)
+        one, two = self.layers
+        h = (bag_sum(one.lin(h), g.heard, g.told) + one.bias).relu()
+        return self.last(self.dropout(two.lin(mean(h).sum(0)) + two.bias)).squeeze(-1)
     for layer in self.layers: h = (h + layer(h, g)).relu()
-    kinds = [(p, g.is_patch if p == 'visual' else ~g.is_patch) for p in PARTS if p in self.config['parts']]
-    read = [pool(h[at], g.batch[at], g.num_graphs) for _, at in kinds for pool in (global_mean_pool, global_max_pool)]
+    most = torch.segment_reduce(h, 'max', lengths=g.size.ravel(), initial=0, unsafe=True).view(2, g.num_graphs, -1)
+    read = [pool[PARTS.index(p)] for p in PARTS if p in self.config['parts'] for pool in (mean(h), most)]
     if CONTEXT in self.config['parts']: c = self.context(g.context/255 - .5); read += [c.mean((2, 3)), c.amax((2, 3))]
     return self.last(self.dropout(torch.cat(read, -1))).squeeze(-1)
 
-# %% ../nbs/api/22_classify.ipynb #5ccba201
+# %% ../nbs/api/22_classify.ipynb #6a5bb272
 def known_targets(
     graphs,      # one per study
     y,           # 1, 0 or nan (unknown), shape [n]
     split,       # its name, for the message
-) -> tuple[list, torch.Tensor]: # graphs and float32 targets of the studies whose target is known
+) -> tuple[np.ndarray, torch.Tensor]: # places and float32 targets of the studies whose target is known
     "Leaves out unknown targets; refuses a split that cannot teach (this companion's choice)."
     y = np.asarray(y, np.float64)
     if len(graphs) != len(y): raise NeuralError(f"{split}: {len(graphs)} assets but {len(y)} targets")
@@ -196,7 +306,7 @@ def known_targets(
     ones, zeros = int((y[at] == 1).sum()), int((y[at] == 0).sum())
     if ones + zeros != len(at): raise NeuralError(f"{split}: {len(at)-ones-zeros} targets are neither 0, 1 nor nan: apply a label policy first")
     if not ones or not zeros: raise NeuralError(f"{split}: {ones} positive, {zeros} negative and {len(y)-len(at)} unknown of {len(y)} studies: both classes are needed")
-    return [graphs[i] for i in at], torch.tensor(y[at], dtype=torch.float32)
+    return at, torch.tensor(y[at], dtype=torch.float32)
 
 # %% ../nbs/api/22_classify.ipynb #9c6b60ca
 @contextmanager
@@ -207,6 +317,19 @@ def one_thread():
     try: yield
     finally: torch.set_num_threads(before)
 
+# %% ../nbs/api/22_classify.ipynb #7e56caa5
+def as_columns(
+    graphs,               # StudyAssets, graphs of `to_data`, or columns already
+    kind='typed',         # the classifier that will read them
+    fusion='grounding',   # of assets: 'betweenness', 'grounding' or 'none'
+    parts=PARTS,          # of assets: what is read
+) -> GraphColumns:
+    "Graphs as columns for one kind of classifier (this companion's choice)."
+    if kind not in KINDS: raise NeuralError(f"kind must be one of {', '.join(KINDS)}, got {kind}")
+    if not isinstance(graphs, GraphColumns): return GraphColumns(collate(graphs, fusion, parts), kind)
+    if graphs.kind != kind: raise NeuralError(f"columns for kind {graphs.kind!r} cannot be read by {kind!r}: make them again from the graphs")
+    return graphs
+
 # %% ../nbs/api/22_classify.ipynb #0f51e147
 def _logits(model, batches):
     "Logits of ready batches, without gradient, in evaluation mode; the mode is put back."
@@ -216,53 +339,64 @@ def _logits(model, batches):
     model.train(was)
     return torch.cat(out).numpy() if out else np.zeros(0)
 
-# %% ../nbs/api/22_classify.ipynb #93af9a07
+# %% ../nbs/api/22_classify.ipynb #7cd308c8
 def predict_logits(
     model: GraphClassifier,
-    assets,             # StudyAssets, or graphs of `to_data` with the model's fusion and parts
+    assets,             # StudyAssets, or graphs or columns with the model's fusion and parts
     batch_size=512,     # graphs at once
 ) -> np.ndarray:        # float64 [n] logits
     "Logits of many studies (NEURAL, sec. 2.3)."
-    at = model.config['fusion'], model.config['parts']
-    return _logits(model, (collate(assets[i:i+batch_size], *at) for i in range(0, len(assets), batch_size)))
+    if not len(assets): return np.zeros(0)
+    graphs = as_columns(assets, *(model.config[k] for k in ('kind', 'fusion', 'parts')))
+    return _logits(model, _batches(graphs, np.arange(len(graphs)), batch_size))
 
-# %% ../nbs/api/22_classify.ipynb #7e382edf
+def _batches(graphs, rows, size):
+    "The studies of `rows` in order, a batch at a time, each cut when its turn comes."
+    return (graphs.batch(rows[i:i+size]) for i in range(0, len(rows), size))
+
+# %% ../nbs/api/22_classify.ipynb #37d840fe
 def predict(
     model: GraphClassifier,
-    assets,             # StudyAssets, or graphs of `to_data`
+    assets,             # StudyAssets, or graphs or columns
     batch_size=512,     # graphs at once
 ) -> np.ndarray:        # float64 [n] probabilities, 0 to 1
     "Probabilities of many studies: the one place where the sigmoid is applied (NEURAL, sec. 2.3)."
     return torch.from_numpy(predict_logits(model, assets, batch_size)).sigmoid().numpy()
 
-# %% ../nbs/api/22_classify.ipynb #092b0d23
-def _packs(graphs, y, size, seed):
-    "Fixed batches of shuffled graphs, each with its targets."
-    order = np.random.default_rng(seed).permutation(len(graphs))
-    return [(collate([graphs[i] for i in part]), y[part]) for part in np.array_split(order, math.ceil(len(order)/size))]
+# %% ../nbs/api/22_classify.ipynb #e98590bb
+def deal(
+    rows: np.ndarray,   # [n] places of studies
+    size: int,          # studies per batch, at most
+    seed: int,          # of the shuffle
+) -> list:              # of places in `rows`, one array per batch
+    "Deals studies into shuffled batches of nearly one size (this companion's choice)."
+    return np.array_split(np.random.default_rng(seed).permutation(len(rows)), math.ceil(len(rows)/size))
 
-# %% ../nbs/api/22_classify.ipynb #baa72696
+# %% ../nbs/api/22_classify.ipynb #b9131a5b
 def standardise(
     model: GraphClassifier,
-    graphs,          # training graphs
+    graphs,          # columns of the training studies
+    rows=None,       # places of those that teach; None: all
 ):
     "Sets the mean and spread of the visual features from the training patches only (this companion's choice)."
     if 'visual' not in model.config['parts']: return
-    x = torch.cat([g.x for g in graphs])
+    rows = np.arange(len(graphs)) if rows is None else rows
+    x = torch.from_numpy(graphs.x[ragged(graphs.first[0, rows], graphs.size[0, rows])])
     model.mean.copy_(x.mean(0)); model.spread.copy_(x.std(0, correction=0).clamp_min(1e-3*x.std().clamp_min(1e-6)))
 
-# %% ../nbs/api/22_classify.ipynb #fbd229a3
+# %% ../nbs/api/22_classify.ipynb #23e936f5
 def _epoch(model, optimiser, packs, order, device):
     "One pass over the batches in the given order; returns the mean loss."
     model.train(); total = 0.
+    graphs, rows, targets, parts = packs
     for i in order:
-        g, y = packs[i]
+        g, y = graphs.batch(rows[parts[i]]), targets[parts[i]]
         optimiser.zero_grad()
         loss = F.binary_cross_entropy_with_logits(model(g.to(device)), y.to(device))
         _finite(loss)
         loss.backward(); optimiser.step()
         total += loss.item()*len(y)
-    return total/sum(len(y) for _, y in packs)
+    return total/len(rows)
 
 def _finite(values):
     "Refuses to go on with a model that has run away."
@@ -275,9 +409,9 @@ def _validate(model, batches, y):
     _finite(torch.tensor(s))
     return float(roc_auc_score(y, s)), float(F.binary_cross_entropy_with_logits(torch.tensor(s), y.double()))
 
-# %% ../nbs/api/22_classify.ipynb #4aefac1f
+# %% ../nbs/api/22_classify.ipynb #4a58f9ce
 def train_classifier(
-    assets_train,        # StudyAssets, or graphs that `to_data` made with this fusion and these parts
+    assets_train,        # StudyAssets, or graphs or columns with this fusion and these parts
     y_train,             # 1, 0 or nan (unknown), shape [n]
     assets_validate,     # the studies on which the epoch is chosen
     y_validate,          # 1, 0 or nan, shape [m]
@@ -295,22 +429,23 @@ def train_classifier(
     **model_options,     # hidden, patches, dropout of `GraphClassifier`
 ) -> tuple[GraphClassifier, list[dict]]: # the best epoch's model, in evaluation mode; history: epoch, loss, validate_loss, validate_auc, best
     "Trains one classifier; the epoch is chosen on validate, test is never seen (protocol of this companion)."
-    graphs = [[a if isinstance(a, Data) else to_data(a, fusion, parts) for a in assets] for assets in (assets_train, assets_validate)]
-    (train, y), (held, y_held) = known_targets(graphs[0], y_train, 'train'), known_targets(graphs[1], y_validate, 'validate')
+    graphs, held = (as_columns(g, kind, fusion, parts) for g in (assets_train, assets_validate))
+    (rows, y), (rows_held, y_held) = known_targets(graphs, y_train, 'train'), known_targets(held, y_validate, 'validate')
     if epochs < 1: raise NeuralError(f"epochs must be at least 1, got {epochs}")
     with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(seed)
-        model = GraphClassifier(kind, train[0].x.shape[1], vocabulary_size, fusion=fusion, parts=parts, **model_options)
-        standardise(model, train); model.to(device)
-        history = _fit(model, _packs(train, y, batch_size, seed), [collate(held[i:i+512]) for i in range(0, len(held), 512)], y_held, torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay), epochs, patience, seed, device, progress)
+        model = GraphClassifier(kind, graphs.x.shape[1], vocabulary_size, fusion=fusion, parts=parts, **model_options)
+        standardise(model, graphs, rows); model.to(device)
+        optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
+        history = _fit(model, (graphs, rows, y, deal(rows, batch_size, seed)), list(_batches(held, rows_held, 512)), y_held, optimiser, epochs, patience, seed, device, progress)
     return model.eval(), history
 
-# %% ../nbs/api/22_classify.ipynb #c8606a6d
+# %% ../nbs/api/22_classify.ipynb #b3c84f54
 def _fit(model, packs, held, y_held, optimiser, epochs, patience, seed, device, progress):
     "Trains until `epochs`, or `patience` epochs without a better one; leaves the best weights in the model."
     history, best, rng = [], None, np.random.default_rng(seed)
     for epoch in tqdm(range(1, epochs+1), 'training', disable=not (progress and sys.stderr.isatty()), leave=False):
-        loss = _epoch(model, optimiser, packs, rng.permutation(len(packs)), device)
+        loss = _epoch(model, optimiser, packs, rng.permutation(len(packs[-1])), device)
         auc, held_loss = _validate(model, held, y_held)
         better = best is None or (auc, -held_loss) > best[0]
         if better: best = (auc, -held_loss), {k: v.detach().clone() for k, v in model.state_dict().items()}, epoch
