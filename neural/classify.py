@@ -8,7 +8,7 @@ __all__ = ['PARTS', 'CONTEXT', 'CONTEXT_SIDE', 'KINDS', 'edge_shares', 'to_data'
            'one_thread', 'as_columns', 'predict_logits', 'predict', 'deal', 'standardise', 'train_classifier',
            'save_classifier', 'load_classifier']
 
-# %% ../nbs/api/22_classify.ipynb #1eb6e62e
+# %% ../nbs/api/22_classify.ipynb #7e700b64
 import json, math, os, sys
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch_geometric.data import Batch, Data, Dataset
 from torch_geometric.nn import GCNConv
 from tqdm import tqdm
-from .graph import ASSERTIONS, EDGE_TYPES
+from .graph import ADJACENT, ASSERTIONS, EDGE_TYPES, REVERSE, SHOWS
 from .picture import decode_picture
 from .study import NeuralError
 
@@ -68,17 +68,82 @@ def context_of(
     if not asset.thumbnail: raise NeuralError(f"study {asset.study_id} carries no thumbnail: build its store with one, or read without {CONTEXT}")
     return torch.from_numpy(np.round(255*decode_picture(asset.thumbnail, CONTEXT_SIDE)).astype(np.uint8))[None]
 
-# %% ../nbs/api/22_classify.ipynb #e18d4522
+# %% ../nbs/api/22_classify.ipynb #89d25f16
+def _field(assets, name):
+    "One field of all assets, end to end, and the place of the asset that each entry comes from."
+    values = [getattr(a, name) for a in assets]
+    return np.concatenate(values), np.repeat(np.arange(len(values)), [len(v) for v in values])
+
+def _touching(patches, owner, grid):
+    "Pairs of neighbouring patches of many studies, each once, as places in `patches` (`grid_edges` of chapter 18)."
+    key = owner*(grid[0]*grid[1]) + patches.astype(np.int64)
+    there = key[:, None] + [1, grid[1]]
+    at = np.searchsorted(key, there, 'right') - 1                                          # of a repeated patch the last copy
+    inside = np.stack([(patches + 1) % grid[1] != 0, patches + grid[1] < grid[0]*grid[1]], 1)
+    return (found := (key[at] == there) & inside & np.append(key[1:] != key[:-1], True)[:, None]).nonzero()[0], at[found]
+
+def _once(columns, last=False):
+    "Places of the rows that differ, the first or last of equal ones."
+    rows = np.stack(columns, 1)[::-1 if last else 1]
+    at = np.unique(rows, axis=0, return_index=True)[1]
+    return len(rows) - 1 - at if last else np.sort(at)
+
+def _links(concept, weight, patches):
+    "Which ties are kept and their shares, for ties sorted by concept (`grounding_links` of chapter 18)."
+    total = np.bincount(concept, weight)
+    share = weight/np.where(total > 0, total, 1)[concept]
+    keep = share > (1 + 1e-5)/patches
+    lost = (total > 0) & ~np.bincount(concept, keep, len(total)).astype(bool)
+    best = np.lexsort((-share, concept))
+    best = best[np.append(True, np.diff(concept[best]) > 0)[:len(best)]]                   # the strongest tie of each concept
+    keep[best[lost[concept[best]]]] = True
+    return keep, share[keep]/np.bincount(concept[keep], share[keep], len(total))[concept[keep]]
+
+# %% ../nbs/api/22_classify.ipynb #a67aabcc
+def _graphs_at_once(assets, fusion, parts):
+    "The unified graphs of many assets of one grid as one PyG batch; fusion 'grounding' or 'none'."
+    n, v, q = len(assets), 'visual' in parts, 'knowledge' in parts
+    (patches, of_patch), (concepts, of_concept) = _field(assets, 'patches'), _field(assets, 'concepts')
+    k, m = np.bincount(of_patch, minlength=n), np.bincount(of_concept, minlength=n)
+    base = np.cumsum(k*v + m*q) - k*v - m*q                                                # the first node of each graph
+    word = base + k*v                                                                      # and its first concept
+    a, b = _touching(patches, of_patch, assets[0].grid)
+    spot = np.arange(len(patches)) - (k.cumsum() - k - base)[of_patch]
+    said, of_said = _field(assets, 'relations')
+    at = _once([of_said, *said.T]); at = at[said[at, 0] != said[at, 1]]
+    said, of_said = said[at].astype(np.int64), of_said[at]
+    (tied, of_tied), (weight, _) = _field(assets, 'grounding'), _field(assets, 'weights')
+    at = _once([of_tied, *tied.T], last=True) if fusion == 'grounding' else []
+    tied, of_tied = tied[at].astype(np.int64), of_tied[at]
+    keep, share = _links((m.cumsum() - m)[of_tied] + tied[:, 0], weight[at].astype(np.float64), k[of_tied])
+    tied, of_tied = tied[keep], of_tied[keep]
+    sets = [(of_patch[a], spot[a], spot[b], np.full(len(a), ADJACENT), np.ones(len(a)))]*v + [(of_said, word[of_said] + said[:, 0], word[of_said] + said[:, 1], said[:, 2], np.ones(len(said)))]*q
+    sets += [(of_tied, base[of_tied] + tied[:, 1], word[of_tied] + tied[:, 0], np.full(len(tied), SHOWS), share.astype(np.float32))]*(v and q)
+    sets = [both for owner, x, y, kind, w in sets for both in ((owner, x, y, kind, w), (owner, y, x, np.asarray(REVERSE)[kind], w))]
+    order = np.argsort(np.concatenate([s[0] for s in sets]), kind='stable')
+    source, target, types, weights = (np.concatenate([s[i] for s in sets])[order] for i in (1, 2, 3, 4))
+    size, t = k*v + m*q, lambda x: torch.from_numpy(np.ascontiguousarray(x))
+    is_patch = np.arange(size.sum()) < np.repeat(word, size)
+    return Batch(x=t(np.concatenate([a.features[:len(a.patches)*v] for a in assets])), place=t(patches[:len(patches)*v].astype(np.int64)), batch=t(np.repeat(np.arange(n), size)),
+                 word=t((concepts.astype(np.int64)*len(ASSERTIONS) + _field(assets, 'assertions')[0])[:len(concepts)*q]), is_patch=t(is_patch), edge_index=t(np.stack([source, target])), edge_type=t(types),
+                 edge_weight=t(edge_shares(np.stack([source, target]), types, weights, int(size.sum()))), ptr=t(np.append(0, size.cumsum())), num_nodes=int(size.sum()))
+
+# %% ../nbs/api/22_classify.ipynb #195afb6e
 def collate(
     assets,               # StudyAssets, or graphs that `to_data` already made
     fusion='grounding',   # 'betweenness', 'grounding' or 'none'
     parts=PARTS,          # which graphs are read
 ) -> Batch:               # one disconnected graph of all of them, in order
     "Many studies as one PyG batch (this companion's choice)."
-    graphs = [a if isinstance(a, Data) else to_data(a, fusion, parts) for a in assets]
-    if not graphs: raise NeuralError("nothing to collate: give at least one asset")
-    if len(dims := {g.x.shape[1] for g in graphs}) > 1: raise NeuralError(f"assets with features of {sorted(dims)} numbers cannot share a batch")
-    return Batch.from_data_list(graphs)
+    assets = list(assets)
+    if not assets: raise NeuralError("nothing to collate: give at least one asset")
+    made = any(isinstance(a, Data) for a in assets)
+    if len(dims := {a.x.shape[1] if isinstance(a, Data) else a.features.shape[1] for a in assets}) > 1: raise NeuralError(f"assets with features of {sorted(dims)} numbers cannot share a batch")
+    if made or fusion not in ('grounding', 'none') or len({a.grid for a in assets}) > 1 or not set(parts) & set(PARTS) or set(parts) - {*PARTS, CONTEXT}:
+        return Batch.from_data_list([a if isinstance(a, Data) else to_data(a, fusion, parts) for a in assets])
+    out = _graphs_at_once(assets, fusion, parts)
+    if CONTEXT in parts: out.context = torch.cat([context_of(a) for a in assets])
+    return out
 
 # %% ../nbs/api/22_classify.ipynb #e4e5a719
 class StoreDataset(Dataset):
@@ -133,7 +198,7 @@ class GraphBatch:
         move = lambda v: v.to(device) if torch.is_tensor(v) else tuple(map(move, v)) if isinstance(v, tuple) else v
         return self if str(device) == 'cpu' else replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
-# %% ../nbs/api/22_classify.ipynb #02b19070
+# %% ../nbs/api/22_classify.ipynb #ac4ea006
 class GraphColumns:
     "Many graphs as flat arrays, from which a batch is cut without a Python object per graph (this companion's choice)."
     def __init__(self,
@@ -146,12 +211,13 @@ class GraphColumns:
         self.first = self.size.cumsum(1) - self.size
         rank = np.where(word, word.cumsum(), (1-word).cumsum()) - 1 - self.first[word, owner]             # among its kind, in its graph
         a, b, group, weight, self.share = _edges(graphs, word, owner, self.size, kind)
-        order = np.lexsort((rank[b], word[b], owner[b], group))
-        a, b, group, self.weight = a[order], b[order], group[order], weight[order].astype(np.float32)
-        self.groups = len(EDGE_TYPES) if kind == 'typed' else 2
-        self.bounds = np.searchsorted(group*n + owner[b], np.arange(self.groups*n + 1))                   # where the edges of each type and graph begin
-        self.ends = [(2*rank[e] + word[e]).astype(np.int32) for e in (a, b)]                              # rank and kind in one number
-        self.opens = np.append(True, (b[1:] != b[:-1]) | (group[1:] != group[:-1]))[:len(b)]              # the first edge of its bag
+        found, which = np.unique(2*group + word[b], return_inverse=True)                                  # the types that occur, each with a kind of listener
+        self.types, self.kinds, cell = found//2, found % 2, which*n + owner[b]
+        order = np.lexsort((rank[b], cell)); a, b, cell = a[order], b[order], cell[order]
+        self.source, self.weight = (2*rank[a] + word[a]).astype(np.int32), weight[order].astype(np.float32)  # rank and kind of the speaker in one number
+        opens = np.flatnonzero(np.append(True, (b[1:] != b[:-1]) | (cell[1:] != cell[:-1]))[:len(b)])     # the first edge of each bag
+        self.listener, self.heard = rank[b[opens]].astype(np.int32), np.diff(np.append(opens, len(b))).astype(np.int32)
+        self.edges, self.bags = (np.searchsorted(c, np.arange(len(found)*n + 1)) for c in (cell, cell[opens]))   # where those of each type and graph begin
 
     def __len__(self): return self.size.shape[1]
 
@@ -162,32 +228,31 @@ def _edges(g, word, owner, size, kind):
     a, b = np.concatenate([[a, b], np.tile(np.arange(len(word)), (2, 1))], 1)
     degree = np.bincount(b, minlength=len(word))
     weight = 1/np.sqrt(degree[a]*degree[b])
-    return a, b, word[b], weight, (np.bincount(a, weight, len(word))/size.sum(0)[owner])[each].astype(np.float32)
+    return a, b, np.zeros_like(b), weight, (np.bincount(a, weight, len(word))/size.sum(0)[owner])[each].astype(np.float32)
 
-# %% ../nbs/api/22_classify.ipynb #2d8a8fa8
+# %% ../nbs/api/22_classify.ipynb #fc216471
 @patch
 def batch(
     self: GraphColumns,
     rows,               # int [B], places of the studies wanted, in any order
 ) -> GraphBatch:        # features float32, weights float32, all else int64
     "Cuts a batch out of the columns (this companion's choice)."
-    rows = np.asarray(rows, np.int64)
+    rows, many, t = np.asarray(rows, np.int64), len(rows), torch.from_numpy
     size = self.size[:, rows]
-    begin = size.cumsum(1) - size + [[0], [size[0].sum()]]                                    # first patch, first concept of each graph in the batch
+    begin = size.cumsum(1) - size
+    begin[1] += size[0].sum()                                                                 # patches first
     patch, word = (ragged(self.first[i, rows], size[i]) for i in (0, 1))
-    span = np.arange(self.groups)[:, None]*len(self) + rows
-    length = self.bounds[span + 1] - self.bounds[span]
-    at = ragged(self.bounds[span].ravel(), length.ravel())
-    of = np.repeat(np.tile(np.arange(len(rows)), self.groups), length.ravel())
-    (source, target), weight, opens = ((e >> 1) + begin[e & 1, of] for e in (end[at] for end in self.ends)), self.weight[at], self.opens[at]
-    starts, back, nodes = np.flatnonzero(opens), np.argsort(source, kind='stable'), np.arange(size.sum())
-    told = np.bincount(source, minlength=len(nodes))
-    groups = np.diff(np.searchsorted(starts, np.append(0, length.sum(1).cumsum()))).tolist()
-    share = np.concatenate([self.share[patch], self.share[len(self.x) + word]])
-    bags = dict(heard=(source, starts, weight), told=((opens.cumsum() - 1)[back], told.cumsum() - told, weight[back]),
-                pool=(nodes, begin.ravel(), share), spread=(np.repeat(np.arange(2*len(rows)), size.ravel()), nodes, share))
-    return GraphBatch(*map(torch.from_numpy, (self.x[patch], self.place[patch], self.word[word], size)), listener=torch.from_numpy(target[starts]), groups=groups,
-                      context=None if self.context is None else self.context[rows], **{k: tuple(map(torch.from_numpy, v)) for k, v in bags.items()})
+    cell = np.arange(0, len(self.edges) - 1, len(self))[:, None] + rows                       # (types, B)
+    bags, edges = (bound[cell + 1] - bound[cell] for bound in (self.bags, self.edges))        # how many in each
+    bag, edge = ragged(self.bags[cell].ravel(), bags.ravel()), ragged(self.edges[cell].ravel(), edges.ravel())
+    listener = self.listener[bag] + np.repeat(begin[self.kinds], bags.ravel())
+    graph, speaker = np.repeat(np.tile(np.arange(many), len(edges)), edges.ravel()), self.source[edge]
+    source, weight, heard = (speaker >> 1) + begin.ravel().take((speaker & 1)*many + graph), self.weight[edge], self.heard[bag]
+    nodes, back = np.arange(size.sum()), np.argsort(source.astype(np.min_scalar_type(size.sum())), kind='stable')
+    told, share = np.bincount(source, minlength=len(nodes)), np.concatenate([self.share[patch], self.share[len(self.x) + word]])
+    return GraphBatch(t(self.x.take(patch, 0)), t(self.place[patch]), t(self.word[word]), t(size), (t(source), t(heard.cumsum() - heard), t(weight)),
+                      (t(np.repeat(np.arange(len(bag)), heard)[back]), t(told.cumsum() - told), t(weight[back])), t(listener), np.bincount(self.types, bags.sum(1), len(EDGE_TYPES)).astype(int).tolist(),
+                      (t(nodes), t(begin.ravel()), t(share)), (t(np.repeat(np.arange(2*many), size.ravel())), t(nodes), t(share)), None if self.context is None else self.context[rows])
 
 # %% ../nbs/api/22_classify.ipynb #c972e43e
 class _BagSum(torch.autograd.Function):

@@ -52,6 +52,22 @@ def test_every_edge_has_its_way_back_with_its_reverse_type(fusion, parts):
     assert (batch.edge_type[cross] >= SHOWS).all()
 
 
+@pytest.mark.parametrize("fusion", ["grounding", "none"])
+@pytest.mark.parametrize("parts", [PARTS, ("visual",), ("knowledge",)])
+def test_many_graphs_at_once_are_those_made_one_by_one(fusion, parts):
+    "Repeated patches, repeated relations, ties named twice, ties of no weight, studies without words."
+    rng, assets = np.random.default_rng(0), [random_asset(i) for i in range(60)]
+    for i, a in enumerate(assets[:20]):
+        patches = np.sort(rng.choice(144, len(a.patches)) if i < 10 else rng.choice(20, len(a.patches), replace=False))
+        relations = [r for r in a.relations.tolist() for _ in range(2)] + [[0, 0, 1]] * bool(len(a.concepts))
+        ties = np.concatenate([a.grounding, a.grounding[:2]])
+        assets[i] = StudyAsset(a.study_id, a.track, a.grid, patches, a.relevance, a.features, a.concepts, a.assertions, relations, ties, np.round(rng.random(len(ties)) * 3) / 3, {"selection": "released"} if i < 10 else {})
+    one_by_one, at_once = Batch.from_data_list([to_data(a, fusion, parts) for a in assets]), collate(assets, fusion, parts)
+    for field in ("x", "place", "word", "is_patch", "batch", "edge_index", "edge_type", "ptr"):
+        assert torch.equal(at_once[field], one_by_one[field]) and at_once[field].dtype == one_by_one[field].dtype, field
+    assert torch.allclose(at_once.edge_weight, one_by_one.edge_weight, atol=1e-6) and at_once.num_graphs == 60
+
+
 def test_batch_holds_each_study_unchanged():
     assets = [random_asset(i) for i in range(12)]
     batch = collate(assets)
