@@ -8,10 +8,11 @@ __all__ = ['PARTS', 'CONTEXT', 'CONTEXT_SIDE', 'KINDS', 'edge_shares', 'to_data'
            'one_thread', 'as_columns', 'predict_logits', 'predict', 'deal', 'standardise', 'train_classifier',
            'save_classifier', 'load_classifier']
 
-# %% ../nbs/api/22_classify.ipynb #7e700b64
+# %% ../nbs/api/22_classify.ipynb #44d57595
 import json, math, os, sys
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
@@ -174,7 +175,7 @@ def ragged(
     "The indices of many stretches, one stretch after another (this companion's choice)."
     return np.arange(length.sum()) + np.repeat(start - (length.cumsum() - length), length)
 
-# %% ../nbs/api/22_classify.ipynb #797a3d2a
+# %% ../nbs/api/22_classify.ipynb #51a26032
 @dataclass
 class GraphBatch:
     "What a classifier reads: patches of all graphs, then concepts of all graphs (this companion's choice)."
@@ -183,7 +184,6 @@ class GraphBatch:
     word: torch.Tensor      # [W] concept and assertion in one number
     size: torch.Tensor      # [2, B] patches and concepts of each graph
     heard: tuple            # bags of neighbours, one per listener and edge type: (nodes, where each bag begins, weights)
-    told: tuple             # the same edges as bags per speaker: (bags of `heard`, where each begins, weights)
     listener: torch.Tensor  # node of each bag of `heard`
     groups: list            # bags of `heard` of each edge type
     pool: tuple             # bags of nodes, one per graph for its patches, then one per graph for its concepts
@@ -192,6 +192,15 @@ class GraphBatch:
 
     @property
     def num_graphs(self): return self.size.shape[1]
+
+    @cached_property
+    def told(self):
+        "The edges of `heard` as bags per speaker: (bags of `heard`, where each begins, weights)."
+        source, starts, weight = (v.cpu().numpy() for v in self.heard)
+        n = len(self.x) + len(self.word)
+        order, many = np.argsort(source.astype(np.min_scalar_type(n)), kind='stable'), np.bincount(source, minlength=n)
+        bag = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(source))))
+        return tuple(torch.from_numpy(v).to(self.x.device) for v in (bag[order], many.cumsum() - many, weight[order]))
 
     def to(self, device):
         "The batch on another device."
@@ -230,7 +239,7 @@ def _edges(g, word, owner, size, kind):
     weight = 1/np.sqrt(degree[a]*degree[b])
     return a, b, np.zeros_like(b), weight, (np.bincount(a, weight, len(word))/size.sum(0)[owner])[each].astype(np.float32)
 
-# %% ../nbs/api/22_classify.ipynb #fc216471
+# %% ../nbs/api/22_classify.ipynb #e9f96d33
 @patch
 def batch(
     self: GraphColumns,
@@ -248,13 +257,12 @@ def batch(
     listener = self.listener[bag] + np.repeat(begin[self.kinds], bags.ravel())
     graph, speaker = np.repeat(np.tile(np.arange(many), len(edges)), edges.ravel()), self.source[edge]
     source, weight, heard = (speaker >> 1) + begin.ravel().take((speaker & 1)*many + graph), self.weight[edge], self.heard[bag]
-    nodes, back = np.arange(size.sum()), np.argsort(source.astype(np.min_scalar_type(size.sum())), kind='stable')
-    told, share = np.bincount(source, minlength=len(nodes)), np.concatenate([self.share[patch], self.share[len(self.x) + word]])
+    nodes, share = np.arange(size.sum()), np.concatenate([self.share[patch], self.share[len(self.x) + word]])
     return GraphBatch(t(self.x.take(patch, 0)), t(self.place[patch]), t(self.word[word]), t(size), (t(source), t(heard.cumsum() - heard), t(weight)),
-                      (t(np.repeat(np.arange(len(bag)), heard)[back]), t(told.cumsum() - told), t(weight[back])), t(listener), np.bincount(self.types, bags.sum(1), len(EDGE_TYPES)).astype(int).tolist(),
+                      t(listener), np.bincount(self.types, bags.sum(1), len(EDGE_TYPES)).astype(int).tolist(),
                       (t(nodes), t(begin.ravel()), t(share)), (t(np.repeat(np.arange(2*many), size.ravel())), t(nodes), t(share)), None if self.context is None else self.context[rows])
 
-# %% ../nbs/api/22_classify.ipynb #c972e43e
+# %% ../nbs/api/22_classify.ipynb #93c3dc82
 class _BagSum(torch.autograd.Function):
     "Weighted sums over bags of rows, and back along the same edges."
     @staticmethod
@@ -262,19 +270,19 @@ class _BagSum(torch.autograd.Function):
         ctx.back = back
         return _bag_sum(h, *there)
     @staticmethod
-    def backward(ctx, grad): return _bag_sum(grad.contiguous(), *ctx.back), None, None
+    def backward(ctx, grad): return _bag_sum(grad.contiguous(), *ctx.back()), None, None
 
 def _bag_sum(h, index, starts, weight): return torch.embedding_bag(h, index, starts, False, 0, False, weight)[0]     # 0: sum
 
 def bag_sum(
     h,       # (n, width) a vector per node
     there,   # bags: (nodes, where each bag begins, weights)
-    back,    # the same as bags per node: (bags, where each begins, weights)
+    back,    # function that gives the same as bags per node: (bags, where each begins, weights)
 ):           # (bags, width)
     "Weighted sums over bags of nodes, in one operation (this companion's choice)."
     return _BagSum.apply(h, there, back)
 
-# %% ../nbs/api/22_classify.ipynb #0301195b
+# %% ../nbs/api/22_classify.ipynb #a3c05380
 class TypedConv(nn.Module):
     "Relational graph convolution over the edge types of chapter 18 (this companion's choice)."
     def __init__(self,
@@ -289,7 +297,7 @@ class TypedConv(nn.Module):
     def forward(self, h, g):     # h (n, width), g: the batch
         own, bias, n = self.own.unbind(), self.bias.unbind(), len(g.x)
         out = torch.cat([torch.addmm(bias[1], h[:n], own[1]), torch.addmm(bias[0], h[n:], own[0])])
-        heard = bag_sum(h, g.heard, g.told).split(g.groups)                                  # the mean of the neighbours of each type
+        heard = bag_sum(h, g.heard, lambda: g.told).split(g.groups)                          # the mean of the neighbours of each type
         return out.index_add(0, g.listener, torch.cat([x@w for x, w in zip(heard, self.relation.unbind())]))
 
 # %% ../nbs/api/22_classify.ipynb #0e5f3670
@@ -339,7 +347,7 @@ def nodes(
         h.append(self.words(g.word))
     return torch.cat(h)
 
-# %% ../nbs/api/22_classify.ipynb #c7edc087
+# %% ../nbs/api/22_classify.ipynb #4fa4fd9e
 @patch
 def forward(
     self: GraphClassifier,
@@ -347,10 +355,10 @@ def forward(
 ) -> torch.Tensor:        # (graphs,) logits; `predict` applies the sigmoid, once
     "Logits of a batch of graphs (NEURAL, sec. 2.3)."
     if isinstance(g, Batch): g = GraphColumns(g, self.config['kind']).batch(np.arange(g.num_graphs))
-    h, mean = self.nodes(g), lambda h: bag_sum(h, g.pool, g.spread).view(2, g.num_graphs, -1)
+    h, mean = self.nodes(g), lambda h: bag_sum(h, g.pool, lambda: g.spread).view(2, g.num_graphs, -1)
     if self.config['kind'] == 'gcn':
         one, two = self.layers
-        h = (bag_sum(one.lin(h), g.heard, g.told) + one.bias).relu()
+        h = (bag_sum(one.lin(h), g.heard, lambda: g.told) + one.bias).relu()
         return self.last(self.dropout(two.lin(mean(h).sum(0)) + two.bias)).squeeze(-1)
     for layer in self.layers: h = (h + layer(h, g)).relu()
     most = torch.segment_reduce(h, 'max', lengths=g.size.ravel(), initial=0, unsafe=True).view(2, g.num_graphs, -1)
