@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'CONTEXT', 'CONTEXT_SIDE', 'KINDS', 'edge_shares', 'to_data', 'context_of', 'collate', 'StoreDataset',
-           'TypedConv', 'GraphClassifier', 'known_targets', 'one_thread', 'predict_logits', 'predict', 'standardise',
-           'train_classifier', 'save_classifier', 'load_classifier']
+           'ragged', 'GraphBatch', 'GraphColumns', 'bag_sum', 'TypedConv', 'GraphClassifier', 'known_targets',
+           'one_thread', 'as_columns', 'predict_logits', 'predict', 'deal', 'standardise', 'train_classifier',
+           'save_classifier', 'load_classifier']
 
-# %% ../nbs/api/22_classify.ipynb #d8806ce8
+# %% ../nbs/api/22_classify.ipynb #44d57595
 import json, math, os, sys
 from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
@@ -19,9 +22,9 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn import functional as F
 from torch_geometric.data import Batch, Data, Dataset
-from torch_geometric.nn import GCNConv, global_max_pool, global_mean_pool
+from torch_geometric.nn import GCNConv
 from tqdm import tqdm
-from .graph import ASSERTIONS, EDGE_TYPES
+from .graph import ADJACENT, ASSERTIONS, EDGE_TYPES, REVERSE, SHOWS
 from .picture import decode_picture
 from .study import NeuralError
 
@@ -66,17 +69,82 @@ def context_of(
     if not asset.thumbnail: raise NeuralError(f"study {asset.study_id} carries no thumbnail: build its store with one, or read without {CONTEXT}")
     return torch.from_numpy(np.round(255*decode_picture(asset.thumbnail, CONTEXT_SIDE)).astype(np.uint8))[None]
 
-# %% ../nbs/api/22_classify.ipynb #e18d4522
+# %% ../nbs/api/22_classify.ipynb #89d25f16
+def _field(assets, name):
+    "One field of all assets, end to end, and the place of the asset that each entry comes from."
+    values = [getattr(a, name) for a in assets]
+    return np.concatenate(values), np.repeat(np.arange(len(values)), [len(v) for v in values])
+
+def _touching(patches, owner, grid):
+    "Pairs of neighbouring patches of many studies, each once, as places in `patches` (`grid_edges` of chapter 18)."
+    key = owner*(grid[0]*grid[1]) + patches.astype(np.int64)
+    there = key[:, None] + [1, grid[1]]
+    at = np.searchsorted(key, there, 'right') - 1                                          # of a repeated patch the last copy
+    inside = np.stack([(patches + 1) % grid[1] != 0, patches + grid[1] < grid[0]*grid[1]], 1)
+    return (found := (key[at] == there) & inside & np.append(key[1:] != key[:-1], True)[:, None]).nonzero()[0], at[found]
+
+def _once(columns, last=False):
+    "Places of the rows that differ, the first or last of equal ones."
+    rows = np.stack(columns, 1)[::-1 if last else 1]
+    at = np.unique(rows, axis=0, return_index=True)[1]
+    return len(rows) - 1 - at if last else np.sort(at)
+
+def _links(concept, weight, patches):
+    "Which ties are kept and their shares, for ties sorted by concept (`grounding_links` of chapter 18)."
+    total = np.bincount(concept, weight)
+    share = weight/np.where(total > 0, total, 1)[concept]
+    keep = share > (1 + 1e-5)/patches
+    lost = (total > 0) & ~np.bincount(concept, keep, len(total)).astype(bool)
+    best = np.lexsort((-share, concept))
+    best = best[np.append(True, np.diff(concept[best]) > 0)[:len(best)]]                   # the strongest tie of each concept
+    keep[best[lost[concept[best]]]] = True
+    return keep, share[keep]/np.bincount(concept[keep], share[keep], len(total))[concept[keep]]
+
+# %% ../nbs/api/22_classify.ipynb #a67aabcc
+def _graphs_at_once(assets, fusion, parts):
+    "The unified graphs of many assets of one grid as one PyG batch; fusion 'grounding' or 'none'."
+    n, v, q = len(assets), 'visual' in parts, 'knowledge' in parts
+    (patches, of_patch), (concepts, of_concept) = _field(assets, 'patches'), _field(assets, 'concepts')
+    k, m = np.bincount(of_patch, minlength=n), np.bincount(of_concept, minlength=n)
+    base = np.cumsum(k*v + m*q) - k*v - m*q                                                # the first node of each graph
+    word = base + k*v                                                                      # and its first concept
+    a, b = _touching(patches, of_patch, assets[0].grid)
+    spot = np.arange(len(patches)) - (k.cumsum() - k - base)[of_patch]
+    said, of_said = _field(assets, 'relations')
+    at = _once([of_said, *said.T]); at = at[said[at, 0] != said[at, 1]]
+    said, of_said = said[at].astype(np.int64), of_said[at]
+    (tied, of_tied), (weight, _) = _field(assets, 'grounding'), _field(assets, 'weights')
+    at = _once([of_tied, *tied.T], last=True) if fusion == 'grounding' else []
+    tied, of_tied = tied[at].astype(np.int64), of_tied[at]
+    keep, share = _links((m.cumsum() - m)[of_tied] + tied[:, 0], weight[at].astype(np.float64), k[of_tied])
+    tied, of_tied = tied[keep], of_tied[keep]
+    sets = [(of_patch[a], spot[a], spot[b], np.full(len(a), ADJACENT), np.ones(len(a)))]*v + [(of_said, word[of_said] + said[:, 0], word[of_said] + said[:, 1], said[:, 2], np.ones(len(said)))]*q
+    sets += [(of_tied, base[of_tied] + tied[:, 1], word[of_tied] + tied[:, 0], np.full(len(tied), SHOWS), share.astype(np.float32))]*(v and q)
+    sets = [both for owner, x, y, kind, w in sets for both in ((owner, x, y, kind, w), (owner, y, x, np.asarray(REVERSE)[kind], w))]
+    order = np.argsort(np.concatenate([s[0] for s in sets]), kind='stable')
+    source, target, types, weights = (np.concatenate([s[i] for s in sets])[order] for i in (1, 2, 3, 4))
+    size, t = k*v + m*q, lambda x: torch.from_numpy(np.ascontiguousarray(x))
+    is_patch = np.arange(size.sum()) < np.repeat(word, size)
+    return Batch(x=t(np.concatenate([a.features[:len(a.patches)*v] for a in assets])), place=t(patches[:len(patches)*v].astype(np.int64)), batch=t(np.repeat(np.arange(n), size)),
+                 word=t((concepts.astype(np.int64)*len(ASSERTIONS) + _field(assets, 'assertions')[0])[:len(concepts)*q]), is_patch=t(is_patch), edge_index=t(np.stack([source, target])), edge_type=t(types),
+                 edge_weight=t(edge_shares(np.stack([source, target]), types, weights, int(size.sum()))), ptr=t(np.append(0, size.cumsum())), num_nodes=int(size.sum()))
+
+# %% ../nbs/api/22_classify.ipynb #195afb6e
 def collate(
     assets,               # StudyAssets, or graphs that `to_data` already made
     fusion='grounding',   # 'betweenness', 'grounding' or 'none'
     parts=PARTS,          # which graphs are read
 ) -> Batch:               # one disconnected graph of all of them, in order
     "Many studies as one PyG batch (this companion's choice)."
-    graphs = [a if isinstance(a, Data) else to_data(a, fusion, parts) for a in assets]
-    if not graphs: raise NeuralError("nothing to collate: give at least one asset")
-    if len(dims := {g.x.shape[1] for g in graphs}) > 1: raise NeuralError(f"assets with features of {sorted(dims)} numbers cannot share a batch")
-    return Batch.from_data_list(graphs)
+    assets = list(assets)
+    if not assets: raise NeuralError("nothing to collate: give at least one asset")
+    made = any(isinstance(a, Data) for a in assets)
+    if len(dims := {a.x.shape[1] if isinstance(a, Data) else a.features.shape[1] for a in assets}) > 1: raise NeuralError(f"assets with features of {sorted(dims)} numbers cannot share a batch")
+    if made or fusion not in ('grounding', 'none') or len({a.grid for a in assets}) > 1 or not set(parts) & set(PARTS) or set(parts) - {*PARTS, CONTEXT}:
+        return Batch.from_data_list([a if isinstance(a, Data) else to_data(a, fusion, parts) for a in assets])
+    out = _graphs_at_once(assets, fusion, parts)
+    if CONTEXT in parts: out.context = torch.cat([context_of(a) for a in assets])
+    return out
 
 # %% ../nbs/api/22_classify.ipynb #e4e5a719
 class StoreDataset(Dataset):
@@ -99,7 +167,122 @@ class StoreDataset(Dataset):
         if self.targets is not None: g.y = self.targets[idx:idx+1]
         return g
 
-# %% ../nbs/api/22_classify.ipynb #beef969e
+# %% ../nbs/api/22_classify.ipynb #54b7cf0c
+def ragged(
+    start: np.ndarray,    # [s] where each stretch begins
+    length: np.ndarray,   # [s] how long it is, 0 allowed
+) -> np.ndarray:          # int64 [sum of length]
+    "The indices of many stretches, one stretch after another (this companion's choice)."
+    return np.arange(length.sum()) + np.repeat(start - (length.cumsum() - length), length)
+
+# %% ../nbs/api/22_classify.ipynb #51a26032
+@dataclass
+class GraphBatch:
+    "What a classifier reads: patches of all graphs, then concepts of all graphs (this companion's choice)."
+    x: torch.Tensor         # [P, d] features of the patches
+    place: torch.Tensor     # [P] their indices on the grid
+    word: torch.Tensor      # [W] concept and assertion in one number
+    size: torch.Tensor      # [2, B] patches and concepts of each graph
+    heard: tuple            # bags of neighbours, one per listener and edge type: (nodes, where each bag begins, weights)
+    listener: torch.Tensor  # node of each bag of `heard`
+    groups: list            # bags of `heard` of each edge type
+    pool: tuple             # bags of nodes, one per graph for its patches, then one per graph for its concepts
+    spread: tuple           # the way back: the bag of each node
+    context: torch.Tensor = None   # uint8 [B, 1, 48, 48], if read
+
+    @property
+    def num_graphs(self): return self.size.shape[1]
+
+    @cached_property
+    def told(self):
+        "The edges of `heard` as bags per speaker: (bags of `heard`, where each begins, weights)."
+        source, starts, weight = (v.cpu().numpy() for v in self.heard)
+        n = len(self.x) + len(self.word)
+        order, many = np.argsort(source.astype(np.min_scalar_type(n)), kind='stable'), np.bincount(source, minlength=n)
+        bag = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(source))))
+        return tuple(torch.from_numpy(v).to(self.x.device) for v in (bag[order], many.cumsum() - many, weight[order]))
+
+    def to(self, device):
+        "The batch on another device."
+        move = lambda v: v.to(device) if torch.is_tensor(v) else tuple(map(move, v)) if isinstance(v, tuple) else v
+        return self if str(device) == 'cpu' else replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+# %% ../nbs/api/22_classify.ipynb #ac4ea006
+class GraphColumns:
+    "Many graphs as flat arrays, from which a batch is cut without a Python object per graph (this companion's choice)."
+    def __init__(self,
+        graphs: Batch,   # of `collate`, any number of graphs
+        kind='typed',    # the classifier that will read them: 'gcn' | 'typed'
+    ):
+        owner, word, n = graphs.batch.numpy(), 1 - graphs.is_patch.numpy().astype(int), graphs.num_graphs
+        self.kind, self.x, self.place, self.word, self.context = kind, graphs.x.numpy(), graphs.place.numpy(), graphs.word.numpy(), graphs.get('context')
+        self.size = np.stack([np.bincount(owner[word == i], minlength=n) for i in (0, 1)])                # (2, n) patches, concepts
+        self.first = self.size.cumsum(1) - self.size
+        rank = np.where(word, word.cumsum(), (1-word).cumsum()) - 1 - self.first[word, owner]             # among its kind, in its graph
+        a, b, group, weight, self.share = _edges(graphs, word, owner, self.size, kind)
+        found, which = np.unique(2*group + word[b], return_inverse=True)                                  # the types that occur, each with a kind of listener
+        self.types, self.kinds, cell = found//2, found % 2, which*n + owner[b]
+        order = np.lexsort((rank[b], cell)); a, b, cell = a[order], b[order], cell[order]
+        self.source, self.weight = (2*rank[a] + word[a]).astype(np.int32), weight[order].astype(np.float32)  # rank and kind of the speaker in one number
+        opens = np.flatnonzero(np.append(True, (b[1:] != b[:-1]) | (cell[1:] != cell[:-1]))[:len(b)])     # the first edge of each bag
+        self.listener, self.heard = rank[b[opens]].astype(np.int32), np.diff(np.append(opens, len(b))).astype(np.int32)
+        self.edges, self.bags = (np.searchsorted(c, np.arange(len(found)*n + 1)) for c in (cell, cell[opens]))   # where those of each type and graph begin
+
+    def __len__(self): return self.size.shape[1]
+
+def _edges(g, word, owner, size, kind):
+    "Speaker, listener, type and weight of every edge, and the weight of every node in the mean over its graph, patches first."
+    (a, b), each = g.edge_index.numpy(), np.argsort(word, kind='stable')
+    if kind == 'typed': return a, b, g.edge_type.numpy(), g.edge_weight.numpy(), (1/size[word, owner])[each].astype(np.float32)
+    a, b = np.concatenate([[a, b], np.tile(np.arange(len(word)), (2, 1))], 1)
+    degree = np.bincount(b, minlength=len(word))
+    weight = 1/np.sqrt(degree[a]*degree[b])
+    return a, b, np.zeros_like(b), weight, (np.bincount(a, weight, len(word))/size.sum(0)[owner])[each].astype(np.float32)
+
+# %% ../nbs/api/22_classify.ipynb #e9f96d33
+@patch
+def batch(
+    self: GraphColumns,
+    rows,               # int [B], places of the studies wanted, in any order
+) -> GraphBatch:        # features float32, weights float32, all else int64
+    "Cuts a batch out of the columns (this companion's choice)."
+    rows, many, t = np.asarray(rows, np.int64), len(rows), torch.from_numpy
+    size = self.size[:, rows]
+    begin = size.cumsum(1) - size
+    begin[1] += size[0].sum()                                                                 # patches first
+    patch, word = (ragged(self.first[i, rows], size[i]) for i in (0, 1))
+    cell = np.arange(0, len(self.edges) - 1, len(self))[:, None] + rows                       # (types, B)
+    bags, edges = (bound[cell + 1] - bound[cell] for bound in (self.bags, self.edges))        # how many in each
+    bag, edge = ragged(self.bags[cell].ravel(), bags.ravel()), ragged(self.edges[cell].ravel(), edges.ravel())
+    listener = self.listener[bag] + np.repeat(begin[self.kinds], bags.ravel())
+    graph, speaker = np.repeat(np.tile(np.arange(many), len(edges)), edges.ravel()), self.source[edge]
+    source, weight, heard = (speaker >> 1) + begin.ravel().take((speaker & 1)*many + graph), self.weight[edge], self.heard[bag]
+    nodes, share = np.arange(size.sum()), np.concatenate([self.share[patch], self.share[len(self.x) + word]])
+    return GraphBatch(t(self.x.take(patch, 0)), t(self.place[patch]), t(self.word[word]), t(size), (t(source), t(heard.cumsum() - heard), t(weight)),
+                      t(listener), np.bincount(self.types, bags.sum(1), len(EDGE_TYPES)).astype(int).tolist(),
+                      (t(nodes), t(begin.ravel()), t(share)), (t(np.repeat(np.arange(2*many), size.ravel())), t(nodes), t(share)), None if self.context is None else self.context[rows])
+
+# %% ../nbs/api/22_classify.ipynb #93c3dc82
+class _BagSum(torch.autograd.Function):
+    "Weighted sums over bags of rows, and back along the same edges."
+    @staticmethod
+    def forward(ctx, h, there, back):
+        ctx.back = back
+        return _bag_sum(h, *there)
+    @staticmethod
+    def backward(ctx, grad): return _bag_sum(grad.contiguous(), *ctx.back()), None, None
+
+def _bag_sum(h, index, starts, weight): return torch.embedding_bag(h, index, starts, False, 0, False, weight)[0]     # 0: sum
+
+def bag_sum(
+    h,       # (n, width) a vector per node
+    there,   # bags: (nodes, where each bag begins, weights)
+    back,    # function that gives the same as bags per node: (bags, where each begins, weights)
+):           # (bags, width)
+    "Weighted sums over bags of nodes, in one operation (this companion's choice)."
+    return _BagSum.apply(h, there, back)
+
+# %% ../nbs/api/22_classify.ipynb #a3c05380
 class TypedConv(nn.Module):
     "Relational graph convolution over the edge types of chapter 18 (this companion's choice)."
     def __init__(self,
@@ -112,12 +295,10 @@ class TypedConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(2, width))
 
     def forward(self, h, g):     # h (n, width), g: the batch
-        kind, (source, target) = g.is_patch.long(), g.edge_index
-        out = torch.where(g.is_patch[:, None], h@self.own[1], h@self.own[0]) + self.bias[kind]
-        slot, of = torch.unique(g.edge_type*len(h) + target, return_inverse=True)                            # one per (type, listener), by type
-        heard = h.new_zeros(len(slot), h.shape[1]).index_add(0, of, h[source]*g.edge_weight[:, None])        # the mean of those neighbours
-        parts = heard.split(torch.bincount(slot//len(h), minlength=len(EDGE_TYPES)).tolist())
-        return out.index_add(0, slot % len(h), torch.cat([x@w for x, w in zip(parts, self.relation)]))
+        own, bias, n = self.own.unbind(), self.bias.unbind(), len(g.x)
+        out = torch.cat([torch.addmm(bias[1], h[:n], own[1]), torch.addmm(bias[0], h[n:], own[0])])
+        heard = bag_sum(h, g.heard, lambda: g.told).split(g.groups)                          # the mean of the neighbours of each type
+        return out.index_add(0, g.listener, torch.cat([x@w for x, w in zip(heard, self.relation.unbind())]))
 
 # %% ../nbs/api/22_classify.ipynb #0e5f3670
 KINDS = ('gcn', 'typed')
@@ -147,48 +328,50 @@ class GraphClassifier(nn.Module):
         self.register_buffer('mean', torch.zeros(dim)); self.register_buffer('spread', torch.ones(dim))
         nn.init.normal_(self.last.weight, std=.01/math.sqrt(self.last.in_features)); nn.init.zeros_(self.last.bias)
 
-# %% ../nbs/api/22_classify.ipynb #562c7f66
+# %% ../nbs/api/22_classify.ipynb #fd855b2a
 @patch
 def nodes(
     self: GraphClassifier,
-    g,                    # Batch of `collate`
-) -> torch.Tensor:        # (n, hidden)
+    g,                    # GraphBatch
+) -> torch.Tensor:        # (n, hidden), patches first
     "The first vector of every node: patches from their features, concepts from a learned table (corrects the released constant)."
     for part, there in zip(PARTS, (len(g.x), len(g.word))):
         if there and part not in self.config['parts']: raise NeuralError(f"a graph with {part} nodes, but this classifier reads {', '.join(self.config['parts'])}: make the graphs with the same parts")
-    h = self.last.weight.new_zeros(g.num_nodes, self.config['hidden'])
+    h = []
     if 'visual' in self.config['parts']:
         if g.x.shape[1] != self.config['dim']: raise NeuralError(f"patch features of {g.x.shape[1]} numbers; this classifier was built for {self.config['dim']}")
         x = self.visual((g.x-self.mean)/self.spread)
-        h[g.is_patch] = x if self.place is None else x + self.place(g.place)
+        h.append(x if self.place is None else x + self.place(g.place))
     if 'knowledge' in self.config['parts']:
         if len(g.word) and g.word.max() >= self.words.num_embeddings: raise NeuralError(f"concept {int(g.word.max())//len(ASSERTIONS)} is not in the vocabulary of {self.config['vocabulary_size']} this classifier was built for")
-        h[~g.is_patch] = self.words(g.word)
-    return h
+        h.append(self.words(g.word))
+    return torch.cat(h)
 
-# %% ../nbs/api/22_classify.ipynb #1ee43d2c
+# %% ../nbs/api/22_classify.ipynb #4fa4fd9e
 @patch
 def forward(
     self: GraphClassifier,
-    g,                    # Batch of `collate`, with the same fusion and parts
+    g,                    # GraphBatch of `GraphColumns` for this kind, or a PyG Batch of `collate`; same fusion and parts
 ) -> torch.Tensor:        # (graphs,) logits; `predict` applies the sigmoid, once
     "Logits of a batch of graphs (NEURAL, sec. 2.3)."
+    if isinstance(g, Batch): g = GraphColumns(g, self.config['kind']).batch(np.arange(g.num_graphs))
+    h, mean = self.nodes(g), lambda h: bag_sum(h, g.pool, lambda: g.spread).view(2, g.num_graphs, -1)
     if self.config['kind'] == 'gcn':
-        h = self.layers[0](self.nodes(g), g.edge_index).relu()
-        return self.last(self.dropout(global_mean_pool(self.layers[1](h, g.edge_index), g.batch, g.num_graphs))).squeeze(-1)
-    h = self.nodes(g)
+        one, two = self.layers
+        h = (bag_sum(one.lin(h), g.heard, lambda: g.told) + one.bias).relu()
+        return self.last(self.dropout(two.lin(mean(h).sum(0)) + two.bias)).squeeze(-1)
     for layer in self.layers: h = (h + layer(h, g)).relu()
-    kinds = [(p, g.is_patch if p == 'visual' else ~g.is_patch) for p in PARTS if p in self.config['parts']]
-    read = [pool(h[at], g.batch[at], g.num_graphs) for _, at in kinds for pool in (global_mean_pool, global_max_pool)]
+    most = torch.segment_reduce(h, 'max', lengths=g.size.ravel(), initial=0, unsafe=True).view(2, g.num_graphs, -1)
+    read = [pool[PARTS.index(p)] for p in PARTS if p in self.config['parts'] for pool in (mean(h), most)]
     if CONTEXT in self.config['parts']: c = self.context(g.context/255 - .5); read += [c.mean((2, 3)), c.amax((2, 3))]
     return self.last(self.dropout(torch.cat(read, -1))).squeeze(-1)
 
-# %% ../nbs/api/22_classify.ipynb #5ccba201
+# %% ../nbs/api/22_classify.ipynb #6a5bb272
 def known_targets(
     graphs,      # one per study
     y,           # 1, 0 or nan (unknown), shape [n]
     split,       # its name, for the message
-) -> tuple[list, torch.Tensor]: # graphs and float32 targets of the studies whose target is known
+) -> tuple[np.ndarray, torch.Tensor]: # places and float32 targets of the studies whose target is known
     "Leaves out unknown targets; refuses a split that cannot teach (this companion's choice)."
     y = np.asarray(y, np.float64)
     if len(graphs) != len(y): raise NeuralError(f"{split}: {len(graphs)} assets but {len(y)} targets")
@@ -196,7 +379,7 @@ def known_targets(
     ones, zeros = int((y[at] == 1).sum()), int((y[at] == 0).sum())
     if ones + zeros != len(at): raise NeuralError(f"{split}: {len(at)-ones-zeros} targets are neither 0, 1 nor nan: apply a label policy first")
     if not ones or not zeros: raise NeuralError(f"{split}: {ones} positive, {zeros} negative and {len(y)-len(at)} unknown of {len(y)} studies: both classes are needed")
-    return [graphs[i] for i in at], torch.tensor(y[at], dtype=torch.float32)
+    return at, torch.tensor(y[at], dtype=torch.float32)
 
 # %% ../nbs/api/22_classify.ipynb #9c6b60ca
 @contextmanager
@@ -207,6 +390,19 @@ def one_thread():
     try: yield
     finally: torch.set_num_threads(before)
 
+# %% ../nbs/api/22_classify.ipynb #7e56caa5
+def as_columns(
+    graphs,               # StudyAssets, graphs of `to_data`, or columns already
+    kind='typed',         # the classifier that will read them
+    fusion='grounding',   # of assets: 'betweenness', 'grounding' or 'none'
+    parts=PARTS,          # of assets: what is read
+) -> GraphColumns:
+    "Graphs as columns for one kind of classifier (this companion's choice)."
+    if kind not in KINDS: raise NeuralError(f"kind must be one of {', '.join(KINDS)}, got {kind}")
+    if not isinstance(graphs, GraphColumns): return GraphColumns(collate(graphs, fusion, parts), kind)
+    if graphs.kind != kind: raise NeuralError(f"columns for kind {graphs.kind!r} cannot be read by {kind!r}: make them again from the graphs")
+    return graphs
+
 # %% ../nbs/api/22_classify.ipynb #0f51e147
 def _logits(model, batches):
     "Logits of ready batches, without gradient, in evaluation mode; the mode is put back."
@@ -216,53 +412,64 @@ def _logits(model, batches):
     model.train(was)
     return torch.cat(out).numpy() if out else np.zeros(0)
 
-# %% ../nbs/api/22_classify.ipynb #93af9a07
+# %% ../nbs/api/22_classify.ipynb #7cd308c8
 def predict_logits(
     model: GraphClassifier,
-    assets,             # StudyAssets, or graphs of `to_data` with the model's fusion and parts
+    assets,             # StudyAssets, or graphs or columns with the model's fusion and parts
     batch_size=512,     # graphs at once
 ) -> np.ndarray:        # float64 [n] logits
     "Logits of many studies (NEURAL, sec. 2.3)."
-    at = model.config['fusion'], model.config['parts']
-    return _logits(model, (collate(assets[i:i+batch_size], *at) for i in range(0, len(assets), batch_size)))
+    if not len(assets): return np.zeros(0)
+    graphs = as_columns(assets, *(model.config[k] for k in ('kind', 'fusion', 'parts')))
+    return _logits(model, _batches(graphs, np.arange(len(graphs)), batch_size))
 
-# %% ../nbs/api/22_classify.ipynb #7e382edf
+def _batches(graphs, rows, size):
+    "The studies of `rows` in order, a batch at a time, each cut when its turn comes."
+    return (graphs.batch(rows[i:i+size]) for i in range(0, len(rows), size))
+
+# %% ../nbs/api/22_classify.ipynb #37d840fe
 def predict(
     model: GraphClassifier,
-    assets,             # StudyAssets, or graphs of `to_data`
+    assets,             # StudyAssets, or graphs or columns
     batch_size=512,     # graphs at once
 ) -> np.ndarray:        # float64 [n] probabilities, 0 to 1
     "Probabilities of many studies: the one place where the sigmoid is applied (NEURAL, sec. 2.3)."
     return torch.from_numpy(predict_logits(model, assets, batch_size)).sigmoid().numpy()
 
-# %% ../nbs/api/22_classify.ipynb #092b0d23
-def _packs(graphs, y, size, seed):
-    "Fixed batches of shuffled graphs, each with its targets."
-    order = np.random.default_rng(seed).permutation(len(graphs))
-    return [(collate([graphs[i] for i in part]), y[part]) for part in np.array_split(order, math.ceil(len(order)/size))]
+# %% ../nbs/api/22_classify.ipynb #e98590bb
+def deal(
+    rows: np.ndarray,   # [n] places of studies
+    size: int,          # studies per batch, at most
+    seed: int,          # of the shuffle
+) -> list:              # of places in `rows`, one array per batch
+    "Deals studies into shuffled batches of nearly one size (this companion's choice)."
+    return np.array_split(np.random.default_rng(seed).permutation(len(rows)), math.ceil(len(rows)/size))
 
-# %% ../nbs/api/22_classify.ipynb #baa72696
+# %% ../nbs/api/22_classify.ipynb #b9131a5b
 def standardise(
     model: GraphClassifier,
-    graphs,          # training graphs
+    graphs,          # columns of the training studies
+    rows=None,       # places of those that teach; None: all
 ):
     "Sets the mean and spread of the visual features from the training patches only (this companion's choice)."
     if 'visual' not in model.config['parts']: return
-    x = torch.cat([g.x for g in graphs])
+    rows = np.arange(len(graphs)) if rows is None else rows
+    x = torch.from_numpy(graphs.x[ragged(graphs.first[0, rows], graphs.size[0, rows])])
     model.mean.copy_(x.mean(0)); model.spread.copy_(x.std(0, correction=0).clamp_min(1e-3*x.std().clamp_min(1e-6)))
 
-# %% ../nbs/api/22_classify.ipynb #fbd229a3
+# %% ../nbs/api/22_classify.ipynb #23e936f5
 def _epoch(model, optimiser, packs, order, device):
     "One pass over the batches in the given order; returns the mean loss."
     model.train(); total = 0.
+    graphs, rows, targets, parts = packs
     for i in order:
-        g, y = packs[i]
+        g, y = graphs.batch(rows[parts[i]]), targets[parts[i]]
         optimiser.zero_grad()
         loss = F.binary_cross_entropy_with_logits(model(g.to(device)), y.to(device))
         _finite(loss)
         loss.backward(); optimiser.step()
         total += loss.item()*len(y)
-    return total/sum(len(y) for _, y in packs)
+    return total/len(rows)
 
 def _finite(values):
     "Refuses to go on with a model that has run away."
@@ -275,9 +482,9 @@ def _validate(model, batches, y):
     _finite(torch.tensor(s))
     return float(roc_auc_score(y, s)), float(F.binary_cross_entropy_with_logits(torch.tensor(s), y.double()))
 
-# %% ../nbs/api/22_classify.ipynb #4aefac1f
+# %% ../nbs/api/22_classify.ipynb #4a58f9ce
 def train_classifier(
-    assets_train,        # StudyAssets, or graphs that `to_data` made with this fusion and these parts
+    assets_train,        # StudyAssets, or graphs or columns with this fusion and these parts
     y_train,             # 1, 0 or nan (unknown), shape [n]
     assets_validate,     # the studies on which the epoch is chosen
     y_validate,          # 1, 0 or nan, shape [m]
@@ -295,22 +502,23 @@ def train_classifier(
     **model_options,     # hidden, patches, dropout of `GraphClassifier`
 ) -> tuple[GraphClassifier, list[dict]]: # the best epoch's model, in evaluation mode; history: epoch, loss, validate_loss, validate_auc, best
     "Trains one classifier; the epoch is chosen on validate, test is never seen (protocol of this companion)."
-    graphs = [[a if isinstance(a, Data) else to_data(a, fusion, parts) for a in assets] for assets in (assets_train, assets_validate)]
-    (train, y), (held, y_held) = known_targets(graphs[0], y_train, 'train'), known_targets(graphs[1], y_validate, 'validate')
+    graphs, held = (as_columns(g, kind, fusion, parts) for g in (assets_train, assets_validate))
+    (rows, y), (rows_held, y_held) = known_targets(graphs, y_train, 'train'), known_targets(held, y_validate, 'validate')
     if epochs < 1: raise NeuralError(f"epochs must be at least 1, got {epochs}")
     with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(seed)
-        model = GraphClassifier(kind, train[0].x.shape[1], vocabulary_size, fusion=fusion, parts=parts, **model_options)
-        standardise(model, train); model.to(device)
-        history = _fit(model, _packs(train, y, batch_size, seed), [collate(held[i:i+512]) for i in range(0, len(held), 512)], y_held, torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay), epochs, patience, seed, device, progress)
+        model = GraphClassifier(kind, graphs.x.shape[1], vocabulary_size, fusion=fusion, parts=parts, **model_options)
+        standardise(model, graphs, rows); model.to(device)
+        optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
+        history = _fit(model, (graphs, rows, y, deal(rows, batch_size, seed)), list(_batches(held, rows_held, 512)), y_held, optimiser, epochs, patience, seed, device, progress)
     return model.eval(), history
 
-# %% ../nbs/api/22_classify.ipynb #c8606a6d
+# %% ../nbs/api/22_classify.ipynb #b3c84f54
 def _fit(model, packs, held, y_held, optimiser, epochs, patience, seed, device, progress):
     "Trains until `epochs`, or `patience` epochs without a better one; leaves the best weights in the model."
     history, best, rng = [], None, np.random.default_rng(seed)
     for epoch in tqdm(range(1, epochs+1), 'training', disable=not (progress and sys.stderr.isatty()), leave=False):
-        loss = _epoch(model, optimiser, packs, rng.permutation(len(packs)), device)
+        loss = _epoch(model, optimiser, packs, rng.permutation(len(packs[-1])), device)
         auc, held_loss = _validate(model, held, y_held)
         better = best is None or (auc, -held_loss) > best[0]
         if better: best = (auc, -held_loss), {k: v.detach().clone() for k, v in model.state_dict().items()}, epoch

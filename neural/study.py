@@ -13,13 +13,14 @@ __all__ = ['LABELS', 'SPLITS', 'POLICIES', 'LABEL_VALUES', 'LABEL_CELLS', 'FRONT
            'json_rows', 'cell', 'named_labels', 'read_box_table', 'mimic_split', 'mimic_views', 'mimic_truth',
            'index_mimic', 'chexpert_key', 'chexpert_study', 'chexpert_split', 'chexpert_labels', 'index_chexpert',
            'openi_views', 'openi_id', 'coded', 'mesh_labels', 'openi_documents', 'read_views', 'index_openi',
-           'folder_labels', 'join', 'folder_table', 'folder_views', 'folder_split', 'index_folder', 'admit', 'hashed',
-           'index_dataset']
+           'folder_labels', 'join', 'folder_table', 'folder_views', 'folder_split', 'index_folder', 'admit',
+           'file_hash', 'file_hashes', 'hashed', 'resting_collector', 'index_dataset']
 
-# %% ../nbs/api/00_study.ipynb #77dc53fd
-import csv, gzip, hashlib, io, json, math, os, re, tarfile, zlib
+# %% ../nbs/api/00_study.ipynb #cc3ed7c5
+import csv, gc, gzip, hashlib, io, json, math, os, re, sys, tarfile, zlib
 import xml.etree.ElementTree as plain_xml
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -29,6 +30,7 @@ import defusedxml
 import defusedxml.ElementTree as safe_xml
 import numpy as np
 from fastcore.basics import patch
+from tqdm import tqdm
 
 # %% ../nbs/api/00_study.ipynb #fa4ba83b
 class NeuralError(ValueError):
@@ -68,8 +70,8 @@ def apply_policy(
     if value is None: return math.nan
     return value if value >= 0 else {'ones': 1., 'zeros': 0., 'ignore': math.nan}[policy]
 
-# %% ../nbs/api/00_study.ipynb #95f25655
-@dataclass(frozen=True)
+# %% ../nbs/api/00_study.ipynb #b101fb5b
+@dataclass(frozen=True, slots=True)
 class Box:
     "A rectangle around a finding, in pixels of the stored image (this companion's choice)."
     label: str  # finding, as the annotator wrote it
@@ -81,8 +83,8 @@ class Box:
         if not all(map(math.isfinite, (self.x, self.y, self.w, self.h))) or min(self.w, self.h) <= 0:
             raise NeuralError(f'box {self.label!r}: needs finite numbers, width and height above 0; correct the boxes file')
 
-# %% ../nbs/api/00_study.ipynb #e0ed1a01
-@dataclass(frozen=True)
+# %% ../nbs/api/00_study.ipynb #edcacc26
+@dataclass(frozen=True, slots=True)
 class View:
     "One radiograph of a study (this companion's choice)."
     image: str                     # path relative to the image root, forward slashes
@@ -91,8 +93,8 @@ class View:
     masks: tuple[str, ...] = ()    # mask PNGs relative to the root, named `...__<finding>.png`
     boxes: tuple[Box, ...] = ()    # annotated rectangles
 
-# %% ../nbs/api/00_study.ipynb #ad3a9636
-@dataclass(frozen=True)
+# %% ../nbs/api/00_study.ipynb #9e29ff80
+@dataclass(frozen=True, slots=True)
 class Study:
     "One exam: a patient, its radiographs, one report, its labels (this companion's choice)."
     study_id: str                  # unique in its manifest
@@ -179,7 +181,7 @@ def check(self: Exclusions,
         raise NeuralError(f'{lost} of {total} studies left out ({share:.1%}, limit {limit:.1%}: {why}); mend the data, or raise the limit on purpose')
     return share
 
-# %% ../nbs/api/00_study.ipynb #be24c5cb
+# %% ../nbs/api/00_study.ipynb #245bdccd
 @contextmanager
 def readable(
     name: str,  # file name to put in the message
@@ -569,15 +571,15 @@ def archived(
     if key not in cache[where]: raise NeuralError(f'{where}: holds no report {key!r}; index the dataset again')
     return cache[where][key] if path.suffix in ('.tgz', '.gz') else row_text(read_row(path, cache[where][key]))
 
-# %% ../nbs/api/00_study.ipynb #197e7b8d
+# %% ../nbs/api/00_study.ipynb #c735635f
 def walk(
     root: Path,    # an existing folder
 ) -> list[str]:    # every file below it, relative, forward slashes, sorted; dot-files left out
     "Lists a tree, opening each folder once; a link that leaves the root is refused."
-    found, todo = [], ['']
+    found, todo, top = [], [''], str(root)
     while todo:
         folder = todo.pop()
-        with readable(folder or root.name), os.scandir(root/folder) as entries:
+        with readable(folder or root.name), os.scandir(f'{top}/{folder}') as entries:
             for e in entries:
                 path = folder + e.name
                 if e.name.startswith('.'): continue
@@ -689,21 +691,21 @@ def blank_labels(
     "All labels unknown: where every study starts."
     return dict.fromkeys((*LABELS, *extra))
 
-# %% ../nbs/api/00_study.ipynb #117c99c6
+# %% ../nbs/api/00_study.ipynb #85d4b3ad
 def read_labels(
     path: Path,         # .csv, .csv.gz, or .json with one object a line
     key: Callable,      # row -> study id
     extra: tuple=(),    # more columns that count as labels
 ) -> dict:              # study id -> labels
     "A labels file; a study labelled twice must say the same both times."
-    path, out, columns = Path(path), {}, None
+    path, name, out, columns = Path(path), Path(path).name, {}, None
     for n, row in enumerate(json_rows(path) if path.suffix == '.json' else read_table(path), 2):
         columns = columns or label_columns(row, extra)
-        if not columns: raise NeuralError(f'{path.name}: has no label column; it needs at least one of {", ".join(LABELS)}')
+        if not columns: raise NeuralError(f'{name}: has no label column; it needs at least one of {", ".join(LABELS)}')
         labels = blank_labels(extra)
-        labels |= {label: label_value(row.get(c), f'{path.name} line {n}: {label}') for c, label in columns.items()}
+        labels |= {label: label_value(row.get(c), f'{name} line {n}: {label}') for c, label in columns.items()}
         if out.setdefault(key(row), labels) != labels:
-            raise NeuralError(f'{path.name} line {n}: study {key(row)} is labelled twice, differently; keep one row')
+            raise NeuralError(f'{name} line {n}: study {key(row)} is labelled twice, differently; keep one row')
     return out
 
 # %% ../nbs/api/00_study.ipynb #85102fc2
@@ -788,7 +790,7 @@ def mimic_truth(
         if p.startswith('truth/masks/') and '__' in p: masks.setdefault(p.rpartition('/')[2].partition('__')[0].removeprefix('s'), []).append(p)
     return masks
 
-# %% ../nbs/api/00_study.ipynb #ccf5546c
+# %% ../nbs/api/00_study.ipynb #20f3a19c
 def index_mimic(
     src: Source,         # a MIMIC-CXR or MIMIC-CXR-JPG tree
 ) -> Iterator[Study]:    # candidates; views may be empty
@@ -801,7 +803,7 @@ def index_mimic(
     pictures, reports = Stems(p for p in src.pictures if not p.startswith('truth/')), Stems(src.files, ('.txt',))
     truth = src.root/'truth/boxes.csv'; masks, boxes = mimic_truth(src), read_box_table(truth if truth.is_file() else None, 'dicom_id')
     for study, (patient, split, dicoms) in sorted(table.items()):
-        views = [replace(v, boxes=boxes.get(PurePosixPath(v.image).stem, ())) for v in mimic_views(dicoms, position, pictures)]
+        views = [replace(v, boxes=boxes[d]) if boxes and (d := PurePosixPath(v.image).stem) in boxes else v for v in mimic_views(dicoms, position, pictures)]
         if views and not any(v.view == 'frontal' for v in views) and any(not v.view for v in views):
             src.exclusions.add(study, 'no known frontal', 'ViewPosition is blank or neither PA nor AP'); continue
         if views: views[0] = replace(views[0], masks=tuple(masks.get(study, ())))
@@ -1075,20 +1077,59 @@ def admit(
     if reason: exclusions.add(study.study_id, reason)
     return not reason
 
-# %% ../nbs/api/00_study.ipynb #bcb90d22
+# %% ../nbs/api/00_study.ipynb #9fd30d6f
+def file_hash(
+    path: str,              # a file
+    buffer: memoryview,     # bytes it is read through, at least one
+) -> str:                   # 64 hexadecimal characters
+    "The sha256 of a file, read through a buffer that is used again."
+    digest = hashlib.sha256()
+    with open(path, 'rb', buffering=0) as f:
+        while n := f.readinto(buffer): digest.update(buffer[:n])
+    return digest.hexdigest()
+
+def file_hashes(
+    root: Path,            # folder that bounds the paths
+    paths: list[str],      # relative paths
+    workers: int=0,        # threads; 0: four per core, because most of them wait
+    progress: bool=False,  # a bar with rate and time left, on a terminal only
+) -> list[str]:            # the sha256 of each, in order
+    "The checksums of many files, read side by side; a file behind a link that leaves the root is refused."
+    refuse_links(root, paths)
+    def some(part):
+        buffer, out = memoryview(bytearray(2**20)), []
+        for p in part:
+            with readable(p): out.append(file_hash(f'{root}/{p}', buffer))
+        return out
+    parts = [paths[i:i + 64] for i in range(0, len(paths), 64)]
+    with ThreadPoolExecutor(workers or 4*(os.cpu_count() or 1)) as pool:
+        bar = tqdm(total=len(paths), desc='checksums', unit=' films', disable=not (progress and sys.stderr.isatty()), leave=False)
+        try: return [h for done in pool.map(some, parts) for h in done if bar.update() or True]
+        finally: pool.shutdown(cancel_futures=True); bar.close()
+
+# %% ../nbs/api/00_study.ipynb #a432205b
 def hashed(
-    study: Study,        # any
-    image_root: Path,    # where its images are
-) -> Study:              # with the sha256 of every image
-    "Reads every image of a study for its checksum: slow on a large dataset, and asked for by name."
-    def digest(v):
-        with readable(v.image), open(inside(image_root, v.image), 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
-    return replace(study, views=tuple(replace(v, sha256=digest(v)) for v in study.views))
+    studies: list,          # of any manifest
+    image_root: Path,       # where their images are
+    progress: bool=False,   # a bar, on a terminal only
+) -> list:                  # the same, with the sha256 of every image
+    "Reads every image of the studies for its checksum: slow on a large dataset, and asked for by name."
+    found = iter(file_hashes(image_root, [v.image for s in studies for v in s.views], progress=progress))
+    return [replace(s, views=tuple(replace(v, sha256=next(found)) for v in s.views)) for s in studies]
 
 # %% ../nbs/api/00_study.ipynb #ddd12b32
 LAYOUTS = {'mimic-cxr': index_mimic, 'chexpert-plus': index_chexpert, 'open-i': index_openi, 'folder': index_folder}
 
-# %% ../nbs/api/00_study.ipynb #a1ac5e42
+# %% ../nbs/api/00_study.ipynb #c917a2e8
+@contextmanager
+def resting_collector():
+    "Lets Python's cycle collector rest inside the block; what is freed by counting is freed as ever."
+    before = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally: before and gc.enable()
+
+# %% ../nbs/api/00_study.ipynb #76f2d6c5
 def index_dataset(
     layout: str,                 # 'mimic-cxr', 'chexpert-plus', 'open-i' or 'folder'
     root: str|Path,              # dataset folder
@@ -1098,14 +1139,15 @@ def index_dataset(
     extra_labels: tuple=(),      # more label columns, such as 'airspace_mesh'
     need_report: bool=True,      # False: keep studies without a report
     hash_files: bool=False,      # True: read every image for its sha256
+    progress: bool=False,        # a bar over the images that are read, on a terminal only
     fractions=(0.7, 0.1, 0.2),   # train, validate, test, where there is no official split
     salt: str='neural',          # of the hash split
 ) -> tuple:                      # (Manifest, Exclusions)
     "Indexes a dataset: one walk, one manifest, every exclusion counted."
     if layout not in LAYOUTS: raise NeuralError(f'layout {layout!r} is not known; use one of {", ".join(LAYOUTS)}')
     src = open_source(root, images, labels=labels, views=views, extra_labels=tuple(extra_labels), fractions=tuple(fractions), salt=salt)
-    studies = [s for s in LAYOUTS[layout](src) if admit(s, src.exclusions, need_report)]
+    with resting_collector(): studies = [s for s in LAYOUTS[layout](src) if admit(s, src.exclusions, need_report)]
     if not studies: raise NeuralError(f'no study found in {src.root.name!r} as {layout} (left out: {src.exclusions.counts() or "none"}); check the layout and the folder')
-    if hash_files: studies = [hashed(s, src.image_root) for s in studies]
+    if hash_files: studies = hashed(studies, src.image_root, progress)
     notes = {k: n for k, n in src.notes.items() if n}
     return Manifest(studies, src.root, layout, src.label_source, src.image_root, notes), src.exclusions

@@ -9,8 +9,11 @@ from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
 from neural.asset import StudyAsset
-from neural.classify import (KINDS, PARTS, GraphClassifier, TypedConv, collate, edge_shares, known_targets, load_classifier, predict, predict_logits, save_classifier,
-                             to_data, train_classifier)
+from torch_geometric.data import Batch
+from torch_geometric.nn import global_max_pool, global_mean_pool
+
+from neural.classify import (KINDS, PARTS, GraphClassifier, GraphColumns, TypedConv, as_columns, bag_sum, collate, edge_shares, known_targets, load_classifier, predict, predict_logits,
+                             ragged, save_classifier, to_data, train_classifier)
 from neural.graph import EDGE_TYPES, REVERSE, SHOWS
 from neural.study import NeuralError
 
@@ -49,6 +52,22 @@ def test_every_edge_has_its_way_back_with_its_reverse_type(fusion, parts):
     assert (batch.edge_type[cross] >= SHOWS).all()
 
 
+@pytest.mark.parametrize("fusion", ["grounding", "none"])
+@pytest.mark.parametrize("parts", [PARTS, ("visual",), ("knowledge",)])
+def test_many_graphs_at_once_are_those_made_one_by_one(fusion, parts):
+    "Repeated patches, repeated relations, ties named twice, ties of no weight, studies without words."
+    rng, assets = np.random.default_rng(0), [random_asset(i) for i in range(60)]
+    for i, a in enumerate(assets[:20]):
+        patches = np.sort(rng.choice(144, len(a.patches)) if i < 10 else rng.choice(20, len(a.patches), replace=False))
+        relations = [r for r in a.relations.tolist() for _ in range(2)] + [[0, 0, 1]] * bool(len(a.concepts))
+        ties = np.concatenate([a.grounding, a.grounding[:2]])
+        assets[i] = StudyAsset(a.study_id, a.track, a.grid, patches, a.relevance, a.features, a.concepts, a.assertions, relations, ties, np.round(rng.random(len(ties)) * 3) / 3, {"selection": "released"} if i < 10 else {})
+    one_by_one, at_once = Batch.from_data_list([to_data(a, fusion, parts) for a in assets]), collate(assets, fusion, parts)
+    for field in ("x", "place", "word", "is_patch", "batch", "edge_index", "edge_type", "ptr"):
+        assert torch.equal(at_once[field], one_by_one[field]) and at_once[field].dtype == one_by_one[field].dtype, field
+    assert torch.allclose(at_once.edge_weight, one_by_one.edge_weight, atol=1e-6) and at_once.num_graphs == 60
+
+
 def test_batch_holds_each_study_unchanged():
     assets = [random_asset(i) for i in range(12)]
     batch = collate(assets)
@@ -68,13 +87,70 @@ def test_shares_sum_to_one_per_listener_and_type():
     assert edge_shares(np.array([[0], [1]]), np.array([0]), np.array([1e-6]), 2).tolist() == [1.0]
 
 
-def test_typed_convolution_against_a_plain_loop():
+def plain_typed(conv, h, g):
+    "The typed layer edge by edge, over a PyG batch."
+    out = torch.stack([h[i] @ conv.own[int(g.is_patch[i])] + conv.bias[int(g.is_patch[i])] for i in range(g.num_nodes)])
+    for (a, b), t, w in zip(g.edge_index.T.tolist(), g.edge_type.tolist(), g.edge_weight.tolist()): out = out.index_add(0, torch.tensor([b]), w * (h[a] @ conv.relation[t])[None])
+    return out
+
+
+def plain_logits(model, g):
+    "The classifier in PyG's own words, over a PyG batch: no columns, no bags, no shortcut."
+    h = torch.zeros(g.num_nodes, model.config["hidden"])
+    if "visual" in model.config["parts"]:
+        x = model.visual((g.x - model.mean) / model.spread)
+        h[g.is_patch] = x if model.place is None else x + model.place(g.place)
+    if "knowledge" in model.config["parts"]: h[~g.is_patch] = model.words(g.word)
+    if model.config["kind"] == "gcn":
+        h = model.layers[1](model.layers[0](h, g.edge_index).relu(), g.edge_index)
+        return model.last(global_mean_pool(h, g.batch, g.num_graphs)).squeeze(-1)
+    for layer in model.layers: h = (h + plain_typed(layer, h, g)).relu()
+    kinds = [g.is_patch if p == "visual" else ~g.is_patch for p in PARTS if p in model.config["parts"]]
+    return model.last(torch.cat([pool(h[at], g.batch[at], g.num_graphs) for at in kinds for pool in (global_mean_pool, global_max_pool)], -1)).squeeze(-1)
+
+
+def one_way(graph):
+    "The same graph with every second edge gone, so that what is heard is no longer what is told."
+    out = graph.clone()
+    out.edge_index, out.edge_type, out.edge_weight = graph.edge_index[:, ::2], graph.edge_type[::2], graph.edge_weight[::2]
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("parts", [PARTS, ("visual",), ("knowledge",)])
+@pytest.mark.parametrize("change", [lambda g: g, one_way])
+def test_columns_give_the_logits_and_gradients_of_plain_pyg(kind, parts, change):
     torch.manual_seed(0)
-    batch = collate([random_asset(i, m=5) for i in range(4)])
-    conv, h = TypedConv(5), torch.randn(batch.num_nodes, 5)
-    expected = torch.stack([h[i] @ conv.own[int(batch.is_patch[i])] + conv.bias[int(batch.is_patch[i])] for i in range(batch.num_nodes)])
-    for (a, b), t, w in zip(batch.edge_index.T.tolist(), batch.edge_type, batch.edge_weight): expected[b] = expected[b] + w * (h[a] @ conv.relation[t])
-    assert torch.allclose(conv(h, batch), expected, atol=1e-5)
+    graphs = [change(to_data(random_asset(i, m=0 if i == 3 else None), parts=parts)) for i in range(24)]
+    columns, rows = GraphColumns(Batch.from_data_list(graphs), kind), [5, 3, 23, 3, 0, 11]
+    if kind == "gcn" and parts == ("knowledge",): rows = [i for i in rows if graphs[i].num_nodes]                # a mean over nothing is nothing
+    model = GraphClassifier(kind, 6, 10, hidden=16, patches=144, parts=parts)
+    torch.nn.init.normal_(model.last.weight)
+    found = [(z, torch.autograd.grad(z.square().sum(), list(model.parameters()))) for z in (model(columns.batch(rows)), plain_logits(model, Batch.from_data_list([graphs[i] for i in rows])))]
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
+    for a, b in zip(found[0][1], found[1][1]): assert torch.allclose(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_of_columns_makes_no_object_per_graph(monkeypatch):
+    columns = as_columns([random_asset(i) for i in range(40)])
+    monkeypatch.setattr("torch_geometric.data.Data.__init__", lambda *a, **k: pytest.fail("a Data was made"))
+    monkeypatch.setattr("neural.asset.StudyAsset.__post_init__", lambda *a: pytest.fail("an asset was made"))
+    batch = columns.batch(np.arange(40)[::-1])
+    assert batch.num_graphs == 40 and torch.equal(batch.size, torch.from_numpy(columns.size[:, ::-1].copy()))
+
+
+def test_stretches_may_be_empty():
+    rng = np.random.default_rng(0)
+    start, length = rng.integers(0, 99, 30), rng.integers(0, 4, 30)
+    assert ragged(start, length).tolist() == [i for s, n in zip(start, length) for i in range(s, s + n)]
+
+
+def test_the_way_back_of_a_bag_sum_is_its_gradient():
+    g = as_columns([random_asset(i, m=5) for i in range(9)]).batch(range(9))
+    h = torch.randn(int(g.size.sum()), 4, dtype=torch.float64, requires_grad=True)
+    double = lambda bags: (*bags[:2], bags[2].double())
+    assert torch.autograd.gradcheck(lambda h: bag_sum(h, double(g.heard), lambda: double(g.told)), h)
+    assert torch.autograd.gradcheck(lambda h: bag_sum(h, double(g.pool), lambda: double(g.spread)), h)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -92,14 +168,13 @@ def test_first_loss_is_ln2_and_gradient_reaches_everything(kind, parts):
 @pytest.mark.parametrize("kind", KINDS)
 def test_information_flows_both_ways_between_words_and_patches(kind):
     torch.manual_seed(0)
-    g = collate([random_asset(3, k=4, m=4)])
-    assert (g.is_patch[g.edge_index[0]] != g.is_patch[g.edge_index[1]]).any()
+    g = as_columns([random_asset(3, k=4, m=4)], kind).batch([0])
     model = GraphClassifier(kind, 6, 10, hidden=16)
-    h = model.nodes(g).detach().requires_grad_()
-    out = model.layers[0](h, g.edge_index) if kind == "gcn" else model.layers[0](h, g)
-    to_patches, = torch.autograd.grad(out[g.is_patch].sum(), h, retain_graph=True)
-    to_words, = torch.autograd.grad(out[~g.is_patch].sum(), h)
-    assert to_patches[~g.is_patch].abs().sum() > 0 and to_words[g.is_patch].abs().sum() > 0
+    h, n = model.nodes(g).detach().requires_grad_(), len(g.x)
+    out = bag_sum(model.layers[0].lin(h), g.heard, lambda: g.told) if kind == "gcn" else model.layers[0](h, g)
+    to_patches, = torch.autograd.grad(out[:n].sum(), h, retain_graph=True)
+    to_words, = torch.autograd.grad(out[n:].sum(), h)
+    assert to_patches[n:].abs().sum() > 0 and to_words[:n].abs().sum() > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -181,6 +256,7 @@ def test_a_study_is_scored_alone_as_in_company():
     (lambda a, y: train_classifier(a, y, a, y, vocabulary_size=10, fusion="glue"), "fusion must be"),
     (lambda a, y: train_classifier(a, y, a, y, vocabulary_size=10, lr=float("inf")), "no longer finite"),
     (lambda a, y: predict(GraphClassifier("gcn", 5, 10), a), "was built for 5"),
+    (lambda a, y: train_classifier(as_columns(a, "gcn"), y, a, y, "typed", vocabulary_size=10), "cannot be read by 'typed'"),
     (lambda a, y: predict(GraphClassifier("gcn", 6, 10, parts=("visual",)), [to_data(x) for x in a]), "reads visual"),
     (lambda a, y: known_targets(a, [0, 1] * 3 + [2, np.nan], "test"), "test: 1 targets are neither"),
 ])

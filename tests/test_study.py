@@ -1,6 +1,7 @@
 "Datasets, splits and manifests: real Open-i, hostile manifests, a walk that stays linear, the phantom cohort in MIMIC layout."
 import csv
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -311,6 +312,23 @@ def test_manifest_round_trip_keeps_everything(tmp_path):
 def test_hash_files_pins_the_film(tmp_path):
     manifest, _ = index_dataset("mimic-cxr", mimic(tmp_path), hash_files=True)
     assert len({v.sha256 for s in manifest for v in s.views}) == 12 and not index_dataset("mimic-cxr", tmp_path)[0]["50"].frontal.sha256
+
+
+def test_films_are_hashed_side_by_side_and_each_folder_is_looked_at_once(tmp_path, monkeypatch):
+    root, looked, real = mimic(tmp_path / "m", studies=40), [], os.path.islink
+    big = next(root.rglob("b0.jpg")); big.write_bytes(os.urandom(3 * 2**20 + 1))                # more than one buffer
+    monkeypatch.setattr(module.os.path, "islink", lambda p: (looked.append(str(p)), real(p))[1])
+    manifest, _ = index_dataset("mimic-cxr", root, hash_files=True)
+    assert len(looked) == len(set(looked))
+    for s in manifest:
+        for v in s.views: assert v.sha256 == hashlib.sha256((root / v.image).read_bytes()).hexdigest()
+
+
+def test_a_film_that_goes_while_it_is_hashed_stops_the_index_in_one_line(tmp_path, monkeypatch):
+    root, real = mimic(tmp_path), module.hashed
+    monkeypatch.setattr(module, "hashed", lambda *a: (next(root.rglob("b3.jpg")).unlink(), real(*a))[1])
+    with pytest.raises(NeuralError, match="b3.jpg: cannot be read") as e: index_dataset("mimic-cxr", root, hash_files=True)
+    assert "\n" not in str(e.value)
 
 
 # the data cards
