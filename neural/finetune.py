@@ -424,7 +424,7 @@ def finetune(
     seed: int = 0,  # of augmentation, order and dropout
     draw: np.ndarray | None = None,  # (n,) from `draw_weights`; None: every study once a pass
     focus_weight: float = 0.0,  # weight of the focus loss, for studies whose `focus` is given
-    checkpointing: bool = False,  # compute the encoder's inner values again on the way back instead of keeping them: less memory, a third more work
+    checkpointing: int = 0,  # 1: compute the inner values of every encoder layer again on the way back instead of keeping them, for less memory; 3: of every third; 0: of none
     trainer: type = ReportTrainer,  # the trainer class, for a run with a different loop
     **kwargs,  # passed on to `training_arguments`
 ) -> list[dict]:  # one dict per log: epoch, losses, learning rate
@@ -435,7 +435,7 @@ def finetune(
     args = training_arguments(folder, seed=seed, **kwargs)
     collators = Collator(tokenizer, max_tokens, torch.Generator().manual_seed(seed)), Collator(tokenizer, max_tokens)
     optimiser = torch.optim.AdamW(parameter_groups(model, lr, lr_pretrained, lr_words), lr=lr, betas=(0.9, 0.98), fused=True)
-    if checkpointing: model.encoder.activation_checkpointing_enable(dict(use_reentrant=False))
+    if checkpointing: model.encoder.activation_checkpointing_enable(dict(use_reentrant=False), every_n_layers=checkpointing)
     loop = trainer(model, args, data_collator=collators[0], train_dataset=train, eval_dataset=validate, optimizers=(optimiser, None))
     loop.parts, loop.draw, loop.focus_weight = {True: {}, False: {}}, draw, focus_weight
     loop.remove_callback(PrinterCallback)  # it would print whole dictionaries

@@ -227,7 +227,7 @@ def test_accumulated_gradients_are_a_mean(cohort, tmp_path):
 def test_checkpointing_changes_memory_and_not_the_weights(cohort, tmp_path):
     films, texts, targets, tokenizer, _ = cohort
     data, runs = StudyDataset(films, list(films), texts, targets), []
-    for how in (False, True):
+    for how in (0, 1):
         model = small(tokenizer)
         finetune(model, tokenizer, data, data, tmp_path / str(how), epochs=1, batch_size=4, seed=3, checkpointing=how)
         runs.append(model.state_dict())
