@@ -1,9 +1,15 @@
 "Fine-tuning with more than the two losses: what the chapter's small example cannot show."
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from neural.finetune import Collator, StudyDataset, augment, draw_weights, finetune, focus_loss, moved, poses, report_ids
+from neural.finetune import Collator, ReportTrainer, StudyDataset, augment, draw_weights, finetune, focus_loss, freeze_stages, last_checkpoint, moved, poses, report_ids
 from neural.phantom import toy_study
 from neural.radiograph import patch_coverage
 from neural.report import train_tokenizer
@@ -112,3 +118,126 @@ def test_refusals(cohort):
     *_, targets, _, _ = cohort
     with pytest.raises(NeuralError, match="oversample must be above 0"): draw_weights(targets, list(LABELS), -1)
     with pytest.raises(NeuralError, match="do not belong together"): focus_loss(torch.rand(2, 2, 3, 4), torch.ones(2, 4).bool(), torch.ones(2, 4))
+
+
+def losses(folder):
+    "Validate losses that a run printed for the test."
+    return json.loads((folder / "losses.json").read_text())
+
+
+TWO = '''
+"One short fine-tuning run; started alone or by accelerate, with the same studies in each step."
+import json, sys
+from pathlib import Path
+import numpy as np, torch
+from neural.finetune import StudyDataset, finetune
+from neural.report import train_tokenizer
+from neural.study import LABELS
+from neural.vlm import ReportVLM, small_config
+
+folder, batch, interrupt = Path(sys.argv[1]), int(sys.argv[2]), "slow" in sys.argv
+torch.set_num_threads(1); torch.manual_seed(0); rng = np.random.default_rng(0)
+class Films(dict):
+    def batch(self, ids):
+        if interrupt and ids[0] == "s9" and not (folder / "seen").exists(): (folder / "seen").write_text(""); __import__("os").kill(__import__("os").getpid(), 2)
+        return np.stack([self[i] for i in ids])
+films = Films({f"s{i}": np.full((1, 96, 96), 0.2 + 0.05 * i, np.float32) for i in range(16)})  # plain grey: augmentation has little to change
+texts = ["nodule in the left lung." if i % 2 else "effusion on the right side." for i in range(16)]
+tokenizer = train_tokenizer(texts * 5, vocab_size=80)
+targets = np.zeros((16, len(LABELS)), np.float32); targets[::2, 10] = 1
+data = StudyDataset(films, list(films), texts, targets)
+config = small_config(len(tokenizer), 96, width=32, d_model=64, layers=1, stem="patch", dropout=0.0)
+config.decoder["dropout_rate"] = 0.0
+folder.mkdir(parents=True, exist_ok=True)
+history = finetune(ReportVLM(config), tokenizer, data, data, folder / "run", lr=8e-3, epochs=3, batch_size=batch)
+if int(__import__("os").environ.get("RANK", 0)) == 0: (folder / "losses.json").write_text(json.dumps([[h["epoch"], h["eval_text_loss"]] for h in history if "eval_loss" in h]))
+'''
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    path = tmp_path_factory.mktemp("script") / "two.py"; path.write_text(TWO)
+    return path
+
+
+def test_two_processes_learn_what_one_learns(script, tmp_path):
+    "accelerate, two CPU processes by gloo: batches of four each are the batches of eight of one process."
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, script, tmp_path / "one", "8"], check=True, env=env, capture_output=True)
+    subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", script, tmp_path / "two", "4"], check=True, env=env, capture_output=True)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert [e for e, _ in one] == [e for e, _ in two] == [1, 2, 3]
+    assert one[-1][1] < 0.8 * one[0][1]  # it learns
+    assert np.allclose([l for _, l in one], [l for _, l in two], rtol=0.02), (one, two)
+    assert json.loads(next((tmp_path / "two").glob("run/checkpoint-*/trainer_state.json")).read_text())["max_steps"] == 6
+
+
+def test_an_interrupt_leaves_a_checkpoint_of_the_step(script, tmp_path):
+    "Ctrl-C in the middle of an epoch: the step ends, the state is written, and the same call goes on from there."
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    stopped = subprocess.run([sys.executable, script, tmp_path, "2", "slow"], env=env, capture_output=True, text=True)
+    assert stopped.returncode and "KeyboardInterrupt" in stopped.stderr
+    step = int(last_checkpoint(tmp_path / "run").rpartition("-")[2])
+    assert step % 8 and not (tmp_path / "losses.json").exists()  # eight steps an epoch
+    subprocess.run([sys.executable, script, tmp_path, "2", "slow"], check=True, env=env, capture_output=True)
+    assert [e for e, _ in losses(tmp_path)] == [1, 2, 3]
+    assert json.loads((Path(last_checkpoint(tmp_path / "run")) / "trainer_state.json").read_text())["global_step"] == 24
+
+
+def test_a_half_written_checkpoint_is_passed_over(cohort, tmp_path):
+    films, texts, targets, tokenizer, _ = cohort
+    data = StudyDataset(films, list(films), texts, targets)
+    finetune(small(tokenizer), tokenizer, data, data, tmp_path, epochs=1, batch_size=4)
+    (tmp_path / "checkpoint-99").mkdir(); (tmp_path / "checkpoint-99" / "config.json").write_text("{")
+    history = finetune(small(tokenizer), tokenizer, data, data, tmp_path, epochs=2, batch_size=4)
+    assert [h["epoch"] for h in history if "eval_loss" in h] == [1, 2]
+
+
+def test_buckets_hold_reports_of_like_length(cohort, tmp_path):
+    films, texts, targets, tokenizer, _ = cohort
+    seen = []
+    class Watch(ReportTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if model.training: seen.append(inputs["labels"].shape[1])
+            return super().compute_loss(model, inputs, *args, **kwargs)
+    long = [t if i % 2 else t * 4 for i, t in enumerate(texts * 8)]
+    data = StudyDataset(films, list(films) * 8, long, np.tile(targets, (8, 1)))
+    finetune(small(tokenizer), tokenizer, data, data, tmp_path, epochs=1, batch_size=4, bucket=True, trainer=Watch)
+    assert len(seen) == 16 and sum(t < 20 for t in seen) >= 6  # short reports are by themselves in most of the batches they could be; by chance they never are
+
+
+def test_accumulation_steps_on_the_last_batch(cohort, tmp_path):
+    films, texts, targets, tokenizer, _ = cohort
+    data = StudyDataset(films, list(films), texts, targets)
+    history = finetune(small(tokenizer), tokenizer, data, data, tmp_path, epochs=1, batch_size=2, accumulate=3)
+    assert history[-1]["step"] == 2  # four batches: three, and the one that is left (A14)
+
+
+def test_accumulated_gradients_are_a_mean(cohort, tmp_path):
+    films, texts, targets, tokenizer, _ = cohort
+    data, norms = StudyDataset(films, list(films), [texts[0]] * 8, targets), []
+    for batch, accumulate in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        config = small_config(len(tokenizer), 96, width=64, d_model=64, layers=1, stem="patch", dropout=0.0); config.decoder["dropout_rate"] = 0.0
+        history = finetune(ReportVLM(config), tokenizer, data, data, tmp_path / str(batch), epochs=1, batch_size=batch, accumulate=accumulate)
+        norms.append(next(h["grad_norm"] for h in history if "grad_norm" in h))
+    assert abs(norms[1] / norms[0] - 1) < 0.1, norms  # a sum of four would be four times as long
+
+
+def test_checkpointing_changes_memory_and_not_the_weights(cohort, tmp_path):
+    films, texts, targets, tokenizer, _ = cohort
+    data, runs = StudyDataset(films, list(films), texts, targets), []
+    for how in (0, 1):
+        model = small(tokenizer)
+        finetune(model, tokenizer, data, data, tmp_path / str(how), epochs=1, batch_size=4, seed=3, checkpointing=how)
+        runs.append(model.state_dict())
+    assert all(torch.allclose(runs[0][k].float(), runs[1][k].float(), atol=1e-4) for k in runs[0] if "running" not in k)
+
+
+def test_frozen_stages_stand_still(cohort, tmp_path):
+    films, texts, targets, tokenizer, _ = cohort
+    model, data = small(tokenizer), StudyDataset(films, list(films), texts, targets)
+    freeze_stages(model, 1)
+    before = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    finetune(model, tokenizer, data, data, tmp_path, epochs=1, batch_size=4)
+    assert before and all(torch.equal(p, model.get_parameter(n)) for n, p in before.items())
