@@ -35,7 +35,7 @@ __all__ = ['TRACKS', 'ZONES', 'SIDES', 'TABLES', 'SCHEMAS', 'Aggregation', 'Read
            'region', 'mention_regions', 'finding_places', 'read_batch', 'wanted_findings', 'by_activation', 'look',
            'habit', 'write_reports', 'Packing', 'corners', 'hide', 'reading_rows', 'save_readings', 'load_readings',
            'save_aggregation', 'load_aggregation', 'close_calls', 'in_groups', 'shard_of', 'decode_films', 'ahead',
-           'usable', 'hash_of', 'open_store', 'packed_shard', 'build_store']
+           'usable', 'hash_of', 'open_store', 'packed_shard', 'fill_store', 'build_store']
 
 # %% ../nbs/api/21_build.ipynb #c9a646cf
 TRACKS = ("image+report", "image-only")
@@ -444,7 +444,7 @@ def in_groups(
     order, step = sorted(range(len(texts)), key=lambda n: len(texts[n])), max(1, 2**20 // size**2) if device == "cpu" else 64
     return [order[n : n + step] for n in range(0, len(order), step)]
 
-# %% ../nbs/api/21_build.ipynb #cc23cab5
+# %% ../nbs/api/21_build.ipynb #decd989c
 def shard_of(
     model: ReportVLM,  # trained, in eval mode
     tokenizer,  # saved with it
@@ -457,13 +457,16 @@ def shard_of(
 ) -> list[Reading]:  # in the order of the studies
     "Readings of one batch on one track."
     if precision not in ("float32", "bfloat16"): raise NeuralError(f"precision must be 'float32' or 'bfloat16', got {precision!r}")
+    found = _read_groups(model, tokenizer, reader, studies, track, settings, never, precision == "bfloat16")
+    close = close_calls(found) if precision == "bfloat16" else []
+    again = _read_groups(model, tokenizer, reader, [studies[n] for n in close], track, settings, never)
+    return [dict(zip(close, again)).get(n, r) for n, r in enumerate(found)]
+
+def _read_groups(model, tokenizer, reader, studies, track, settings, never, lower=False):
+    "Readings of any number of studies, in their order."
     found = {}
     for group in in_groups([t for *_, t in studies], model.encoder.config.image_size, model.device.type):
-        part, lower = [studies[n] for n in group], precision == "bfloat16"
-        seen = _read_group(model, tokenizer, reader, part, track, settings, never, lower)
-        again = close_calls(seen) if lower else []
-        if again: seen = [dict(zip(again, _read_group(model, tokenizer, reader, [part[n] for n in again], track, settings, never))).get(n, r) for n, r in enumerate(seen)]
-        found.update(zip(group, seen))
+        found.update(zip(group, _read_group(model, tokenizer, reader, [studies[n] for n in group], track, settings, never, lower)))
     return [found[n] for n in range(len(studies))]
 
 def _read_group(model, tokenizer, reader, studies, track, settings, never, lower=False):
@@ -538,7 +541,31 @@ def packed_shard(
     full = lambda i: read_radiograph(manifest.image_path(manifest[i].frontal)) if packing.pixels else None
     return [r.asset(vocabulary, fusion, None, packing, film, full(i)) for r, (i, film, _) in zip(readings, studies)]
 
-# %% ../nbs/api/21_build.ipynb #ba1ebd41
+# %% ../nbs/api/21_build.ipynb #b081bcc8
+def fill_store(
+    store: AssetStore,  # to append to
+    manifest: Manifest,  # of the dataset
+    studies: list,  # of the manifest, not yet in the store
+    network: tuple,  # model, tokenizer, reader, settings from `load_aggregation`
+    fusion: str = "grounding",  # "betweenness", "grounding" or "none"
+    packing: Packing = Packing(),  # codec, pictures, keys
+    batch_size: int = 64,  # studies per shard
+    workers: int = 2,  # decoding processes; 0 decodes in this one
+    precision: str = "float32",  # or "bfloat16"
+    progress: bool | None = None,  # bar; None: on a terminal only
+) -> Exclusions:  # what was left out
+    "Read some studies and append them, shard by shard; what a stopped run has appended stays."
+    (model, tokenizer, reader, settings), track, excluded = network, store.meta["track"], Exclusions()
+    parts, size = [studies[n : n + batch_size] for n in range(0, len(studies), batch_size)], model.encoder.config.image_size
+    with open_pool(workers) if workers and len(studies) > 4 else nullcontext() as pool, tqdm(total=len(studies), desc=track, unit="study", disable=None if progress is None else not progress) as bar:
+        for part, found in ahead(parts, lambda p: decode_films([manifest.image_path(s.frontal) for s in p], size, pool)):
+            ready = usable(manifest, part, found, track, excluded)
+            readings = shard_of(model, tokenizer, reader, ready, track, settings, packing.never, precision)
+            if ready: store.append(packed_shard(manifest, ready, readings, reader.vocabulary, fusion, packing), again="skip")
+            bar.update(len(part))
+    return excluded
+
+# %% ../nbs/api/21_build.ipynb #1dab3974
 def build_store(
     manifest: Manifest,  # of the dataset
     folder: str | Path,  # store to make, or to go on with
@@ -555,16 +582,9 @@ def build_store(
 ) -> tuple[AssetStore, Exclusions]:  # the store, and what was left out
     "Build, or go on building, the store of a manifest (NEURAL, stage 2)."
     model, reader, settings = pack(load_vlm(vlm, device), precision == "bfloat16"), ReportReader(), load_aggregation(vlm)
-    tokenizer, size = AutoTokenizer.from_pretrained(vlm, local_files_only=True), model.encoder.config.image_size
+    tokenizer = AutoTokenizer.from_pretrained(vlm, local_files_only=True)
     if keep: settings = (*settings[:2], keep_count(model.grid[0] * model.grid[1], keep), settings[3])
     store = open_store(folder, reader, model, track, {"model_hash": hash_of(vlm), "fusion": fusion}, packing)
-    done, excluded = set(store.ids), Exclusions()
+    done = set(store.ids)
     todo = [s for s in manifest if (keyed_id(s.study_id, packing.secret) if packing.secret else s.study_id) not in done]
-    parts = [todo[n : n + batch_size] for n in range(0, len(todo), batch_size)]
-    with open_pool(workers) if workers and len(todo) > 4 else nullcontext() as pool, tqdm(total=len(todo), desc=track, unit="study", disable=None if progress is None else not progress) as bar:
-        for part, found in ahead(parts, lambda p: decode_films([manifest.image_path(s.frontal) for s in p], size, pool)):
-            studies = usable(manifest, part, found, track, excluded)
-            readings = shard_of(model, tokenizer, reader, studies, track, settings, packing.never, precision)
-            if studies: store.append(packed_shard(manifest, studies, readings, reader.vocabulary, fusion, packing), again="skip")
-            bar.update(len(part))
-    return store, excluded
+    return store, fill_store(store, manifest, todo, (model, tokenizer, reader, settings), fusion, packing, batch_size, workers, precision, progress)
