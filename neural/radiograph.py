@@ -308,7 +308,7 @@ def grey_values(
 # %% ../nbs/api/02_radiograph.ipynb #2f28a663
 DECODERS = {JPEGBaseline8Bit: 'pillow', JPEG2000: 'pylibjpeg', JPEG2000Lossless: 'pylibjpeg'}   # else pydicom's order
 
-# %% ../nbs/api/02_radiograph.ipynb #6229de51
+# %% ../nbs/api/02_radiograph.ipynb #1d4efce5
 def spare_halvings(
     ds: pydicom.Dataset,  # from `read_header`
     size: int,            # side of the square the picture will be fitted into, pixels; 0: full size is wanted
@@ -316,7 +316,7 @@ def spare_halvings(
     "How many doublings of a JPEG 2000 radiograph need not be decoded (ISO 15444-1 A.6.1)."
     if ds.file_meta.TransferSyntaxUID not in (JPEG2000, JPEG2000Lossless) or not size or 'PixelPaddingValue' in ds: return 0
     frame, n, (rows, columns, bits, channels) = get_frame(ds.PixelData, 0, number_of_frames=1), 0, (ds.Rows, ds.Columns, ds.BitsStored, ds.SamplesPerPixel)
-    if ds.get('PixelRepresentation') or not 8 < bits <= 16 or coded_header(frame) != (rows, columns, bits, channels): return 0
+    if not (ds.get('WindowCenter') or ds.get('VOILUTSequence')) or ds.get('PixelRepresentation') or not 8 < bits <= 16 or coded_header(frame) != (rows, columns, bits, channels): return 0
     at = frame.find(b'\xff\x52\x00', 0, 4096)              # how it was coded; the tenth byte says how often it was halved
     while at > 0 and n < frame[at + 9] and max(rows, columns) >> n + 1 >= 2 * size and not (rows | columns) >> n & 1: n += 1
     return n
