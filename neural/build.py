@@ -434,14 +434,14 @@ def close_calls(
     def gap(r): kept = r.relevance[r.patches].min(); return kept - np.delete(r.relevance, r.patches).max(initial=-np.inf) if kept else np.inf
     return [n for n, r in enumerate(readings) if gap(r) < margin * r.relevance[r.patches].min()]
 
-# %% ../nbs/api/21_build.ipynb #af062831
+# %% ../nbs/api/21_build.ipynb #56498db9
 def in_groups(
     texts: list[str],  # of the studies
     size: int,  # side of the films
     device: str = "cpu",  # elsewhere one group takes all
 ) -> list[list[int]]:  # places of the studies, shortest reports first
-    "Studies that are read together: of like length, and about a million pixels of film at a time on a CPU."
-    order, step = sorted(range(len(texts)), key=lambda n: len(texts[n])), max(1, 2**20 // size**2) if device == "cpu" else 64
+    "Studies that are read together: of like length, and about half a million pixels of film at a time on a CPU."
+    order, step = sorted(range(len(texts)), key=lambda n: len(texts[n])), max(1, 2**19 // size**2) if device == "cpu" else 64
     return [order[n : n + step] for n in range(0, len(order), step)]
 
 # %% ../nbs/api/21_build.ipynb #decd989c

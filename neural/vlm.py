@@ -368,7 +368,7 @@ class Packed(nn.Module):
         kind = torch.bfloat16 if torch.is_autocast_enabled("cpu") and torch.bfloat16 in self.kinds else torch.float32
         return torch.ops.mkldnn._linear_pointwise(x.to(kind), *self.kinds[kind], *self.after)
 
-# %% ../nbs/api/10_vlm.ipynb #49f0c822
+# %% ../nbs/api/10_vlm.ipynb #20ac74f1
 def pack(
     model: ReportVLM,  # on the CPU, in eval mode; changed in place, it cannot be trained or saved any more
     half: bool = False,  # for autocast in bfloat16 as well
@@ -381,6 +381,7 @@ def pack(
             gelu = name == "fc1" and isinstance(getattr(part, "activation_fn", None), (nn.GELU, type(ACT2FN["gelu"])))
             setattr(part, name, Packed(child, half, gelu))
             if gelu: part.activation_fn = nn.Identity()
+    for rest in model.parameters(): rest.data = rest.data.clone()  # lets go of the mapped file, and with it of every weight twice
     return model
 
 # %% ../nbs/api/10_vlm.ipynb #928ee5ee
