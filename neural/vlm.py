@@ -348,7 +348,7 @@ def attend(
     asked, width = last.layer[1].EncDecAttention, last.layer[1].EncDecAttention.key_value_proj_dim
     return (by_heads(asked.q(normed), width).float() @ by_heads(asked.k(memory), width).float().transpose(2, 3)).softmax(-1)
 
-# %% ../nbs/api/10_vlm.ipynb #06ad2e2f
+# %% ../nbs/api/10_vlm.ipynb #7f4e0dcc
 class Packed(nn.Module):
     "A linear layer for reading on a CPU: its weights laid out once, in float32 and perhaps in bfloat16."
     weight = None  # where T5 would look for a type to cast to
@@ -360,7 +360,7 @@ class Packed(nn.Module):
         gelu: bool = False,  # apply an exact GELU to the result
     ):
         super().__init__()
-        self.kinds = {t: (torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(t, copy=True), None), None if linear.bias is None else linear.bias.detach().to(t))
+        self.kinds = {t: (torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(t, copy=True), None), None if linear.bias is None else linear.bias.detach().to(t, copy=True))
                       for t in (torch.float32, torch.bfloat16)[: 1 + half]}
         self.after = ("gelu", [], "none") if gelu else ("none", [], "")
 
