@@ -162,13 +162,13 @@ def knowledge_graph(
     relations = [(node_of[r.head], node_of[r.tail], RELATIONS.index(r.type)) for r in annotation.relations]
     return knowledge_from(pairs[:, 0], pairs[:, 1], relations)
 
-# %% ../nbs/api/18_graph.ipynb #8b32fce7
+# %% ../nbs/api/18_graph.ipynb #25e7b3e4
 def centrality(
     edges: np.ndarray,   # [2, e], both ways
     nodes: int,          # number of nodes
 ) -> np.ndarray:         # float64 [nodes], in [0, 1]; zeros for a graph that is too small to have a centre
     "Betweenness centrality of every node, direction ignored (NEURAL, sec. 2.3)."
-    if nodes < 3 or not edges.size: return np.zeros(nodes)
+    if nodes < 3 or not edges.size or np.bincount(edges[0]).max() < 2: return np.zeros(nodes)   # nobody stands between two others
     g = nx.Graph()
     g.add_nodes_from(range(nodes))
     g.add_edges_from(edges.T.tolist())

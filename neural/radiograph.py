@@ -8,11 +8,11 @@ __all__ = ['MAX_PIXELS', 'MAX_BYTES', 'LIBRARY_ERRORS', 'DENSEST', 'MAX_SCANS', 
            'refusing', 'check_size', 'check_density', 'read_bytes', 'CountedFile', 'read_header', 'check_header',
            'coded_header', 'coding_styles', 'coded_pieces', 'unpacked_length', 'check_frame', 'check_runs',
            'check_pieces', 'read_lut', 'look_up', 'stored_values', 'modality_values', 'window', 'ends', 'voi_values',
-           'is_padding', 'tone_curve', 'in_bands', 'grey_values', 'read_dicom', 'full_scale', 'read_picture',
-           'read_radiograph', 'placement', 'weights', 'into_square', 'fit_square', 'load_radiograph', 'fit_box',
-           'unfit_box', 'box_mask', 'fit_mask', 'patch_coverage', 'read_mask', 'digest', 'film_key', 'read_about',
-           'RadiographCache', 'decode_film', 'decode_chunk', 'start_worker', 'open_pool', 'decode_alone',
-           'decode_pooled', 'decode_films', 'Draft', 'open_cache', 'fill_cache', 'cache_radiographs']
+           'is_padding', 'tone_curve', 'in_bands', 'grey_values', 'spare_halvings', 'decode_halved', 'read_dicom',
+           'full_scale', 'read_picture', 'read_radiograph', 'placement', 'weights', 'into_square', 'fit_square',
+           'load_radiograph', 'fit_box', 'unfit_box', 'box_mask', 'fit_mask', 'patch_coverage', 'read_mask', 'digest',
+           'film_key', 'read_about', 'RadiographCache', 'decode_film', 'decode_chunk', 'start_worker', 'open_pool',
+           'decode_alone', 'decode_pooled', 'decode_films', 'Draft', 'open_cache', 'fill_cache', 'cache_radiographs']
 
 # %% ../nbs/api/02_radiograph.ipynb #ed4011c0
 import hashlib, json, multiprocessing, os, re, signal, struct, sys, threading, warnings, zlib
@@ -397,17 +397,40 @@ def grey_values(
 # %% ../nbs/api/02_radiograph.ipynb #2f28a663
 DECODERS = {JPEGBaseline8Bit: 'pillow', JPEG2000: 'pylibjpeg', JPEG2000Lossless: 'pylibjpeg'}   # else pydicom's order
 
-# %% ../nbs/api/02_radiograph.ipynb #8ffdb11b
+# %% ../nbs/api/02_radiograph.ipynb #1d4efce5
+def spare_halvings(
+    ds: pydicom.Dataset,  # from `read_header`
+    size: int,            # side of the square the picture will be fitted into, pixels; 0: full size is wanted
+) -> int:                 # how often its decoder may halve it
+    "How many doublings of a JPEG 2000 radiograph need not be decoded (ISO 15444-1 A.6.1)."
+    if ds.file_meta.TransferSyntaxUID not in (JPEG2000, JPEG2000Lossless) or not size or 'PixelPaddingValue' in ds: return 0
+    frame, n, (rows, columns, bits, channels) = get_frame(ds.PixelData, 0, number_of_frames=1), 0, (ds.Rows, ds.Columns, ds.BitsStored, ds.SamplesPerPixel)
+    if not (ds.get('WindowCenter') or ds.get('VOILUTSequence')) or ds.get('PixelRepresentation') or not 8 < bits <= 16 or coded_header(frame) != (rows, columns, bits, channels): return 0
+    at = frame.find(b'\xff\x52\x00', 0, 4096)              # how it was coded; the tenth byte says how often it was halved
+    while at > 0 and n < frame[at + 9] and max(rows, columns) >> n + 1 >= 2 * size and not (rows | columns) >> n & 1: n += 1
+    return n
+
+def decode_halved(
+    ds: pydicom.Dataset,  # a JPEG 2000 radiograph
+    halvings: int,        # from `spare_halvings`, at least 1
+) -> np.ndarray:          # uint16 (H, W) / 2^halvings
+    "The coarse part of a JPEG 2000 radiograph, as stored numbers."
+    with Image.open(BytesIO(get_frame(ds.PixelData, 0, number_of_frames=1)), formats=('JPEG2000',)) as im:
+        im.reduce = halvings; im.load()
+        return np.asarray(im).astype(np.uint16) >> 16 - ds.BitsStored       # Pillow moves the bits to the top
+
+# %% ../nbs/api/02_radiograph.ipynb #9e69dbd9
 def read_dicom(
     data: bytes,   # a DICOM file
     name: str,     # of the file
+    size: int=0,   # side of the square it will be fitted into, pixels, if full size is not needed
 ) -> np.ndarray:   # float32 (H, W) in [0, 1], bone bright
     "One DICOM radiograph as grey values; a colour capture becomes its luminance (DICOM PS3.3 C.11)."
     ds = read_header(data, name)
     with refusing(name, 'its pixels cannot be decoded'):
-        check_frame(ds, name)
-        pixels = pixel_array(ds, index=0, decoding_plugin=DECODERS.get(ds.file_meta.TransferSyntaxUID, ''))
-        if pixels.shape[:2] != (ds.Rows, ds.Columns): raise ValueError('another size than the header says')
+        check_frame(ds, name); halvings = spare_halvings(ds, size)
+        pixels = decode_halved(ds, halvings) if halvings else pixel_array(ds, index=0, decoding_plugin=DECODERS.get(ds.file_meta.TransferSyntaxUID, ''))
+        if pixels.shape[:2] != (ds.Rows >> halvings, ds.Columns >> halvings): raise ValueError('another size than the header says')
         return grey_values(pixels, ds, name) if pixels.ndim == 2 else (pixels @ np.float32([.299, .587, .114])) / 255
 
 # %% ../nbs/api/02_radiograph.ipynb #093a1e13
@@ -430,13 +453,14 @@ def read_picture(
         if im.has_transparency_data: im = Image.alpha_composite(Image.new('RGBA', im.size, 'black'), im.convert('RGBA'))
         return np.asarray(im.convert('L'), np.float32) / 255
 
-# %% ../nbs/api/02_radiograph.ipynb #52fb2274
+# %% ../nbs/api/02_radiograph.ipynb #705ea2d2
 def read_radiograph(
     path: str | Path,   # a DICOM, PNG or JPEG file
-) -> np.ndarray:        # float32 [1, H, W] in [0, 1], bone bright, full size
+    size: int=0,        # side of the square it will be fitted into, pixels; 0: read it at full size
+) -> np.ndarray:        # float32 [1, H, W] in [0, 1], bone bright; full size, or at least twice `size`
     "Reads one radiograph of any supported kind under the image contract (DESIGN of this companion)."
     path = Path(path); data = read_bytes(path)
-    if data[128:132] == b'DICM' or data.startswith(NO_PREAMBLE): return read_dicom(data, path.name)[None]
+    if data[128:132] == b'DICM' or data.startswith(NO_PREAMBLE): return read_dicom(data, path.name, size)[None]
     if data.startswith((b'\x89PNG\r\n\x1a\n', b'\xff\xd8\xff')): return read_picture(data, path.name)[None]
     raise RadiographError(f'{path.name}: neither DICOM, PNG nor JPEG; convert it or leave it out')
 
@@ -488,13 +512,13 @@ def fit_square(
     if np.ndim(image) != 3 or len(image) != 1: raise NeuralError(f'a radiograph is [1, H, W], got {list(np.shape(image))}; add the channel axis')
     return into_square(image[0], size)[None]
 
-# %% ../nbs/api/02_radiograph.ipynb #50e00caf
+# %% ../nbs/api/02_radiograph.ipynb #fb7cdb24
 def load_radiograph(
     path: str | Path,   # a DICOM, PNG or JPEG file
     size: int,          # side of the square, pixels
 ) -> np.ndarray:        # float32 [1, size, size] in [0, 1], bone bright
     "Reads a radiograph and fits it: what a network gets (DESIGN of this companion)."
-    return fit_square(read_radiograph(path), size)
+    return fit_square(read_radiograph(path, size), size)
 
 # %% ../nbs/api/02_radiograph.ipynb #abe606ec
 def fit_box(
@@ -557,8 +581,8 @@ def read_mask(
     "Reads a mask file; 1 and 255 both mean 'inside' (this companion's choice)."
     return read_radiograph(path)[0] > 0
 
-# %% ../nbs/api/02_radiograph.ipynb #ed10d070
-RECIPE = 1                                                   # raise it when the same file would give other pixels
+# %% ../nbs/api/02_radiograph.ipynb #a778bf1f
+RECIPE = 2                                                   # raise it when the same file would give other pixels
 FILMS = re.compile(r'films-[0-9a-f]{16}\.npy')
 
 # %% ../nbs/api/02_radiograph.ipynb #56c8ae1c

@@ -1,13 +1,15 @@
 """What guides the pruning must be able to find what was hidden: labels say whether, the head must learn where."""
+import copy
+
 import numpy as np
 import pytest
 import torch
 
-from neural.build import Aggregation, by_activation, finding_places, guided, habit, named_findings, region
+from neural.build import Aggregation, ahead, by_activation, close_calls, finding_places, guided, habit, named_findings, read_batch, region, shard_of
 from neural.finetune import stem_logits
 from neural.prune import top_k
-from neural.report import ReportReader
-from neural.vlm import ReportVLM, label_loss, small_config
+from neural.report import ReportReader, train_tokenizer
+from neural.vlm import ReportVLM, label_loss, pack, small_config
 
 NAMES = ("Lung Lesion", "Edema")
 
@@ -70,3 +72,72 @@ def test_a_finding_of_one_side_is_never_answered_from_the_other(words, place):
     for _ in range(20):
         kept = top_k(guided(torch.randn(1, 144, 3) * 3, torch.zeros(144, 3), named_findings([note], names), 4.0, where), 4)[0]
         assert spot[kept].all()
+
+
+TEXTS = ["There is a nodule in the right lower lobe.", "Mild pulmonary edema.", "No focal opacity. The heart is normal in size and there is no effusion.", "Nodule in the left lung. Edema is seen."]
+
+
+@pytest.fixture(scope="module")
+def read_plainly(taught):
+    "Studies, how they are read, and their readings by the plain float32 path, the reading guide being the taught head."
+    tokenizer, reader = train_tokenizer(TEXTS, 64), ReportReader()
+    films = planted(128, 2)[0]
+    studies = [(str(i), films[i].numpy(), TEXTS[i % 4]) for i in range(128)]
+    usual = habit(taught, None, reader, [([str(i) for i in range(128)], films, [""] * 128)], Aggregation("activation"))
+    settings = (Aggregation("activation"), usual, 4, 32)
+    network = ReportVLM(small_config(64, 96, NAMES, width=64, d_model=64, layers=2, sharpness=4.0)).eval()
+    network.encoder.load_state_dict(taught.encoder.state_dict()); network.head.load_state_dict(taught.head.state_dict())
+    plain = read_batch(network, tokenizer, reader, [i for i, *_ in studies], films, TEXTS * 32, "image+report", 4, settings[0], usual, 32)
+    return network, tokenizer, reader, studies, settings, plain
+
+
+@pytest.mark.parametrize("layer", [0, 1, -1, -2])
+def test_one_layer_read_alone_equals_the_eager_one(read_plainly, layer):
+    network, (films, labels) = read_plainly[0], (planted(3, 5)[0], torch.tensor([[5, 9, 7, 1], [4, 1, -100, -100], [1, -100, -100, -100]]))
+    with torch.no_grad(): tokens = network.encode(films); whole = network.read_report(tokens, labels)[1]
+    assert torch.allclose(network.attend(tokens, labels, layer), whole[layer], atol=1e-6)
+    assert not torch.allclose(whole[0], whole[1], atol=1e-4)  # the layers do differ
+
+
+def test_packed_float32_is_the_plain_path(read_plainly):
+    network, tokenizer, reader, studies, settings, plain = read_plainly
+    packed = pack(copy.deepcopy(network))
+    fast = shard_of(packed, tokenizer, reader, studies, "image+report", settings)
+    for a, b in zip(fast, plain):
+        assert a.study_id == b.study_id and a.tokens_used == b.tokens_used and (a.patches == b.patches).all()
+        assert np.abs(a.relevance - b.relevance).max() < 1e-4 * b.relevance.max() and np.abs(a.features - b.features).max() < 1e-3 and np.abs(a.looks - b.looks).max() < 1e-4
+    again = shard_of(packed, tokenizer, reader, studies, "image+report", settings)
+    assert all((a.relevance == b.relevance).all() and (a.features == b.features).all() for a, b in zip(fast, again))  # twice the same numbers
+
+
+@pytest.mark.parametrize("guide", ["activation", "attention"])
+def test_bfloat16_keeps_the_same_patches(read_plainly, guide):
+    network, tokenizer, reader, studies, settings, _ = read_plainly
+    settings = settings if guide == "activation" else (Aggregation(lift=False), None, 4, 32)
+    plain, packed = shard_of(network, tokenizer, reader, studies, "image+report", settings), pack(copy.deepcopy(network), half=True)
+    lower = shard_of(packed, tokenizer, reader, studies, "image+report", settings, precision="bfloat16")
+    assert np.mean([(a.patches == b.patches).all() for a, b in zip(lower, plain)]) >= 0.99
+    assert max(np.abs(a.relevance - b.relevance).max() / b.relevance.max() for a, b in zip(lower, plain)) > 1e-5  # it did compute in bfloat16
+    twice = shard_of(packed, tokenizer, reader, studies, "image+report", settings, precision="bfloat16")
+    assert all((a.relevance == b.relevance).all() for a, b in zip(lower, twice))
+
+
+def test_without_a_second_look_at_close_calls_patches_would_differ(read_plainly):
+    plain = read_plainly[-1]
+    near = [b for b in plain if close_calls([b], 0.02)]
+    assert 0 < len(near) < len(plain) / 2  # some calls are close, most are not
+    assert len(close_calls(plain, 1.0)) >= len(near) >= len(close_calls(plain, 0.0)) == 0
+
+
+def test_a_film_is_looked_at_once_even_when_its_report_is_written(read_plainly, monkeypatch):
+    network, tokenizer, reader, studies, settings, _ = read_plainly
+    seen, encode = [], ReportVLM.encode
+    monkeypatch.setattr(ReportVLM, "encode", lambda self, films: (seen.append(len(films)), encode(self, films))[1])
+    shard_of(network, tokenizer, reader, studies[:5], "image-only", settings)
+    assert sum(seen) == 5
+
+
+def test_films_are_asked_for_before_the_network_is_busy_with_the_last():
+    events = []
+    for part, found in ahead([[0], [1], [2]], lambda p: (events.append(("begun", p[0])), iter(p))[1]): events.append(("read", part[0]))
+    assert events == [("begun", 0), ("begun", 1), ("read", 0), ("begun", 2), ("read", 1), ("read", 2)]

@@ -569,3 +569,12 @@ def test_real_pictures_are_cached_as_they_are(real_data, tmp_path):
     cache, failures = cache_radiographs(items, tmp_path / "cache", 128)
     assert len(cache) == 60 and failures == []
     for i, path in items[::15]: assert np.abs(cache[i] - load_radiograph(path, 128)).max() <= 1 / 255
+
+
+def test_a_jpeg_2000_film_decoded_coarsely_equals_one_decoded_whole(tmp_path):
+    ds = dataset(drawing(1024, 896), WindowCenter=2048, WindowWidth=4096); ds.save_as(tmp_path / "plain.dcm", enforce_file_format=True)
+    ds.compress(JPEG2000Lossless); ds.save_as(tmp_path / "j2k.dcm", enforce_file_format=True)
+    assert [read_radiograph(tmp_path / "j2k.dcm", size).shape[1] for size in (0, 512, 256, 128, 64)] == [1024, 1024, 512, 256, 128]
+    for size in (256, 200, 96): assert np.abs(load_radiograph(tmp_path / "j2k.dcm", size) - load_radiograph(tmp_path / "plain.dcm", size)).max() < 1e-2
+    ds.PixelPaddingValue = 0; ds.save_as(tmp_path / "padded.dcm", enforce_file_format=True)
+    assert read_radiograph(tmp_path / "padded.dcm", 96).shape[1] == 1024, "padding must not be blended with its neighbours"
