@@ -84,11 +84,11 @@ except OSError: RESET = None                                                    
 def resident(key): return int(re.search(rf"{key}:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def measured(act):
+def measured(act, trace=True):
     "What `act` returns, or None if it is refused in one line; and the bytes it took at its peak: Python, Arrow (since the test began), resident pages."
     if RESET is not None: os.pwrite(RESET, b"5", 0)
     before, found = resident("VmRSS"), None
-    tracemalloc.start()
+    if trace: tracemalloc.start()                                                  # which makes Python several times slower
     try:
         with within_a_second(): found = act()
     except NeuralError as e: assert "\n" not in str(e) and len(str(e)) < 500
@@ -282,3 +282,35 @@ def test_past_failures(path, films, tmp_path):
 def test_every_past_failure_is_told():
     told = (CORPUS / "README.md").read_text()
     assert sorted(re.findall(r"^\| `([^`]+)`", told, re.M)) == sorted(p.name for p in CORPUS.iterdir() if p.suffix != ".md")
+
+
+def too_large_to_keep():
+    "Hostile films of many pieces, made when they are needed: name, whether three of the pieces are harmless, first bytes, what is repeated, how often, the rest."
+    ds = dataset(drawing(24, 20)); out = io.BytesIO(); ds.save_as(out, enforce_file_format=True)
+    plain = out.getvalue(); at = plain.index(b"\xe0\x7f\x10\x00")
+    jpeg, png = picture(drawing(24, 20, 8), "JPEG"), picture(drawing(24, 20, 8), "PNG")
+    wide = picture(np.zeros((3000, 3000), np.uint8), "JPEG", progressive=True); scan = wide[wide.rindex(b"\xff\xda") : -2]
+    item, chunk = struct.pack("<HHL", 0xFFFE, 0xE000, 0), struct.pack(">L4s", 0, b"prVt") + zlib.crc32(b"prVt").to_bytes(4)
+    centres = struct.pack("<HH2sHL", 0x28, 0x1050, b"UT", 0, 2**21)
+    yield "empty items", True, plain[:at] + struct.pack("<HH2sHL", 0x54, 0x16, b"SQ", 0, 2**32 - 1), item, 200_000, struct.pack("<HHL", 0xFFFE, 0xE0DD, 0) + plain[at:]
+    yield "empty elements", True, plain[:at], struct.pack("<HH2sH", 0x7001, 1, b"SH", 0), 600_000, plain[at:]
+    yield "a million window centres", False, plain[:at] + centres, b"1\\", 2**20, plain[at:]
+    yield "empty fragments", False, plain[:at].replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.5\0") + struct.pack("<HH2sHL", 0x7FE0, 0x10, b"OB", 0, 2**32 - 1), item, 500_000, struct.pack("<HHL", 0xFFFE, 0xE0DD, 0)
+    yield "empty segments", True, jpeg[:2], b"\xff\xe1\x00\x02", 500_000, jpeg[2:]
+    yield "filling", True, jpeg[:2], b"\xff", 3_000_000, jpeg[2:]
+    yield "empty chunks", True, png[:33], chunk, 200_000, png[33:]
+    yield "scans", False, wide[:-2], scan, 2_000_000 // len(scan), wide[-2:]
+
+
+@pytest.mark.parametrize("harmless, head, piece, times, tail", [pytest.param(*parts, id=name) for name, *parts in too_large_to_keep()])
+def test_files_of_many_pieces(films, harmless, head, piece, times, tail):
+    path = films.folder / "long"; path.write_bytes(head + piece * times + tail)
+    found, took = measured(lambda: read_radiograph(path), trace=False)
+    assert found is None and took[2] <= 2 * path.stat().st_size + 16 * MB, took
+    if harmless: path.write_bytes(head + piece * 3 + tail); assert read_radiograph(path).shape == (1, 24, 20)
+
+
+def test_a_file_that_is_too_long_is_not_even_read(films):
+    path = films.folder / "sparse"; path.write_bytes(films.files[0]); os.truncate(path, 300 * 2**20)
+    found, took = measured(lambda: read_radiograph(path))
+    assert found is None and took[0] < MB
