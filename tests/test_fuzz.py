@@ -4,6 +4,8 @@ Memory has three rulers. tracemalloc sees Python and numpy; a pool of its own se
 it, with what zlib, libjpeg, OpenJPEG, CharLS and zstd take for themselves. Beside twice the largest valid file each ruler leaves a
 small fixed room, named where it is used. What failed once, and one of every hostile kind, is kept in tests/corpus."""
 import builtins
+import ctypes
+import gc
 import io
 import os
 import re
@@ -70,13 +72,15 @@ class Late(BaseException): "No reader may catch this one."
 def within_a_second():
     "A second of processor time, not of the clock: a busy machine is no failure."
     def late(*_): raise Late("more than a second of processor time")
+    gc.disable()                                                                       # to look through what other tests left is not the reader's work
     old, start = signal.signal(signal.SIGVTALRM, late), time.process_time()
     signal.setitimer(signal.ITIMER_VIRTUAL, 1)
     try: yield
-    finally: signal.setitimer(signal.ITIMER_VIRTUAL, 0); signal.signal(signal.SIGVTALRM, old)
+    finally: signal.setitimer(signal.ITIMER_VIRTUAL, 0); signal.signal(signal.SIGVTALRM, old); gc.enable()
     if time.process_time() - start > 1: late()                                     # spent where no signal is heard
 
 
+if settle := getattr(ctypes.CDLL(None), "mallopt", None): settle(-3, MB)               # M_MMAP_THRESHOLD: a megabyte is asked of the system, not of what an earlier test gave back
 try: RESET = os.open("/proc/self/clear_refs", os.O_WRONLY); os.pwrite(RESET, b"5", 0)
 except OSError: RESET = None                                                       # a kernel that keeps its peaks to itself
 
