@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_BYTES', 'LIBRARY_ERRORS', 'DENSEST', 'MAX_SCANS', 'MAX_PIECES', 'PICTURE_TAGS', 'MAX_ELEMENT',
-           'NO_PREAMBLE', 'FRAME_MARKS', 'STYLE_MARKS', 'PERCENTILES', 'DECODERS', 'RECIPE', 'FILMS', 'RadiographError',
-           'refusing', 'check_size', 'check_density', 'read_bytes', 'CountedFile', 'read_header', 'check_header',
-           'coded_header', 'coding_styles', 'coded_pieces', 'unpacked_length', 'check_frame', 'check_runs',
-           'check_pieces', 'read_lut', 'look_up', 'stored_values', 'modality_values', 'window', 'ends', 'voi_values',
-           'is_padding', 'tone_curve', 'in_bands', 'grey_values', 'spare_halvings', 'decode_halved', 'read_dicom',
-           'full_scale', 'read_picture', 'read_radiograph', 'placement', 'weights', 'into_square', 'fit_square',
-           'load_radiograph', 'fit_box', 'unfit_box', 'box_mask', 'fit_mask', 'patch_coverage', 'read_mask', 'digest',
-           'film_key', 'read_about', 'RadiographCache', 'decode_film', 'decode_chunk', 'start_worker', 'open_pool',
-           'decode_alone', 'decode_pooled', 'decode_films', 'Draft', 'open_cache', 'fill_cache', 'cache_radiographs']
+           'NO_PREAMBLE', 'FRAME_MARKS', 'STYLE_MARKS', 'PERCENTILES', 'DECODERS', 'LOSSLESS', 'RECIPE', 'FILMS',
+           'RadiographError', 'refusing', 'check_size', 'check_density', 'read_bytes', 'CountedFile', 'read_header',
+           'check_header', 'coded_header', 'coding_styles', 'coded_pieces', 'unpacked_length', 'check_frame',
+           'check_runs', 'check_pieces', 'read_lut', 'look_up', 'stored_values', 'modality_values', 'window', 'ends',
+           'voi_values', 'is_padding', 'tone_curve', 'in_bands', 'grey_values', 'unpack', 'spare_halvings',
+           'decode_halved', 'read_dicom', 'full_scale', 'read_picture', 'read_radiograph', 'placement', 'weights',
+           'into_square', 'fit_square', 'load_radiograph', 'fit_box', 'unfit_box', 'box_mask', 'fit_mask',
+           'patch_coverage', 'read_mask', 'digest', 'film_key', 'read_about', 'RadiographCache', 'decode_film',
+           'decode_chunk', 'start_worker', 'open_pool', 'decode_alone', 'decode_pooled', 'decode_films', 'Draft',
+           'open_cache', 'fill_cache', 'cache_radiographs']
 
-# %% ../nbs/api/02_radiograph.ipynb #ed4011c0
+# %% ../nbs/api/02_radiograph.ipynb #01d5081a
 import hashlib, json, multiprocessing, os, re, signal, struct, sys, threading, warnings, zlib
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -23,6 +24,7 @@ from io import BytesIO
 from itertools import islice
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pydicom
 from fastcore.basics import patch
@@ -33,7 +35,8 @@ from pydicom.encaps import get_frame
 from pydicom.filewriter import correct_ambiguous_vr
 from pydicom.pixels import pixel_array
 from pydicom.tag import Tag
-from pydicom.uid import (JPEG2000, DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless, JPEGLSNearLossless, RLELossless)
+from pydicom.uid import (JPEG2000, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLossless,
+                         JPEGLosslessSV1, JPEGLSLossless, JPEGLSNearLossless, RLELossless)
 from scipy.sparse import csr_array
 from scipy.special import expit
 from tqdm import tqdm
@@ -394,8 +397,20 @@ def grey_values(
     for rows, at in in_bands(pixels, lowest): np.take(curve, at, out=grey[rows], mode='clip')
     return grey
 
-# %% ../nbs/api/02_radiograph.ipynb #2f28a663
-DECODERS = {JPEGBaseline8Bit: 'pillow', JPEG2000: 'pylibjpeg', JPEG2000Lossless: 'pylibjpeg'}   # else pydicom's order
+# %% ../nbs/api/02_radiograph.ipynb #4776e54e
+DECODERS = {JPEGBaseline8Bit: 'pillow', JPEGExtended12Bit: 'pillow', JPEG2000: 'pylibjpeg', JPEG2000Lossless: 'pylibjpeg', RLELossless: 'pydicom'}     # plug-ins of pydicom
+LOSSLESS = {JPEGLossless: imagecodecs.jpeg8_decode, JPEGLosslessSV1: imagecodecs.jpeg8_decode, JPEGLSLossless: imagecodecs.jpegls_decode, JPEGLSNearLossless: imagecodecs.jpegls_decode}
+
+def unpack(
+    ds: pydicom.Dataset,  # from `read_header`, its pixel data in one of LOSSLESS; uncompressed afterwards
+):                        # nothing
+    "Lossless JPEG and JPEG-LS become plain pixel data, components as they were coded (DICOM PS3.5 A.4.2, A.4.3)."
+    decode, grey = LOSSLESS[ds.file_meta.TransferSyntaxUID], int(ds.get('SamplesPerPixel') or 1) == 1
+    asis = {} if grey or decode is imagecodecs.jpegls_decode else dict(colorspace='RGB', outcolorspace='RGB')       # no change of colours
+    pixels = decode(get_frame(ds.PixelData, 0, number_of_frames=1), **asis)
+    if pixels.shape != ((ds.Rows, ds.Columns) if grey else (ds.Rows, ds.Columns, 3)) or 8 * pixels.itemsize > ds.BitsAllocated: raise ValueError('another size than the header says')
+    ds.PixelData, ds.PlanarConfiguration = pixels.astype(f'<u{ds.BitsAllocated // 8}').tobytes(), 0
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
 
 # %% ../nbs/api/02_radiograph.ipynb #1d4efce5
 def spare_halvings(
@@ -429,7 +444,9 @@ def read_dicom(
     ds = read_header(data, name)
     with refusing(name, 'its pixels cannot be decoded'):
         check_frame(ds, name); halvings = spare_halvings(ds, size)
-        pixels = decode_halved(ds, halvings) if halvings else pixel_array(ds, index=0, decoding_plugin=DECODERS.get(ds.file_meta.TransferSyntaxUID, ''))
+        if ds.file_meta.TransferSyntaxUID in LOSSLESS: unpack(ds)
+        if (syntax := ds.file_meta.TransferSyntaxUID).is_encapsulated and syntax not in DECODERS: raise NotImplementedError(syntax)
+        pixels = decode_halved(ds, halvings) if halvings else pixel_array(ds, index=0, decoding_plugin=DECODERS.get(syntax, ''))
         if pixels.shape[:2] != (ds.Rows >> halvings, ds.Columns >> halvings): raise ValueError('another size than the header says')
         return grey_values(pixels, ds, name) if pixels.ndim == 2 else (pixels @ np.float32([.299, .587, .114])) / 255
 

@@ -80,7 +80,8 @@ def within_a_second():
     if time.process_time() - start > 1: late()                                     # spent where no signal is heard
 
 
-if settle := getattr(ctypes.CDLL(None), "mallopt", None): settle(-3, MB)               # M_MMAP_THRESHOLD: a megabyte is asked of the system, not of what an earlier test gave back
+C = ctypes.CDLL(None)
+if settle := getattr(C, "mallopt", None): settle(-3, MB)                               # M_MMAP_THRESHOLD: a megabyte is asked of the system, not of what an earlier test gave back
 try: RESET = os.open("/proc/self/clear_refs", os.O_WRONLY); os.pwrite(RESET, b"5", 0)
 except OSError: RESET = None                                                       # a kernel that keeps its peaks to itself
 
@@ -88,16 +89,28 @@ except OSError: RESET = None                                                    
 def resident(key): return int(re.search(rf"{key}:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def measured(act):
+def measured(act, trace=True):
     "What `act` returns, or None if it is refused in one line; and the bytes it took at its peak: Python, Arrow (since the test began), resident pages."
     if RESET is not None: os.pwrite(RESET, b"5", 0)
     before, found = resident("VmRSS"), None
-    tracemalloc.start()
+    if trace: tracemalloc.start()                                                  # which makes Python several times slower
     try:
         with within_a_second(): found = act()
     except NeuralError as e: assert "\n" not in str(e) and len(str(e)) < 500
     finally: traced = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
     return found, np.array([traced, POOLS[-1].max_memory(), resident("VmHWM") - before if RESET is not None else 0])
+
+
+def fitting(act, room, trace=True):
+    """What `act` returns, or None if it is refused; it must fit into `room`.
+
+    What goes over is done again, up to three times: a library maps pages of its own when some path of it is first taken, and
+    those it keeps. What belongs to the input is given back to the system in between, and taken again each time."""
+    for _ in range(3):
+        found, took = measured(act, trace)
+        if (took <= room).all(): return found
+        if trim := getattr(C, "malloc_trim", None): trim(0)
+    raise AssertionError(f"{took} does not fit into {room}")
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +133,7 @@ def test_the_rulers_see_what_they_should():
     for n, act in enumerate(acts):
         if n == 2 and RESET is None: pytest.skip("this kernel does not let a process reset its peak of resident pages: what decoders take for themselves is not measured here")
         assert measured(act)[1][n] >= 25 * MB
+        with pytest.raises(AssertionError, match="does not fit"): fitting(act, [24 * MB] * 3)
     with pytest.raises(Late), within_a_second():
         while True:
             try: sum(range(10**5))
@@ -155,8 +169,7 @@ def asset_room():
 def test_mutated_assets(asset_room, recipe):
     data = damaged(recipe, ASSETS, b'{"a":' if recipe[-1] % 2 else b"[")
     if recipe[1] & 128: data = resealed(data)                                      # an enemy knows how to write a checksum
-    found, took = measured(lambda: StudyAsset.from_bytes(data, BOOK))
-    assert (took <= asset_room).all(), took
+    found = fitting(lambda: StudyAsset.from_bytes(data, BOOK), asset_room)
     if found is not None: assert data in (found.to_bytes(), asset_module._bytes_1(found) if found.codec in ("int8", "f16") and not found.thumbnail and not found.pixels else b"")
 
 
@@ -195,8 +208,7 @@ def test_mutated_stores(shards, recipe):
     final = name[:20] + asset_module._digest(data).hex() + ".parquet" if name.endswith(".parquet") and recipe[1] & 128 else name    # an enemy names a shard as it must be named
     (folder / name).unlink(); (folder / final).write_bytes(data)
     try:
-        found, took = measured(lambda: read_all(folder))
-        assert (took <= shards.room).all(), took
+        found = fitting(lambda: read_all(folder), shards.room)
         whole, damage, single = found or (None, ["refused"], {})
         right = lambda a: a == asset_of(int(a.study_id[1:]), codec="pq", book=SMALL)
         if name != "store.json": assert all(map(right, whole or [])) and all(map(right, single.values()))        # store.json may name another provenance
@@ -246,8 +258,7 @@ def test_mutated_radiographs(films, recipe):
     which = recipe[0] % len(films.files)
     data, path = damaged(recipe, films.files, ITEM if which < len(films.files) - 5 else b""), films.folder / "mutant"
     path.unlink(missing_ok=True); path.write_bytes(data)                           # a new file is written sooner than an old one cut short
-    image, took = measured(lambda: read_radiograph(path))
-    assert (took <= films.room).all(), took
+    image = fitting(lambda: read_radiograph(path), films.room)
     if image is not None: assert image.ndim == 3 and np.isfinite(image).all() and 0 <= image.min() and image.max() <= 1
 
 
@@ -275,14 +286,43 @@ def test_past_failures(path, films, tmp_path):
     if path.suffix == ".asset": act = lambda: StudyAsset.from_bytes(data, BOOK)
     elif path.suffix in (".json", ".parquet", ".safetensors"): folder = store_with(tmp_path / "s", path.suffix, data); act = lambda: list(AssetStore(folder))
     else: act = lambda: read_radiograph(path)
-    found, took = measured(act)
-    assert (took <= [8 * MB, MB, 16 * MB]).all(), took
+    found = fitting(act, [8 * MB, MB, 16 * MB])
     assert (found is not None) == to_be_read and not hasattr(builtins, "pickle_was_run")
     if path.suffix == ".parquet":
-        (damage, took), names = measured(lambda: AssetStore(folder).verify()), {p.name for p in folder.iterdir()} | {f"s{i}" for i in range(4)}
-        assert (took <= [8 * MB, MB, 16 * MB]).all() and bool(damage) != to_be_read and all(n in names and "\n" not in why for n, why in damage)
+        damage, names = fitting(lambda: AssetStore(folder).verify(), [8 * MB, MB, 16 * MB]), {p.name for p in folder.iterdir()} | {f"s{i}" for i in range(4)}
+        assert bool(damage) != to_be_read and all(n in names and "\n" not in why for n, why in damage)
 
 
 def test_every_past_failure_is_told():
     told = (CORPUS / "README.md").read_text()
     assert sorted(re.findall(r"^\| `([^`]+)`", told, re.M)) == sorted(p.name for p in CORPUS.iterdir() if p.suffix != ".md")
+
+
+def too_large_to_keep():
+    "Hostile films of many pieces, made when they are needed: name, whether three of the pieces are harmless, first bytes, what is repeated, how often, the rest."
+    ds = dataset(drawing(24, 20)); out = io.BytesIO(); ds.save_as(out, enforce_file_format=True)
+    plain = out.getvalue(); at = plain.index(b"\xe0\x7f\x10\x00")
+    jpeg, png = picture(drawing(24, 20, 8), "JPEG"), picture(drawing(24, 20, 8), "PNG")
+    wide = picture(np.zeros((3000, 3000), np.uint8), "JPEG", progressive=True); scan = wide[wide.rindex(b"\xff\xda") : -2]
+    item, chunk = struct.pack("<HHL", 0xFFFE, 0xE000, 0), struct.pack(">L4s", 0, b"prVt") + zlib.crc32(b"prVt").to_bytes(4)
+    centres = struct.pack("<HH2sHL", 0x28, 0x1050, b"UT", 0, 2**21)
+    yield "empty items", True, plain[:at] + struct.pack("<HH2sHL", 0x54, 0x16, b"SQ", 0, 2**32 - 1), item, 200_000, struct.pack("<HHL", 0xFFFE, 0xE0DD, 0) + plain[at:]
+    yield "empty elements", True, plain[:at], struct.pack("<HH2sH", 0x7001, 1, b"SH", 0), 600_000, plain[at:]
+    yield "a million window centres", False, plain[:at] + centres, b"1\\", 2**20, plain[at:]
+    yield "empty fragments", False, plain[:at].replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.5\0") + struct.pack("<HH2sHL", 0x7FE0, 0x10, b"OB", 0, 2**32 - 1), item, 500_000, struct.pack("<HHL", 0xFFFE, 0xE0DD, 0)
+    yield "empty segments", True, jpeg[:2], b"\xff\xe1\x00\x02", 500_000, jpeg[2:]
+    yield "filling", True, jpeg[:2], b"\xff", 3_000_000, jpeg[2:]
+    yield "empty chunks", True, png[:33], chunk, 200_000, png[33:]
+    yield "scans", False, wide[:-2], scan, 2_000_000 // len(scan), wide[-2:]
+
+
+@pytest.mark.parametrize("harmless, head, piece, times, tail", [pytest.param(*parts, id=name) for name, *parts in too_large_to_keep()])
+def test_files_of_many_pieces(films, harmless, head, piece, times, tail):
+    path = films.folder / "long"; path.write_bytes(head + piece * times + tail)
+    assert fitting(lambda: read_radiograph(path), [np.inf, np.inf, 2 * path.stat().st_size + 16 * MB], trace=False) is None
+    if harmless: path.write_bytes(head + piece * 3 + tail); assert read_radiograph(path).shape == (1, 24, 20)
+
+
+def test_a_file_that_is_too_long_is_not_even_read(films):
+    path = films.folder / "sparse"; path.write_bytes(films.files[0]); os.truncate(path, 300 * 2**20)
+    assert fitting(lambda: read_radiograph(path), [MB, MB, 16 * MB]) is None

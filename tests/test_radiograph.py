@@ -135,6 +135,16 @@ def test_every_lossless_syntax_gives_the_same_picture(tmp_path):
     for path in files: assert np.array_equal(read_radiograph(path), expected), path.name
 
 
+@pytest.mark.parametrize("kind", ("colour", "planes", "signed", "shallow"))
+def test_lossless_syntaxes_keep_colours_and_signs(tmp_path, kind):
+    eight, twelve = drawing(60, 50, 8), drawing(60, 50).astype(np.int32)
+    colours, colour = np.dstack([eight, np.roll(eight, 7, 0), 255 - eight]), dict(SamplesPerPixel=3, PhotometricInterpretation="RGB", Rows=60, Columns=50)
+    plain = {"colour": lambda f: save(f, colours, 8, **colour, PlanarConfiguration=0), "planes": lambda f: save(f, np.ascontiguousarray(colours.transpose(2, 0, 1)), 8, **colour, PlanarConfiguration=1),
+             "signed": lambda f: save(f, (twelve - 2048 & 4095).astype(np.uint16), PixelRepresentation=1, WindowCenter=0, WindowWidth=4096), "shallow": lambda f: save(f, eight.astype(np.uint16), 8)}[kind](tmp_path / "plain.dcm")
+    for s in ("JPEGLosslessProcess14", "JPEGLosslessProcess14_1", "JPEGLSLossless", "JPEG2000Lossless", "RLELossless"):
+        assert np.array_equal(read_radiograph(recoded(plain, tmp_path / f"{s}.dcm", getattr(gdcm.TransferSyntax, s))), read_radiograph(plain)), s
+
+
 def test_lossy_syntaxes_come_close(tmp_path):
     plain = save(tmp_path / "plain.dcm", drawing())
     for s in ("JPEG2000", "JPEGLSNearLossless"):

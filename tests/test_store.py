@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,18 +118,22 @@ def test_a_disk_that_may_only_be_read_is_one_line(small_disk):
         assert "\n" not in str(e.value)
 
 
-def test_every_bit_of_a_small_shard(tmp_path):
-    "One flipped bit, at every byte of the file: always found, and never a wrong asset."
+def test_a_bit_flipped_anywhere_is_found_and_costs_its_own_shard_alone(tmp_path):
+    "One flipped bit, at every byte of a shard: verify finds it and names nothing else; no wrong asset is read, and the other shard is read as before."
     store = filled(tmp_path / "s")
-    assets, path = list(store), store.shards[0]
-    good = path.read_bytes()
-    rng = np.random.default_rng(0)
-    for at in range(0, len(good), 3):
+    store.append([an_asset(i) for i in range(5, 7)])
+    assets, path = list(store), store.shards[1]
+    good, rng, own = path.read_bytes(), np.random.default_rng(0), {path.name, "s5", "s6"}
+    for at in range(len(good)):
         b = bytearray(good); b[at] ^= 1 << rng.integers(8); path.write_bytes(b)
-        assert AssetStore(tmp_path / "s").verify(), at
-        try: read = list(AssetStore(tmp_path / "s"))
-        except AssetError as e: assert "\n" not in str(e); continue
-        assert read == assets
+        found = AssetStore(tmp_path / "s").verify()
+        assert found and {n for n, _ in found} <= own, at
+        if at % 20: continue                                                       # the rest at every twentieth
+        again = AssetStore(tmp_path / "s")
+        assert [again[f"s{i}"] for i in range(5)] == assets[:5]
+        for act in (lambda: again["s5"], lambda: again["s6"], lambda: list(again), lambda: again.ids):
+            with pytest.raises(AssetError, match="run verify") as e: act()
+            assert "\n" not in str(e.value)
 
 
 def test_damage_to_one_shard_leaves_the_others_readable(tmp_path):
@@ -154,3 +159,47 @@ def test_swapped_shards_and_foreign_names(tmp_path):
     for name in ("shard-000000-000002-zz.parquet", "..", "shard-../../x.parquet", "notes.txt"):
         if "/" not in name and name != "..": (tmp_path / "s" / name).write_bytes(b"x")
     assert AssetStore(tmp_path / "s").verify() == [] and len(AssetStore(tmp_path / "s")) == 10
+
+
+def test_nothing_leads_out_of_a_store(tmp_path):
+    store = filled(tmp_path / "s")
+    outside = tmp_path / "outside"; outside.write_bytes(b"mine")
+    for name in ("store.json", store.shards[0].name, ".lock"):
+        path = tmp_path / "s" / name; kept = path.read_bytes(); path.unlink()
+        for target in (outside, Path("../outside"), Path("/dev/zero")):
+            path.symlink_to(target)
+            with pytest.raises(AssetError) as e: AssetStore(tmp_path / "s").append([an_asset(50)])
+            assert "\n" not in str(e.value)
+            path.unlink()
+        path.write_bytes(kept)
+    shard = store.shards[0]; kept = shard.read_bytes(); shard.unlink(); shard.mkdir()
+    with pytest.raises(AssetError, match="is a link or no file"): AssetStore(tmp_path / "s").ids
+    shard.rmdir(); shard.write_bytes(kept)
+    assert outside.read_bytes() == b"mine" and AssetStore(tmp_path / "s").verify() == [] and sorted(p.name for p in tmp_path.iterdir()) == ["outside", "s"]
+
+
+def test_a_codebook_that_is_a_link_is_refused(tmp_path):
+    from neural.codec import fit_pq
+    AssetStore.create(tmp_path / "s", WORDS, dim=8, codec="pq", book=fit_pq(np.random.default_rng(0).normal(size=(20, 8)), 2))
+    book = tmp_path / "s" / "codebook.safetensors"; book.rename(tmp_path / "book"); book.symlink_to(tmp_path / "book")
+    with pytest.raises(AssetError, match="missing or a link"): AssetStore(tmp_path / "s")
+
+
+def test_a_study_id_is_a_key_and_never_a_path(tmp_path):
+    store = filled(tmp_path / "s")
+    odd = ["../../x", "/etc/passwd", "..", "a/b", "C:\\x", "s0/../s1", "%2e%2e%2fx", "~"]
+    store.append([replace(an_asset(10), study_id=i) for i in odd])
+    assert [store[i].study_id for i in odd] == odd and AssetStore(tmp_path / "s").verify() == [] and store.compact() == (2, 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["s"] and sorted(p.suffix for p in (tmp_path / "s").iterdir()) == ["", ".json", ".parquet"]
+
+
+@pytest.mark.parametrize("limit, value", [("MAX_VALUES", 150), ("MAX_UNFOLDED", 220_000)])
+def test_what_is_written_can_be_read_whatever_the_limits(tmp_path, monkeypatch, limit, value):
+    "A row group never holds more than its reader allows; formerly 256 studies with large pixels made a shard that nobody could read."
+    monkeypatch.setattr(asset_module, limit, value)
+    store, assets = AssetStore.create(tmp_path / "s", WORDS, dim=8), [an_asset(i) for i in range(40)]
+    store.append(assets)
+    shard = store._open(store.shards[0])
+    assert len(shard.groups) >= 3 and list(AssetStore(tmp_path / "s")) == assets and store.verify() == [] and store["s39"] == assets[39]
+    monkeypatch.setattr(asset_module, "MAX_UNFOLDED", 200_500)
+    with pytest.raises(AssetError, match="study s50 takes .* bytes"): store.append([an_asset(50)])
