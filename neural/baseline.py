@@ -60,11 +60,12 @@ def film_logits(
     model: FilmCNN,  # trained
     data: StudyDataset,  # studies to read
     batch_size: int = 64,  # films per pass
+    bf16: bool = False,  # autocast to bfloat16
 ) -> torch.Tensor:  # float32 (n, L), before the sigmoid
     "The control's score of each finding."
     model.eval(); device = next(model.parameters()).device
     films = lambda start: torch.as_tensor(np.asarray(data.films.batch(data.ids[start : start + batch_size]))).to(device)
-    return torch.cat([model(films(start)).float().cpu() for start in range(0, len(data), batch_size)])
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16): return torch.cat([model(films(start)).float().cpu() for start in range(0, len(data), batch_size)])
 
 def read_films(
     model: FilmCNN,  # trained
@@ -97,7 +98,7 @@ def train_film_cnn(
     for epoch in tqdm(range(epochs), disable=not progress, desc="film control"):
         model.train()
         loss = label_epoch(model, train, optimiser, schedule, generator, batch_size, device, bf16)
-        known = label_loss(film_logits(model, validate), torch.as_tensor(validate.targets)).item()
+        known = label_loss(film_logits(model, validate, bf16=bf16), torch.as_tensor(validate.targets)).item()
         history.append(dict(epoch=epoch + 1, loss=loss, eval_loss=known))
         if known < best[0]: best = known, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
     model.load_state_dict(best[1])

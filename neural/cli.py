@@ -283,15 +283,23 @@ def describe(
 # %% ../nbs/api/42_cli.ipynb #4ed5c21c
 @app.command()
 def bench(
-    what: Annotated[Literal["bytes", "store"], typer.Argument(help="What is measured: bytes of a study, or a store being read.")],
-    studies: Annotated[Optional[int], typer.Option(min=10, help="Studies of each store; 1,000 for bytes, 100,000 for a store.")] = None,
-    out: Annotated[Optional[Path], typer.Option(help="Write the table as JSON, too.", dir_okay=False)] = None,
+    what: Annotated[Literal["build", "finetune", "read", "index", "bytes", "store"], typer.Argument(help="What is measured: building, learning to write, reading graphs, indexing; bytes of a study, a large store.")],
+    studies: Annotated[Optional[int], typer.Option(min=2, help="Studies at 1x the work, instead of the usual number.")] = None,
+    small: Annotated[bool, typer.Option("--small", help="Small networks and few studies: seconds instead of minutes, to see that it works.")] = False,
+    out: Annotated[Optional[Path], typer.Option(help="Write the tables as JSON, too.", dir_okay=False)] = None,
 ):
-    "Measure, and set beside a plain reference: bytes of a study, form by form; a large store being read."
-    from neural.bench import bench_bytes, bench_store, machine
-    table = {"bytes": bench_bytes, "store": bench_store}[what](**({} if studies is None else {"studies": studies}))
-    typer.echo((table if len(table) > 1 else table.T).round(2).to_string(header=len(table) > 1) + f"\n{machine()}")
-    if out: out.write_text(table.to_json(orient="index", indent=1), encoding="utf-8")
+    "Measure, and set beside a plain reference path."
+    from neural import bench, race
+    from neural.vlm import small_config
+    from neural.yardstick import machine, write_tables
+    if what == "finetune" and studies: raise typer.BadParameter("a step of fine-tuning always sees the same eight studies; leave --studies out")
+    how = dict(build=dict(studies=2, config=small_config(200, 96, width=64, d_model=64), side=300, rounds=2), finetune=dict(steps=6), read=dict(studies=256, dim=64, hidden=32, growth=(1, 2), rounds=3),
+               index=dict(rounds=1), bytes=dict(studies=60, dim=128, counts=(4,), size=16, side=256), store=dict(studies=300, dim=64, size=16, batch=100))[what] if small else {"finetune": dict(paper=True), "index": dict(studies=12_500)}.get(what, {})
+    found = getattr(race if what in ("build", "finetune") else bench, f"bench_{what}")(**how | ({"studies": studies} if studies else {}))
+    tables = found if isinstance(found, dict) else {what: found}
+    for name, table in tables.items(): typer.echo(f"{name}\n{(table if len(table) > 1 else table.T).to_string(float_format=lambda x: f'{x:.4g}', header=len(table) > 1)}\n")
+    typer.echo(machine())
+    if out: write_tables(out, " ".join(["neural bench", what, *(["--studies", str(studies)] if studies else []), *(["--small"] if small else [])]), tables)
 
 # %% ../nbs/api/42_cli.ipynb #46709c97
 def asset_lines(
