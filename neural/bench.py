@@ -283,21 +283,21 @@ def timed_index(
     "Indexes a tree and writes its manifest, in a fresh process."
     return tuple(aside(f"TREE, HASH = {str(tree)!r}, {hash_files}\n{_INDEX}"))
 
-# %% ../nbs/api/41_bench.ipynb #36aea052
+# %% ../nbs/api/41_bench.ipynb #8932d925
 def bench_index(
-    studies=250,             # at 1x
+    studies=12_500,          # at 1x
     growth=(1, 2, 4, 8),     # sizes, as multiples
     rounds=3,                # of each way; the median counts
-    most=8000,               # studies beyond which the reference, which is quadratic, is not run
+    beside=(250, 500, 1000, 2000),   # sizes at which the reference, which is quadratic, is run too
     size=64,                 # bytes per film
     folder=None,             # where the trees are written; None: a temporary folder
 ) -> pd.DataFrame:           # one row per size
     "Seconds to index a tree, beside the reference that walks every path for every study (answers the released look-up)."
     rows = []
     with tempfile.TemporaryDirectory(dir=folder) as home:
-        for n in (studies*g for g in growth):
+        for n in sorted({*beside, *(studies*g for g in growth)}):
             tree = Path(home)/str(n); films = mimic_tree(tree, n, size)
-            found = [(*timed_index(tree), seconds_of(lambda: walked_index(tree)) if n <= most else np.nan) for _ in range(rounds)]
+            found = [(*timed_index(tree), seconds_of(lambda: walked_index(tree)) if n in beside else np.nan) for _ in range(rounds)]
             seconds, memory, slow = np.median(found, 0)
             rows.append({'studies': n, 'films': films, 'seconds': seconds, 'studies a second': n/seconds, 'ms a study': 1e3*seconds/n, 'MB': memory,
                          'reference, seconds': slow, 'reference, ms a study': 1e3*slow/n, 'times the reference': slow/seconds})

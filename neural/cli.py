@@ -294,7 +294,7 @@ def bench(
     from neural.yardstick import machine, write_tables
     if what == "finetune" and studies: raise typer.BadParameter("a step of fine-tuning always sees the same eight studies; leave --studies out")
     how = dict(build=dict(studies=2, config=small_config(200, 96, width=64, d_model=64), side=300, rounds=2), finetune=dict(steps=6), read=dict(studies=256, dim=64, hidden=32, growth=(1, 2), rounds=3),
-               index=dict(rounds=1), bytes=dict(studies=60, dim=128, counts=(4,), size=16, side=256), store=dict(studies=300, dim=64, size=16, batch=100))[what] if small else {"finetune": dict(paper=True), "index": dict(studies=12_500)}.get(what, {})
+               index=dict(studies=250, rounds=1, beside=(250, 500)), bytes=dict(studies=60, dim=128, counts=(4,), size=16, side=256), store=dict(studies=300, dim=64, size=16, batch=100))[what] if small else {"finetune": dict(paper=True)}.get(what, {})
     found = getattr(race if what in ("build", "finetune") else bench, f"bench_{what}")(**how | ({"studies": studies} if studies else {}))
     tables = found if isinstance(found, dict) else {what: found}
     for name, table in tables.items(): typer.echo(f"{name}\n{(table if len(table) > 1 else table.T).to_string(float_format=lambda x: f'{x:.4g}', header=len(table) > 1)}\n")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARPER', 'paper_network', 'bench_cohort', 'bench_network', 'held_twice', 'plain_reading', 'held', 'racer',
-           'release_way', 'our_way', 'operations', 'race', 'encoder_rate', 'bench_build', 'step_network', 'StepStudies',
-           'reference_step', 'fast_step', 'step_memory', 'bench_finetune', 'step_growth', 'step_work']
+           'release_way', 'our_way', 'operations', 'race', 'rates_of_parts', 'bench_build', 'step_network',
+           'StepStudies', 'reference_step', 'fast_step', 'step_memory', 'step_work', 'step_growth', 'bench_finetune']
 
 # %% ../nbs/api/36_race.ipynb #d64b5874
 import io
@@ -60,7 +60,7 @@ def bench_cohort(
         (Path(manifest.root)/s.report).write_text('FINDINGS: ' + ' '.join((said*words)[:words]) + '\n')
     return manifest
 
-# %% ../nbs/api/36_race.ipynb #0f866e96
+# %% ../nbs/api/36_race.ipynb #d6e985d7
 SHARPER = 16     # times larger queries of the last cross-attention
 
 def bench_network(
@@ -70,7 +70,7 @@ def bench_network(
 ) -> Path:                    # the same folder
     "A network with random weights, saved as a trained one is; its last cross-attention is sharpened as training does."
     torch.manual_seed(0); model = ReportVLM(config)
-    with torch.no_grad(): model.decoder.block[-1].layer[1].EncDecAttention.q.weight.mul_(SHARPER)
+    with torch.no_grad(): model.decoder.decoder.block[-1].layer[1].EncDecAttention.q.weight.mul_(SHARPER)
     model.save_pretrained(home)
     train_tokenizer([report_text(manifest, s) for s in manifest], min(1000, config.decoder['vocab_size'])).save_pretrained(home)
     save_aggregation(home, Aggregation(tokens='all', lift=False), None, 4, 96)
@@ -174,14 +174,14 @@ def race(
     rows = {how: {'studies a second': studies/np.median([t[how][0] for t in times]), 'times the reference': np.median([t[ways[0]][0]/t[how][0] for t in times]), 'peak memory, GB': times[-1][how][1]} for how in ways}
     return pd.DataFrame(rows).T, pd.DataFrame(growth).assign(**{'seconds a study': lambda g: g.seconds/g.work/studies}).drop(columns='seconds')
 
-# %% ../nbs/api/36_race.ipynb #cb7e99f5
-def encoder_rate(
+# %% ../nbs/api/36_race.ipynb #31ec494f
+def rates_of_parts(
     vlm: Path,       # of `bench_network`
     manifest: Manifest,  # of the cohort
     films=4,         # at once
     rounds=5,        # the best one counts
-) -> dict:           # studies a second, by precision; share of close calls
-    "How fast the encoder alone takes films in, and how often the choice of patches is close."
+) -> dict:           # studies a second, by precision; seconds to decode a film; share of close calls
+    "What the parts of a build can do alone."
     model, found = pack(load_vlm(vlm), half=True), {}
     size = model.encoder.config.image_size
     x = torch.rand(films, 1, size, size)
@@ -191,10 +191,13 @@ def encoder_rate(
             for _ in range(rounds + 1): start = time.perf_counter(); model.encode(x); best = min(best, time.perf_counter() - start)
         found[kind] = films/best
     some = [(s.study_id, fit_square(read_radiograph(manifest.image_path(s.frontal), size), size), evidence(split_sections(report_text(manifest, s)))) for s in list(manifest)[:40]]
+    start = time.perf_counter()
+    for s in list(manifest)[:10]: fit_square(read_radiograph(manifest.image_path(s.frontal), size), size)
+    decoding = (time.perf_counter() - start)/min(10, len(manifest))
     read = shard_of(model, AutoTokenizer.from_pretrained(vlm, local_files_only=True), ReportReader(), some, 'image+report', load_aggregation(vlm))
-    return found | {'close calls': len(close_calls(read))/len(read)}
+    return found | {'decoding': decoding, 'close calls': len(close_calls(read))/len(read)}
 
-# %% ../nbs/api/36_race.ipynb #cfc5f38d
+# %% ../nbs/api/36_race.ipynb #28e6c502
 def bench_build(
     studies=8,       # of one round; eight times as many are made
     config=None,     # network; None: that of the paper
@@ -207,12 +210,12 @@ def bench_build(
         manifest = bench_cohort(Path(home)/'cohort', 9*studies, side)   # a few have no frontal film
         vlm = bench_network(Path(home)/'vlm', config, manifest)
         ways, growth = race(manifest, vlm, studies, rounds)
-        reached = encoder_rate(vlm, manifest)
+        reached = rates_of_parts(vlm, manifest)
     needs, peaks = operations(config), {kind: matrix_peak(getattr(torch, kind)) for kind in ('float32', 'bfloat16')}
     ours, theirs = needs['encoder'] + needs['decoder, read'], needs['encoder'] + needs['decoder, released']
     ways['share of the matrix peak'] = [ways['studies a second'][how]*(theirs if how == 'reference' else ours)/peaks['bfloat16' if how == 'bfloat16' else 'float32'] for how in ways.index]
     ways['read twice'] = [reached['close calls'] if how == 'bfloat16' else 0. for how in ways.index]
-    roof = pd.DataFrame({kind: {'peak, 10⁹ operations a second': peaks[kind], 'encoder, studies a second': reached[kind], 'encoder, share of the peak': reached[kind]*needs['encoder']/peaks[kind],
+    roof = pd.DataFrame({kind: {'decoding, seconds a film': reached['decoding'], 'peak, 10⁹ operations a second': peaks[kind], 'encoder, studies a second': reached[kind], 'encoder, share of the peak': reached[kind]*needs['encoder']/peaks[kind],
         '10⁹ operations a study': ours, 'least seconds a study': ours/peaks[kind], 'most times the reference': peaks[kind]/ours/ways['studies a second']['reference']} for kind in peaks}).T
     return dict(ways=ways, growth=growth.set_index('work'), roofline=roof)
 
@@ -294,7 +297,32 @@ def step_memory(
     for _ in range(steps): step(list(range(batch)))
     return peak_of_process()
 
-# %% ../nbs/api/36_race.ipynb #cc8ff645
+# %% ../nbs/api/36_race.ipynb #6fb752f1
+def step_work(
+    paper=False,  # the paper's sizes
+) -> float:       # operations of one film's way forward
+    "Operations of all matrix products of one study, counted by torch."
+    model = step_network(paper); model.encoder.set_attn_implementation("eager"); size = model.encoder.config.image_size
+    with FlopCounterMode(display=False) as count, torch.no_grad(): model(torch.zeros(1, 1, size, size), torch.full((1, 56), 4))
+    return count.get_total_flops()
+
+def step_growth(
+    paper=False,  # the paper's sizes
+    batch=4,      # films per step
+    rounds=3,     # of each; the median counts
+) -> pd.DataFrame:  # one row per multiple of the work
+    "Seconds per sample and memory of our loop at 1, 2, 4 and 8 times as many steps."
+    model = step_network(paper).train(); size = model.encoder.config.image_size
+    step, rows, parts = fast_step(StepStudies(size, 2048 if paper else 256, model.decoder.config.vocab_size), model), [], itertools.count()
+    go = lambda: step([(next(parts)*batch + j) % 8 for j in range(batch)])
+    go()
+    for _, times in itertools.product(range(rounds), (1, 2, 4, 8)):
+        start = time.perf_counter()
+        for _ in range(times): go()
+        rows.append({"work": times, "seconds a sample": (time.perf_counter() - start)/times/batch, "megabytes": memory_now()})
+    return pd.DataFrame(rows).groupby("work").median()
+
+# %% ../nbs/api/36_race.ipynb #4631aa07
 def bench_finetune(
     paper=False,  # the paper's sizes: minutes; else seconds
     steps=20,     # of each side, in turn; at least five
@@ -315,27 +343,3 @@ def bench_finetune(
     rows = {n: {"samples per second": batch/s, "times the reference": seconds["reference_step"]/s, "share of the bf16 matrix peak": work/s/peak/1e9,
         "megabytes at most": aside(f"from neural.race import step_memory\nprint(step_memory({n!r}, {paper}, {batch}))"), f"loss after {steps} steps": np.mean(losses[n][-4:])} for n, s in seconds.items()}
     return {"steps": pd.DataFrame(rows).T.rename(index={"reference_step": "released loop, float32", "fast_step": "finetune, bfloat16"}), "growth": step_growth(paper, batch)}
-
-def step_growth(
-    paper=False,  # the paper's sizes
-    batch=4,      # films per step
-    rounds=3,     # of each; the median counts
-) -> pd.DataFrame:  # one row per multiple of the work
-    "Seconds per sample and memory of our loop at 1, 2, 4 and 8 times as many steps."
-    model = step_network(paper).train(); size = model.encoder.config.image_size
-    step, rows, parts = fast_step(StepStudies(size, 2048 if paper else 256, model.decoder.config.vocab_size), model), [], itertools.count()
-    go = lambda: step([(next(parts)*batch + j) % 8 for j in range(batch)])
-    go()
-    for _, times in itertools.product(range(rounds), (1, 2, 4, 8)):
-        start = time.perf_counter()
-        for _ in range(times): go()
-        rows.append({"work": times, "seconds a sample": (time.perf_counter() - start)/times/batch, "megabytes": memory_now()})
-    return pd.DataFrame(rows).groupby("work").median()
-
-def step_work(
-    paper=False,  # the paper's sizes
-) -> float:       # operations of one film's way forward
-    "Operations of all matrix products of one study, counted by torch."
-    model = step_network(paper); model.encoder.set_attn_implementation("eager"); size = model.encoder.config.image_size
-    with FlopCounterMode(display=False) as count, torch.no_grad(): model(torch.zeros(1, 1, size, size), torch.full((1, 56), 4))
-    return count.get_total_flops()

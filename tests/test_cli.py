@@ -119,3 +119,21 @@ def test_build_then_predict(tmp_path, phantom_cohort):
     assert neural("verify", "store", cwd=tmp_path).returncode == 0
     told = neural("predict", "store", "--classifier", "gcn", "-o", "p.csv", cwd=tmp_path)
     assert told.returncode == 0 and len((tmp_path / "p.csv").read_text().splitlines()) == len(store) + 1
+
+
+@pytest.mark.parametrize("what, names", [("read", ["read"]), ("index", ["index"]), ("bytes", ["bytes"]), ("build", ["growth", "roofline", "ways"])])
+def test_what_the_bench_measures_is_kept(tmp_path, what, names):
+    from neural.yardstick import machine, read_tables
+    said = neural("bench", what, "--small", "--out", "found.json", cwd=tmp_path)
+    assert said.returncode == 0 and said.stdout.endswith(machine() + "\n"), said.stderr
+    about, tables = read_tables(tmp_path / "found.json")
+    assert about == {"command": f"neural bench {what} --small", "machine": machine()} and sorted(tables) == names
+    for name, table in tables.items():
+        rows = table.select_dtypes("number")
+        assert len(table) and rows.size and (rows.fillna(1) >= 0).all(axis=None), name
+    assert [p.name for p in tmp_path.iterdir()] == ["found.json"]
+
+
+def test_a_bench_that_fails_writes_nothing(tmp_path):
+    said = neural("bench", "finetune", "--studies", 9, "--out", "found.json", cwd=tmp_path)
+    assert said.returncode == 2 and list(tmp_path.iterdir()) == []

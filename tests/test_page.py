@@ -51,8 +51,9 @@ def test_every_number_of_the_page_is_in_a_record():
     assert lost == []
 
 
-def test_the_page_of_open_i_is_what_the_published_numbers_give():
-    path = FIGURES.parent / "nbs/paper/open-i.ipynb"
+@pytest.mark.parametrize("page", ["open-i", "large"])
+def test_a_page_is_what_the_published_numbers_give(page):
+    path = FIGURES.parent / f"nbs/paper/{page}.ipynb"
     nb = nbformat.read(path, 4)
     tables = lambda: ["".join(o["data"].get("text/html", "")) for c in nb.cells for o in c.get("outputs", []) if "data" in o]
     committed = tables()
