@@ -7,7 +7,7 @@ __all__ = ['FINDINGS', 'drawn_features', 'sized_asset', 'store_bytes', 'film_byt
            'PlainReader', 'plain_typed', 'products', 'bench_read', 'mimic_tree', 'walked_index', 'timed_index',
            'bench_index']
 
-# %% ../nbs/api/41_bench.ipynb #f8633410
+# %% ../nbs/api/41_bench.ipynb #503b41fb
 import collections
 import copy
 import inspect
@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch_geometric.loader import DataLoader
 from torch_geometric.nn import global_max_pool, global_mean_pool
 from .asset import AssetStore, Codes, StudyAsset
-from .classify import GraphClassifier, TypedConv, as_columns, collate, deal, one_thread, standardise, to_data
+from .classify import GraphClassifier, Packs, TypedConv, as_columns, collate, deal, one_epoch, one_thread, standardise, to_data
 from .codec import fit_pca, fit_pq
 from .graph import EDGE_TYPES, knowledge_graph, visual_graph
 from .phantom import toy_study
@@ -182,7 +182,7 @@ def plain_typed(
     parts = heard.split(torch.bincount(slot//len(h), minlength=len(EDGE_TYPES)).tolist())
     return out.index_add(0, slot % len(h), torch.cat([x@w for x, w in zip(parts, layer.relation)]))
 
-# %% ../nbs/api/41_bench.ipynb #aca85681
+# %% ../nbs/api/41_bench.ipynb #db817aa8
 def _epochs(model, graphs, y, batch, lr=1e-3):
     "One epoch of training in both ways, as functions; each has its own copy of the weights."
     columns, rows, order = as_columns(graphs, model.config['kind']), np.arange(len(y)), np.random.default_rng(0)
@@ -194,9 +194,10 @@ def _epochs(model, graphs, y, batch, lr=1e-3):
     def step(model, optimiser, g, y):
         optimiser.zero_grad(); F.binary_cross_entropy_with_logits(model(g), y).backward(); optimiser.step()
     def read_columns():
-        for part in deal(rows, batch, int(order.integers(2**31))): yield columns.batch(part), y[part]
+        for part in deal(rows, batch, int(order.integers(2**31))): yield columns.batch(part)
+    packs = Packs(columns, rows, y, batch, 0)
     return {'read, list of Data': lambda: collections.deque(loader, 0), 'read, columns': lambda: collections.deque(read_columns(), 0),
-            'epoch, list of Data': lambda: [step(plain, slow, g, g.y) for g in loader], 'epoch, columns': lambda: [step(own, fast, *part) for part in read_columns()]}
+            'epoch, list of Data': lambda: [step(plain, slow, g, g.y) for g in loader], 'epoch, columns': lambda: one_epoch(own, fast, packs, order.permutation(len(packs)))}
 
 # %% ../nbs/api/41_bench.ipynb #662fa5e1
 def products(

@@ -218,6 +218,16 @@ def test_best_epoch_on_validate_is_the_one_returned():
     assert len(history) == 15 or history[-1]["epoch"] - best["epoch"] == 4
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_that_are_kept_teach_the_same(monkeypatch, kind):
+    (a, ya), (b, yb) = planted(70, "patch", 1), planted(30, "patch", 2)
+    fits = []
+    for most in (2**28, 0):
+        monkeypatch.setattr("neural.classify.KEPT", most)
+        fits.append(train_classifier(a, ya, b, yb, kind, vocabulary_size=10, hidden=16, epochs=4))
+    assert fits[0][1] == fits[1][1] and all(torch.equal(x, y) for x, y in zip(fits[0][0].parameters(), fits[1][0].parameters()))
+
+
 def test_training_leaves_the_callers_random_numbers_alone():
     (a, ya), (b, yb) = planted(30, "patch", 1), planted(20, "patch", 2)
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
