@@ -223,7 +223,7 @@ def bench_build(
     rounds=5,        # alternated; the median counts
 ) -> dict:           # tables: ways of building, growth with the work, roofline
     "Building a store against the released way: ratio, peak memory, share of the machine's peak, growth with the work."
-    config = config or paper_network()
+    config = config or paper_network(); logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as home:
         manifest = bench_cohort(Path(home)/'cohort', 9*studies, side)   # a few have no frontal film
         vlm = bench_network(Path(home)/'vlm', config, manifest)
