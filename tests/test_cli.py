@@ -113,6 +113,11 @@ def test_build_then_predict(tmp_path, phantom_cohort):
     again = neural("build", "m.csv", "store", "--vlm", "vlm", "--limit", "0.5", cwd=tmp_path)
     store = AssetStore(tmp_path / "store")
     assert again.returncode == 0 and len(store) >= 50 and len(set(store.ids)) == len(store)
+    lower = neural("build", "m.csv", "lower", "--vlm", "vlm", "--limit", "0.5", "--precision", "bfloat16", cwd=tmp_path)
+    assert lower.returncode == 0 and {a.study_id: list(a.patches) for a in AssetStore(tmp_path / "lower")} == {a.study_id: list(a.patches) for a in store}
+    if not torch.cuda.is_available():
+        refused = neural("build", "m.csv", "gpu", "--vlm", "vlm", "--device", "cuda", cwd=tmp_path)
+        assert refused.returncode == 2 and "no GPU" in refused.stderr and not (tmp_path / "gpu").exists()
     assets = list(store); y = np.arange(len(assets)) % 2
     model, _ = train_classifier(assets, y, assets, y, vocabulary_size=len(store.vocabulary), epochs=1)
     save_classifier(model, tmp_path / "gcn")
