@@ -173,7 +173,9 @@ def ragged(
     length: np.ndarray,   # [s] how long it is, 0 allowed
 ) -> np.ndarray:          # int64 [sum of length]
     "The indices of many stretches, one stretch after another (this companion's choice)."
-    return np.arange(length.sum()) + np.repeat(start - (length.cumsum() - length), length)
+    out = np.repeat(start - length.cumsum() + length, length)
+    out += np.arange(len(out))
+    return out
 
 # %% ../nbs/api/22_classify.ipynb #51a26032
 @dataclass
@@ -219,6 +221,7 @@ class GraphColumns:
         self.size = np.stack([np.bincount(owner[word == i], minlength=n) for i in (0, 1)])                # (2, n) patches, concepts
         self.first = self.size.cumsum(1) - self.size
         rank = np.where(word, word.cumsum(), (1-word).cumsum()) - 1 - self.first[word, owner]             # among its kind, in its graph
+        self.first[1] += len(self.x)                                                                      # patches of all graphs before all concepts
         a, b, group, weight, self.share = _edges(graphs, word, owner, self.size, kind)
         found, which = np.unique(2*group + word[b], return_inverse=True)                                  # the types that occur, each with a kind of listener
         self.types, self.kinds, cell = found//2, found % 2, which*n + owner[b]
@@ -248,19 +251,18 @@ def batch(
     "Cuts a batch out of the columns (this companion's choice)."
     rows, many, t = np.asarray(rows, np.int64), len(rows), torch.from_numpy
     size = self.size[:, rows]
-    begin = size.cumsum(1) - size
-    begin[1] += size[0].sum()                                                                 # patches first
-    patch, word = (ragged(self.first[i, rows], size[i]) for i in (0, 1))
+    each = size.ravel()                                                                       # patches of every graph, then concepts
+    begin, node = each.cumsum() - each, ragged(self.first[:, rows].ravel(), each)
+    patch, word = np.split(node, [size[0].sum()])
     cell = np.arange(0, len(self.edges) - 1, len(self))[:, None] + rows                       # (types, B)
-    bags, edges = (bound[cell + 1] - bound[cell] for bound in (self.bags, self.edges))        # how many in each
-    bag, edge = ragged(self.bags[cell].ravel(), bags.ravel()), ragged(self.edges[cell].ravel(), edges.ravel())
-    listener = self.listener[bag] + np.repeat(begin[self.kinds], bags.ravel())
-    graph, speaker = np.repeat(np.tile(np.arange(many), len(edges)), edges.ravel()), self.source[edge]
-    source, weight, heard = (speaker >> 1) + begin.ravel().take((speaker & 1)*many + graph), self.weight[edge], self.heard[bag]
-    nodes, share = np.arange(size.sum()), np.concatenate([self.share[patch], self.share[len(self.x) + word]])
-    return GraphBatch(t(self.x.take(patch, 0)), t(self.place[patch]), t(self.word[word]), t(size), (t(source), t(heard.cumsum() - heard), t(weight)),
+    (bags, bag), (edges, edge) = ((n := bound.take(cell + 1) - (start := bound.take(cell)), ragged(start.ravel(), n.ravel())) for bound in (self.bags, self.edges))
+    listener = self.listener.take(bag) + np.repeat(begin.reshape(2, many)[self.kinds].ravel(), bags.ravel())
+    graph, speaker = np.repeat(np.tile(np.arange(many), len(edges)), edges.ravel()), self.source.take(edge)
+    source, weight, heard = (speaker >> 1) + begin.take((speaker & 1)*many + graph), self.weight.take(edge), self.heard.take(bag)
+    share, order = self.share.take(node), t(np.arange(len(node)))
+    return GraphBatch(t(self.x.take(patch, 0)), t(self.place.take(patch)), t(self.word.take(word - len(self.x))), t(size), (t(source), t(heard.cumsum() - heard), t(weight)),
                       t(listener), np.bincount(self.types, bags.sum(1), len(EDGE_TYPES)).astype(int).tolist(),
-                      (t(nodes), t(begin.ravel()), t(share)), (t(np.repeat(np.arange(2*many), size.ravel())), t(nodes), t(share)), None if self.context is None else self.context[rows])
+                      (order, t(begin), t(share)), (t(np.repeat(np.arange(2*many), each)), order, t(share)), None if self.context is None else self.context[rows])
 
 # %% ../nbs/api/22_classify.ipynb #93c3dc82
 class _BagSum(torch.autograd.Function):

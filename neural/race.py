@@ -14,7 +14,7 @@ import multiprocessing
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 import numpy as np
@@ -108,7 +108,7 @@ def racer(
     how: str,             # 'reference', 'float32' or 'bfloat16'
     manifest: Manifest,   # of `bench_cohort`
     vlm: Path,            # of `bench_network`
-    talk,                 # connection: a number of studies comes in, (seconds, GB) goes out; None ends it
+    talk,                 # connection: (studies, whether to weigh them) comes in; GB or seconds go out; None ends it
 ):
     "One way of building, in a process of its own, which waits until it is its turn."
     logging.disable_progress_bar(); logging.set_verbosity_error()
@@ -117,10 +117,10 @@ def racer(
     else: model = pack(model, how == 'bfloat16')
     network, work = (model, tokenizer, reader, settings), release_way if how == 'reference' else our_way
     talk.send('ready')
-    while n := talk.recv():
+    for n, weigh in iter(talk.recv, None):
         start = time.perf_counter()
-        with tree_memory({}) as seen: work(network, manifest, list(manifest)[:n], how)
-        talk.send((time.perf_counter() - start, seen['GB']))
+        with tree_memory({}) if weigh else nullcontext() as seen: work(network, manifest, list(manifest)[:n], how)         # to be watched costs time
+        talk.send(seen['GB'] if weigh else time.perf_counter() - start)
 
 # %% ../nbs/api/36_race.ipynb #665e2e02
 def release_way(network, manifest, studies, how):
@@ -157,13 +157,13 @@ def racers(
     manifest: Manifest,  # of the cohort
     vlm: Path,           # network
     ways: tuple,         # of building
-):                       # (way, number of studies) -> seconds, GB
+):                       # (way, number of studies, weigh=False) -> seconds, or GB
     "Ways of building, each in a process that waits for its turn and ends with the block."
     context, talks, runners = multiprocessing.get_context('spawn'), {}, []
     def hear(how):
         try: return talks[how].recv()
         except EOFError: raise NeuralError(f"the process that builds the {how} way has ended; what it said stands above") from None
-    def go(how, studies): talks[how].send(studies); return hear(how)
+    def go(how, studies, weigh=False): talks[how].send((studies, weigh)); return hear(how)
     try:
         for how in ways:
             talks[how], there = context.Pipe()
@@ -185,12 +185,14 @@ def race(
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # per way: studies a second, ratio, GB; per multiple of the work: seconds a study, GB
     "Ways of building in turn, and the growth of the last at 1, 2, 4 and 8 times the work."
     with racers(manifest, vlm, ways) as go:
-        for how in ways: go(how, min(2, studies))                       # the first call of a kernel is slow everywhere
+        weighed = {how: go(how, studies, weigh=True) for how in ways}              # and warm: the first call of a kernel is slow everywhere
         times = [{how: go(how, studies) for how in ways} for _ in range(rounds)]
-        more = [(m, *go(ways[-1], m*studies)) for _ in range(rounds) for m in (1, 2, 4, 8) if m*studies <= len(manifest)]
-    growth = pd.DataFrame(more, columns=['work', 'seconds', 'GB']).groupby('work', as_index=False).median()
-    rows = {how: {'studies a second': studies/np.median([t[how][0] for t in times]), 'times the reference': np.median([t[ways[0]][0]/t[how][0] for t in times]), 'peak memory, GB': max(t[how][1] for t in times)} for how in ways}
-    return pd.DataFrame(rows).T, growth.assign(**{'seconds a study': lambda g: g.seconds/g.work/studies}).drop(columns='seconds')
+        multiples = [m for m in (1, 2, 4, 8) if m*studies <= len(manifest)]
+        more = [(m, go(ways[-1], m*studies)/m/studies) for _ in range(rounds) for m in multiples]
+        held = {m: go(ways[-1], m*studies, weigh=True) for m in multiples}
+    growth = pd.DataFrame(more, columns=['work', 'seconds a study']).groupby('work').median().assign(GB=pd.Series(held))
+    rows = {how: {'studies a second': studies/np.median([t[how] for t in times]), 'times the reference': np.median([t[ways[0]]/t[how] for t in times]), 'peak memory, GB': weighed[how]} for how in ways}
+    return pd.DataFrame(rows).T, growth
 
 # %% ../nbs/api/36_race.ipynb #31ec494f
 def rates_of_parts(
@@ -233,9 +235,9 @@ def bench_build(
     ours, theirs = needs['encoder'] + needs['decoder, read'], needs['encoder'] + needs['decoder, released']
     ways['share of the matrix peak'] = [ways['studies a second'][how]*(theirs if how == 'reference' else ours)/peaks['bfloat16' if how == 'bfloat16' else 'float32'] for how in ways.index]
     ways['read twice'] = [reached['close calls'] if how == 'bfloat16' else 0. for how in ways.index]
-    roof = pd.DataFrame({kind: {'decoding, seconds a film': reached['decoding'], 'peak, 10⁹ operations a second': peaks[kind], 'encoder, studies a second': reached[kind], 'encoder, share of the peak': reached[kind]*needs['encoder']/peaks[kind],
+    roof = pd.DataFrame({kind: {'decoding, seconds a film': reached['decoding'], 'peak, 10⁹ operations a second': peaks[kind], 'encoder, studies a second': reached[kind], 'encoder, share of the peak': reached[kind]*needs['encoder']/peaks[kind], 'encoder alone, times the reference': reached[kind]/ways['studies a second']['reference'],
         '10⁹ operations a study': ours, 'least seconds a study': ours/peaks[kind], 'most times the reference': peaks[kind]/ours/ways['studies a second']['reference']} for kind in peaks}).T
-    return dict(ways=ways, growth=growth.set_index('work'), roofline=roof)
+    return dict(ways=ways, growth=growth, roofline=roof)
 
 # %% ../nbs/api/36_race.ipynb #bc9f80a5
 def step_network(
