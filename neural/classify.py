@@ -189,7 +189,6 @@ class GraphBatch:
     listener: torch.Tensor  # node of each bag of `heard`
     groups: list            # bags of `heard` of each edge type
     pool: tuple             # bags of nodes, one per graph for its patches, then one per graph for its concepts
-    spread: tuple           # the way back: the bag of each node
     context: torch.Tensor = None   # uint8 [B, 1, 48, 48], if read
 
     @property
@@ -203,6 +202,12 @@ class GraphBatch:
         order, many = np.argsort(source.astype(np.min_scalar_type(n)), kind='stable'), np.bincount(source, minlength=n)
         bag = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(source))))
         return tuple(torch.from_numpy(v).to(self.x.device) for v in (bag[order], many.cumsum() - many, weight[order]))
+
+    @cached_property
+    def spread(self):
+        "The nodes of `pool` as bags per node: (bags of `pool`, where each begins, weights)."
+        nodes, _, share = self.pool
+        return torch.repeat_interleave(self.size.ravel()), nodes, share
 
     def to(self, device):
         "The batch on another device."
@@ -259,10 +264,9 @@ def batch(
     listener = self.listener.take(bag) + np.repeat(begin.reshape(2, many)[self.kinds].ravel(), bags.ravel())
     graph, speaker = np.repeat(np.tile(np.arange(many), len(edges)), edges.ravel()), self.source.take(edge)
     source, weight, heard = (speaker >> 1) + begin.take((speaker & 1)*many + graph), self.weight.take(edge), self.heard.take(bag)
-    share, order = self.share.take(node), t(np.arange(len(node)))
     return GraphBatch(t(self.x.take(patch, 0)), t(self.place.take(patch)), t(self.word.take(word - len(self.x))), t(size), (t(source), t(heard.cumsum() - heard), t(weight)),
                       t(listener), np.bincount(self.types, bags.sum(1), len(EDGE_TYPES)).astype(int).tolist(),
-                      (order, t(begin), t(share)), (t(np.repeat(np.arange(2*many), each)), order, t(share)), None if self.context is None else self.context[rows])
+                      (t(np.arange(len(node))), t(begin), t(self.share.take(node))), None if self.context is None else self.context[rows])
 
 # %% ../nbs/api/22_classify.ipynb #93c3dc82
 class _BagSum(torch.autograd.Function):
