@@ -51,7 +51,7 @@ def test_every_number_of_the_page_is_in_a_record():
     assert lost == []
 
 
-@pytest.mark.parametrize("page", ["open-i"])
+@pytest.mark.parametrize("page", ["open-i", "large"])
 def test_a_page_is_what_the_published_numbers_give(page):
     path = FIGURES.parent / f"nbs/paper/{page}.ipynb"
     nb = nbformat.read(path, 4)
