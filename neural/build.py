@@ -34,8 +34,9 @@ from .vlm import ReportVLM, load_vlm, pack
 __all__ = ['TRACKS', 'ZONES', 'SIDES', 'TABLES', 'SCHEMAS', 'Aggregation', 'Reading', 'word_mask', 'named_findings', 'guided',
            'region', 'mention_regions', 'finding_places', 'read_batch', 'wanted_findings', 'by_activation', 'look',
            'habit', 'write_reports', 'Packing', 'corners', 'hide', 'reading_rows', 'save_readings', 'load_readings',
-           'save_aggregation', 'load_aggregation', 'close_calls', 'in_groups', 'shard_of', 'decode_films', 'ahead',
-           'usable', 'hash_of', 'open_store', 'packed_shard', 'fill_store', 'build_store']
+           'save_aggregation', 'load_aggregation', 'lead', 'close_calls', 'settle', 'in_groups', 'shard_of',
+           'read_groups', 'decode_films', 'ahead', 'usable', 'hash_of', 'open_store', 'packed_shard', 'fill_store',
+           'build_store']
 
 # %% ../nbs/api/21_build.ipynb #c9a646cf
 TRACKS = ("image+report", "image-only")
@@ -426,13 +427,38 @@ def load_aggregation(
     return Aggregation(**about), None if mean is None else torch.tensor(mean), k, most
 
 # %% ../nbs/api/21_build.ipynb #4fccc1eb
+def lead(
+    reading: Reading,  # of any precision
+    patches: np.ndarray | None = None,  # int64 (k,); None: those it retained
+) -> float:  # natural logarithm of a ratio; below zero where another patch is ahead, inf where nothing competes
+    "By how much the last of some patches is ahead of the first of all others."
+    at = reading.patches if patches is None else patches
+    last, first = reading.relevance[at].min(), np.delete(reading.relevance, at).max(initial=0)
+    return float(np.log(last / first)) if last > 0 and first > 0 else np.inf
+
 def close_calls(
     readings: list[Reading],  # of one batch
-    margin: float = 0.02,  # of the relevance of the last retained patch
+    margin: float = 0.02,  # largest lead of a close call
 ) -> list[int]:  # places in the batch
-    "Studies in which the last retained patch barely won over the first discarded one."
-    def gap(r): kept = r.relevance[r.patches].min(); return kept - np.delete(r.relevance, r.patches).max(initial=-np.inf) if kept else np.inf
-    return [n for n, r in enumerate(readings) if gap(r) < margin * r.relevance[r.patches].min()]
+    "Studies in which the last retained patch barely leads, closest first."
+    leads = [lead(r) for r in readings]
+    return [n for n in np.argsort(leads, kind="stable").tolist() if leads[n] < margin]
+
+# %% ../nbs/api/21_build.ipynb #c4d1f6b2
+def settle(
+    readings: list[Reading],  # of one batch, in bfloat16
+    again,  # takes places in the batch, returns their readings in float32
+    doubt: float = 2.0,  # a lead counts when it is so many times the usual move of one
+    step: int = 6,  # studies that are read again at a time
+) -> list[Reading]:  # the same studies
+    "Read close calls again, closest first, until a lead is more than the precision moves it."
+    close, settled, moves = close_calls(readings, np.inf), list(readings), []
+    while close and (not moves or lead(readings[close[0]]) < doubt * np.sqrt(np.mean(np.square(moves)))):
+        now, close = close[:step], close[step:]
+        for n, second in zip(now, again(now)):
+            settled[n], move = second, lead(second, readings[n].patches) - lead(readings[n])
+            if np.isfinite(move): moves.append(move)
+    return settled
 
 # %% ../nbs/api/21_build.ipynb #56498db9
 def in_groups(
@@ -453,18 +479,23 @@ def shard_of(
     track: str,  # one of TRACKS
     settings: tuple,  # from `load_aggregation`
     never: tuple = (),  # patches that are not retained
-    precision: str = "float32",  # or "bfloat16", with close calls read again in float32
+    precision: str = "float32",  # or "bfloat16", with close calls read again in float32 (`settle`)
 ) -> list[Reading]:  # in the order of the studies
     "Readings of one batch on one track."
     if precision not in ("float32", "bfloat16"): raise NeuralError(f"precision must be 'float32' or 'bfloat16', got {precision!r}")
-    found = _read_groups(model, tokenizer, reader, studies, track, settings, never, precision == "bfloat16")
-    close = close_calls(found) if precision == "bfloat16" else []
-    again = _read_groups(model, tokenizer, reader, [studies[n] for n in close], track, settings, never)
-    return [dict(zip(close, again)).get(n, r) for n, r in enumerate(found)]
+    network = (model, tokenizer, reader, settings)
+    if precision == "float32": return read_groups(network, studies, track, never)
+    return settle(read_groups(network, studies, track, never, lower=True), lambda places: read_groups(network, [studies[n] for n in places], track, never))
 
-def _read_groups(model, tokenizer, reader, studies, track, settings, never, lower=False):
-    "Readings of any number of studies, in their order."
-    found = {}
+def read_groups(
+    network: tuple,  # model, tokenizer, reader, settings from `load_aggregation`
+    studies: list,  # (id, film, evidence of its report)
+    track: str,  # one of TRACKS
+    never: tuple = (),  # patches that are not retained
+    lower: bool = False,  # in bfloat16, and nothing is read again
+) -> list[Reading]:  # in the order of the studies
+    "Readings of any number of studies, a group at a time."
+    (model, tokenizer, reader, settings), found = network, {}
     for group in in_groups([t for *_, t in studies], model.encoder.config.image_size, model.device.type):
         found.update(zip(group, _read_group(model, tokenizer, reader, [studies[n] for n in group], track, settings, never, lower)))
     return [found[n] for n in range(len(studies))]

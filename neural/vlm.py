@@ -384,6 +384,8 @@ def pack(
             gelu = name == "fc1" and isinstance(getattr(part, "activation_fn", None), (nn.GELU, type(ACT2FN["gelu"])))
             setattr(part, name, Packed(child, half, gelu))
             if gelu: part.activation_fn = nn.Identity()
+    for opening in (model.encoder.embeddings.norm, *(s.downsample for s in model.encoder.encoder.layers)) if half else ():
+        if opening is not None: opening.register_forward_hook(lambda _, __, opened: opened.float())  # what the blocks add to
     for rest in model.parameters(): rest.data = rest.data.clone()  # lets go of the mapped file, and with it of every weight twice
     return model
 

@@ -1,13 +1,15 @@
 """What guides the pruning must be able to find what was hidden: labels say whether, the head must learn where."""
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from neural.build import Aggregation, ahead, by_activation, close_calls, finding_places, guided, habit, named_findings, read_batch, region, shard_of
+from neural.build import Aggregation, ahead, by_activation, close_calls, finding_places, guided, habit, named_findings, read_batch, region, settle, shard_of
 from neural.finetune import stem_logits
 from neural.prune import top_k
+from neural.race import step_network
 from neural.report import ReportReader, train_tokenizer
 from neural.vlm import ReportVLM, label_loss, pack, small_config
 
@@ -127,6 +129,32 @@ def test_without_a_second_look_at_close_calls_patches_would_differ(read_plainly)
     near = [b for b in plain if close_calls([b], 0.02)]
     assert 0 < len(near) < len(plain) / 2  # some calls are close, most are not
     assert len(close_calls(plain, 1.0)) >= len(near) >= len(close_calls(plain, 0.0)) == 0
+
+
+def test_what_the_blocks_of_swin_add_up_stays_in_float32():
+    network, films, errors = step_network().eval(), planted(8, 3)[0], {}  # a plain Swin of two stages, as from the hub
+    with torch.no_grad(): plain = network.encode(films)
+    for kept in (True, False):
+        packed, kinds = pack(copy.deepcopy(network), half=True), []
+        if not kept:
+            for part in packed.encoder.modules(): part._forward_hooks.clear()
+        for stage in packed.encoder.encoder.layers:
+            for block in stage.blocks: block.register_forward_hook(lambda _, __, out: kinds.append((out if torch.is_tensor(out) else out[0]).dtype))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): errors[kept] = (packed.encode(films).float() - plain).square().mean().sqrt()
+        assert len(kinds) == 4 and set(kinds) == {torch.float32 if kept else torch.bfloat16}
+    assert 0 < errors[True] < errors[False]
+
+
+@pytest.mark.parametrize("error", [0.003, 0.03, 0.3])
+def test_calls_are_read_again_until_a_lead_is_beyond_what_the_precision_moves(read_plainly, error):
+    rng, plain, asked = np.random.default_rng(0), read_plainly[-1], []
+    shaken = [r.relevance * np.exp(error * rng.standard_normal(144)) for r in plain]
+    rough = [replace(r, relevance=x, patches=np.sort(np.argsort(-x)[:4])) for r, x in zip(plain, shaken)]
+    done = settle(rough, lambda places: (asked.extend(places), [plain[n] for n in places])[1])
+    wrong = lambda some: np.mean([(np.sort(a.patches) != np.sort(b.patches)).any() for a, b in zip(some, plain)])
+    assert wrong(done) <= 0.01 and len(asked) == len(set(asked)) and (error > 0.003 or len(asked) < len(plain))  # where all is noise, all are read again
+    assert error == 0.003 or wrong(rough) > wrong(done)  # there was something to mend
+    assert all(done[n] is plain[n] for n in asked) and all(d is r for n, (d, r) in enumerate(zip(done, rough)) if n not in asked)
 
 
 def test_a_film_is_looked_at_once_even_when_its_report_is_written(read_plainly, monkeypatch):
