@@ -16,8 +16,9 @@ from fastcore.basics import patch
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
+from transformers.activations import ACT2FN
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.models.swin.modeling_swin import SwinAttention
+from transformers.models.swin.modeling_swin import SwinAttention, SwinMLP
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .report import swap_laterality
@@ -27,8 +28,8 @@ from .vlm import ReportVLM, label_loss, load_vlm
 # %% auto #0
 __all__ = ['HEALTHY', 'StudyDataset', 'mirror', 'poses', 'moved', 'augment', 'report_ids', 'Collator', 'pad_rows', 'focus_batch',
            'parameter_groups', 'stem_logits', 'warm_start', 'label_epoch', 'draw_weights', 'focus_loss', 'WindowLook',
-           'WindowAttention', 'thrifty_attention', 'freeze_stages', 'ReportTrainer', 'training_arguments', 'Stop',
-           'interrupts', 'last_checkpoint', 'finetune', 'read_labels']
+           'GeluLinear', 'WindowAttention', 'GeluMLP', 'thrifty', 'freeze_stages', 'ReportTrainer',
+           'training_arguments', 'Stop', 'interrupts', 'last_checkpoint', 'finetune', 'read_labels']
 
 # %% ../nbs/api/12_finetune.ipynb #31d8fa23
 class StudyDataset(Dataset):
@@ -293,6 +294,22 @@ class WindowLook(torch.autograd.Function):
             db += ds.sum(0, dtype=torch.float32)
         return dq, dk, dv, db, None
 
+# %% ../nbs/api/12_finetune.ipynb #2b60c9f5
+class GeluLinear(torch.autograd.Function):
+    "linear(GELU(x)) that keeps x alone (this companion's choice)."
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):  # x (..., in), weight (out, in), bias (out,) -> (..., out)
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, weight), flat, learns = ctx.saved_tensors, grad.flatten(0, -2), ctx.needs_input_grad
+        dx = torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), x) if learns[0] else None
+        dw = (F.gelu(x).flatten(0, -2).t() @ flat).t().to(weight.dtype) if learns[1] else None
+        return dx, dw, flat.sum(0).to(weight.dtype) if learns[2] else None
+
 # %% ../nbs/api/12_finetune.ipynb #a186c704
 class WindowAttention(SwinAttention):
     "Swin's attention by `WindowLook`."
@@ -302,16 +319,22 @@ class WindowAttention(SwinAttention):
         seen = WindowLook.apply(split(self.q_proj) * self.scaling, split(self.k_proj), split(self.v_proj), self.relative_position_bias()[0], attention_mask)
         return self.o_proj(seen.flatten(2)), None
 
+class GeluMLP(SwinMLP):
+    "Swin's perceptron by `GeluLinear`."
+
+    def forward(self, hidden_states): return GeluLinear.apply(self.fc1(hidden_states), self.fc2.weight, self.fc2.bias)
+
 @contextmanager
-def thrifty_attention(
+def thrifty(
     model: ReportVLM,  # trained inside the block, on a CPU
 ):
-    "Inside the block, Swin's attention is computed by `WindowLook`."
-    layers = [m for m in model.encoder.modules() if type(m) is SwinAttention and not m.attention_dropout]
-    for m in layers: m.__class__ = WindowAttention
+    "Inside the block, Swin's attention is computed by `WindowLook` and its perceptrons by `GeluLinear`."
+    exact = lambda m: isinstance(m.activation_fn, (torch.nn.GELU, type(ACT2FN["gelu"])))
+    layers = {m: type(m) for m in model.encoder.modules() if type(m) is SwinAttention and not m.attention_dropout or type(m) is SwinMLP and exact(m)}
+    for m, plain in layers.items(): m.__class__ = {SwinAttention: WindowAttention, SwinMLP: GeluMLP}[plain]
     try: yield model
     finally:
-        for m in layers: m.__class__ = SwinAttention
+        for m, plain in layers.items(): m.__class__ = plain
 
 # %% ../nbs/api/12_finetune.ipynb #13c7ad93
 def freeze_stages(
@@ -440,7 +463,7 @@ def finetune(
     loop.parts, loop.draw, loop.focus_weight = {True: {}, False: {}}, draw, focus_weight
     loop.remove_callback(PrinterCallback)  # it would print whole dictionaries
     loop.get_eval_dataloader = lambda *a, **k: torch.utils.data.DataLoader(validate, batch_size=args.eval_batch_size, collate_fn=collators[1])
-    with interrupts(Stop()) as stop, thrifty_attention(model) if args.use_cpu else nullcontext():
+    with interrupts(Stop()) as stop, thrifty(model) if args.use_cpu else nullcontext():
         loop.add_callback(stop)
         loop.train(resume_from_checkpoint=last_checkpoint(folder))
     if stop.asked: raise KeyboardInterrupt

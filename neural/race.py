@@ -27,14 +27,14 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 from transformers.utils import logging
 from .build import Aggregation, fill_store, load_aggregation, open_store, read_groups, save_aggregation, settle
-from .finetune import augment, report_ids, thrifty_attention
+from .finetune import augment, report_ids, thrifty
 from .graph import central_node, knowledge_graph, visual_graph
 from .phantom import toy_study, uid_of, write_cohort, write_dicom
 from .radiograph import fit_square, read_radiograph
 from .report import ReportReader, evidence, split_sections, train_tokenizer
 from .study import LABELS, Manifest, NeuralError, index_dataset, report_text
 from .vlm import ReportVLM, ReportVLMConfig, load_vlm, pack, small_config
-from .yardstick import aside, matrix_peak, memory_now, peak_of_process, tree_memory
+from .yardstick import Products, aside, matrix_peak, memory_now, peak_of_process, tree_memory
 
 # %% ../nbs/api/36_race.ipynb #cecd81f7
 def paper_network() -> ReportVLMConfig:
@@ -182,14 +182,15 @@ def race(
     studies: int,        # of one round; the growth goes from a quarter to twice as many
     rounds=5,            # alternated; the median counts
     ways=('reference', 'float32', 'bfloat16'),
+    grows='float32', # the way whose growth is measured; what `neural build` does unless told otherwise
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # per way: studies a second, ratio, GB; per multiple of the work: seconds a study, GB
-    "Ways of building in turn, and the growth of the last at 1, 2, 4 and 8 times the work."
+    "Ways of building in turn, and the growth of one at 1, 2, 4 and 8 times the work."
     with racers(manifest, vlm, ways) as go:
         weighed = {how: go(how, studies, weigh=True) for how in ways}              # and warm: the first call of a kernel is slow everywhere
         times = [{how: go(how, studies) for how in ways} for _ in range(rounds)]
         work = {m: n for m in (1, 2, 4, 8) if (n := m*max(1, studies//4)) <= len(manifest)}
-        more = [(m, go(ways[-1], n)/n) for _ in range(rounds) for m, n in work.items()]
-        held = {m: go(ways[-1], n, weigh=True) for m, n in work.items()}
+        more = [(m, go(grows, n)/n) for _ in range(rounds) for m, n in work.items()]
+        held = {m: go(grows, n, weigh=True) for m, n in work.items()}
     growth = pd.DataFrame(more, columns=['work', 'seconds a study']).groupby('work').median().assign(GB=pd.Series(held))
     rows = {how: {'studies a second': studies/np.median([t[how] for t in times]), 'times the reference': np.median([t[ways[0]]/t[how] for t in times]), 'peak memory, GB': weighed[how]} for how in ways}
     return pd.DataFrame(rows).T, growth
@@ -200,7 +201,7 @@ def rates_of_parts(
     manifest: Manifest,  # of the cohort
     films=4,         # at once
     rounds=5,        # the best one counts
-) -> dict:           # studies a second of the encoder and of a reading, by precision; seconds to decode a film; share of studies that are read twice, that keep the same patches
+) -> dict:           # studies a second of the encoder, of its products and of a reading, by precision; seconds to decode a film; share of studies that are read twice, that keep the same patches
     "What the parts of a build can do alone."
     model, found = pack(load_vlm(vlm), half=True), {}
     size = model.encoder.config.image_size
@@ -209,7 +210,8 @@ def rates_of_parts(
         best = np.inf
         with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16, enabled=kind == 'bfloat16'):
             for _ in range(rounds + 1): start = time.perf_counter(); model.encode(x); best = min(best, time.perf_counter() - start)
-        found[kind] = films/best
+            with Products() as spent: model.encode(x)
+        found |= {kind: films/best, f'{kind}, products': films/spent.seconds}
     some = [(s.study_id, fit_square(read_radiograph(manifest.image_path(s.frontal), size), size), evidence(split_sections(report_text(manifest, s)))) for s in list(manifest)[:64]]
     start = time.perf_counter()
     for s in list(manifest)[:10]: fit_square(read_radiograph(manifest.image_path(s.frontal), size), size)
@@ -242,7 +244,7 @@ def bench_build(
     ways['same patches'] = [reached['same patches'] if how == 'bfloat16' else 1. for how in ways.index]
     once = {kind: 1/(1/reached[f'{kind}, reading'] + reached['decoding']/torch.get_num_threads()) for kind in peaks}     # every study decoded and read once, nothing else
     roof = pd.DataFrame({kind: {'decoding, seconds a film': reached['decoding'], 'peak, 10⁹ operations a second': peaks[kind], 'encoder, studies a second': reached[kind], 'encoder, share of the peak': reached[kind]*needs['encoder']/peaks[kind], 'encoder alone, times the reference': reached[kind]/ways['studies a second']['reference'],
-        'decoded and read once, times the reference': once[kind]/ways['studies a second']['reference'],
+        'products of the encoder alone, times the reference': reached[f'{kind}, products']/ways['studies a second']['reference'], 'decoded and read once, times the reference': once[kind]/ways['studies a second']['reference'],
         '10⁹ operations a study': ours, 'least seconds a study': ours/peaks[kind], 'most times the reference': peaks[kind]/ours/ways['studies a second']['reference']} for kind in peaks}).T
     return dict(ways=ways, growth=growth, roofline=roof)
 
@@ -300,14 +302,13 @@ def fast_step(
     studies,  # StepStudies
     model,    # ReportVLM
 ):            # part -> loss of one step
-    "The step that `finetune` takes on a CPU: cached films, bfloat16, windows a handful at a time, every third layer computed again, fused AdamW."
-    model.encoder.activation_checkpointing_enable(dict(use_reentrant=False), every_n_layers=3)
+    "The step that `finetune` takes on a CPU: cached films, bfloat16, windows a handful at a time, perceptrons that keep half, fused AdamW."
     optimiser, generator = torch.optim.AdamW(model.parameters(), 2e-5, fused=True), torch.Generator().manual_seed(0)
     def step(part):
         pixels = augment(torch.as_tensor(studies.small[part])[:, None].float()/255, generator, turn=1, zoom=0, shift=0, exposure=0)
-        with thrifty_attention(model):
+        with thrifty(model):
             with torch.autocast("cpu", torch.bfloat16): loss = model(pixels, studies.words(part), studies.targets[part]).loss
-            optimiser.zero_grad(); loss.backward(); optimiser.step()
+            loss.backward(); optimiser.step(); optimiser.zero_grad()
         return loss.item()
     return step
 
@@ -366,7 +367,10 @@ def bench_finetune(
         for name, step in sides.items():
             start = time.perf_counter(); losses.setdefault(name, []).append(step(part)); took.setdefault(name, []).append(time.perf_counter() - start)
     seconds = {n: np.median(t[1:]) for n, t in took.items()}                                     # the first step allocates
-    work, peak = 3*batch*step_work(paper), matrix_peak(torch.bfloat16)
-    rows = {n: {"samples per second": batch/s, "times the reference": seconds["reference_step"]/s, "share of the bf16 matrix peak": work/s/peak/1e9,
+    work, peak, spent = 3*batch*step_work(paper), matrix_peak(torch.bfloat16), {}
+    for name, step in sides.items():
+        with Products() as p: step(part)
+        spent[name] = p.seconds
+    rows = {n: {"samples per second": batch/s, "times the reference": seconds["reference_step"]/s, "its products alone, times the reference": seconds["reference_step"]/spent[n], "at the bf16 matrix peak, times the reference": seconds["reference_step"]*peak*1e9/work, "share of the bf16 matrix peak": work/s/peak/1e9,
         "megabytes at most": aside(f"from neural.race import step_memory\nprint(step_memory({n!r}, {paper}, {batch}))"), f"loss after {steps} steps": np.mean(losses[n][-4:])} for n, s in seconds.items()}
     return {"steps": pd.DataFrame(rows).T.rename(index={"reference_step": "released loop, float32", "fast_step": "finetune, bfloat16"}), "growth": step_growth(paper)}
