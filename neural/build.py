@@ -453,7 +453,8 @@ def settle(
 ) -> list[Reading]:  # the same studies
     "Read close calls again, closest first, until a lead is more than the precision moves it."
     close, settled, moves = close_calls(readings, np.inf), list(readings), []
-    while close and (not moves or lead(readings[close[0]]) < doubt * np.sqrt(np.mean(np.square(moves)))):
+    usual = lambda: np.sqrt(np.mean(np.square(moves))) * (1 + 2 / len(moves))  # a few say less than many
+    while close and (not moves or lead(readings[close[0]]) < doubt * usual()):
         now, close = close[:step], close[step:]
         for n, second in zip(now, again(now)):
             settled[n], move = second, lead(second, readings[n].patches) - lead(readings[n])
