@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARPER', 'paper_network', 'bench_cohort', 'bench_network', 'held_twice', 'plain_reading', 'racer', 'release_way',
            'our_way', 'operations', 'racers', 'race', 'rates_of_parts', 'bench_build', 'step_network', 'StepStudies',
-           'reference_step', 'fast_step', 'step_memory', 'step_work', 'step_growth', 'bench_finetune']
+           'reference_step', 'fast_step', 'frozen_step', 'step_memory', 'step_work', 'step_growth', 'bench_finetune']
 
 # %% ../nbs/api/36_race.ipynb #3dec218f
 import io
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 from transformers.utils import logging
 from .build import Aggregation, fill_store, load_aggregation, open_store, read_groups, save_aggregation, settle
-from .finetune import augment, report_ids, thrifty
+from .finetune import augment, freeze_stages, report_ids, thrifty
 from .graph import central_node, knowledge_graph, visual_graph
 from .phantom import toy_study, uid_of, write_cohort, write_dicom
 from .radiograph import fit_square, read_radiograph
@@ -312,9 +312,17 @@ def fast_step(
         return loss.item()
     return step
 
+def frozen_step(
+    studies,  # StepStudies
+    model,    # ReportVLM, changed in place: all stages of its encoder but the last stand still
+):            # part -> loss of one step
+    "`fast_step` with a frozen encoder up to its last stage: a smaller fine-tuning than the released loop's, not the same one sooner."
+    freeze_stages(model, len(model.encoder.config.depths) - 1)
+    return fast_step(studies, model)
+
 # %% ../nbs/api/36_race.ipynb #19faa392
 def step_memory(
-    side,        # "reference_step" or "fast_step"
+    side,        # "reference_step", "fast_step" or "frozen_step"
     paper=False, # the paper's sizes
     batch=4,     # films
     steps=2,     # of it
@@ -328,10 +336,12 @@ def step_memory(
 # %% ../nbs/api/36_race.ipynb #6fb752f1
 def step_work(
     paper=False,  # the paper's sizes
-) -> float:       # operations of one film's way forward
-    "Operations of all matrix products of one study, counted by torch."
+    frozen=0,     # stages of the encoder that stand still
+) -> float:       # operations of one film, forward and backward
+    "Operations of all matrix products of one film's step, counted by torch."
     model = step_network(paper); model.encoder.set_attn_implementation("eager"); size = model.encoder.config.image_size
-    with FlopCounterMode(display=False) as count, torch.no_grad(): model(torch.zeros(1, 1, size, size), torch.full((1, 56), 4))
+    freeze_stages(model, frozen); words = torch.full((1, 56), 4)
+    with FlopCounterMode(display=False) as count: model(torch.zeros(1, 1, size, size), words).loss.backward()
     return count.get_total_flops()
 
 def step_growth(
@@ -359,7 +369,7 @@ def bench_finetune(
     "A step of fine-tuning beside the released loop's, on this machine."
     if steps < 5: raise NeuralError(f"a median of fewer than five steps says little, got {steps}")
     sides, took, losses = {}, {}, {}
-    for make in (reference_step, fast_step):
+    for make in (reference_step, fast_step, frozen_step):
         model = step_network(paper).train()
         sides[make.__name__] = make(StepStudies(model.encoder.config.image_size, 2048 if paper else 256, model.decoder.config.vocab_size), model)
     for i in tqdm(range(steps + 1), desc="steps", disable=None):
@@ -367,10 +377,11 @@ def bench_finetune(
         for name, step in sides.items():
             start = time.perf_counter(); losses.setdefault(name, []).append(step(part)); took.setdefault(name, []).append(time.perf_counter() - start)
     seconds = {n: np.median(t[1:]) for n, t in took.items()}                                     # the first step allocates
-    work, peak, spent = 3*batch*step_work(paper), matrix_peak(torch.bfloat16), {}
+    still = len(model.encoder.config.depths) - 1
+    peak, spent, work = matrix_peak(torch.bfloat16), {}, {n: batch*step_work(paper, still*(n == "frozen_step")) for n in sides}
     for name, step in sides.items():
         with Products() as p: step(part)
         spent[name] = p.seconds
-    rows = {n: {"samples per second": batch/s, "times the reference": seconds["reference_step"]/s, "its products alone, times the reference": seconds["reference_step"]/spent[n], "at the bf16 matrix peak, times the reference": seconds["reference_step"]*peak*1e9/work, "share of the bf16 matrix peak": work/s/peak/1e9,
+    rows = {n: {"samples per second": batch/s, "times the reference": seconds["reference_step"]/s, "its products alone, times the reference": seconds["reference_step"]/spent[n], "at the bf16 matrix peak, times the reference": seconds["reference_step"]*peak*1e9/work[n], "share of the bf16 matrix peak": work[n]/s/peak/1e9,
         "megabytes at most": aside(f"from neural.race import step_memory\nprint(step_memory({n!r}, {paper}, {batch}))"), f"loss after {steps} steps": np.mean(losses[n][-4:])} for n, s in seconds.items()}
-    return {"steps": pd.DataFrame(rows).T.rename(index={"reference_step": "released loop, float32", "fast_step": "finetune, bfloat16"}), "growth": step_growth(paper)}
+    return {"steps": pd.DataFrame(rows).T.rename(index={"reference_step": "released loop, float32", "fast_step": "finetune, bfloat16", "frozen_step": "finetune, bfloat16, last stage only"}), "growth": step_growth(paper)}
