@@ -229,12 +229,13 @@ class GraphColumns:
         self.first[1] += len(self.x)                                                                      # patches of all graphs before all concepts
         a, b, group, weight, self.share = _edges(graphs, word, owner, self.size, kind)
         found, which = np.unique(2*group + word[b], return_inverse=True)                                  # the types that occur, each with a kind of listener
-        self.types, self.kinds, cell = found//2, found % 2, which*n + owner[b]
+        self.types, self.kinds, cell = found//2, found % 2, owner[b]*len(found) + which
         order = np.lexsort((rank[b], cell)); a, b, cell = a[order], b[order], cell[order]
         self.source, self.weight = (2*rank[a] + word[a]).astype(np.int32), weight[order].astype(np.float32)  # rank and kind of the speaker in one number
         opens = np.flatnonzero(np.append(True, (b[1:] != b[:-1]) | (cell[1:] != cell[:-1]))[:len(b)])     # the first edge of each bag
         self.listener, self.heard = rank[b[opens]].astype(np.int32), np.diff(np.append(opens, len(b))).astype(np.int32)
-        self.edges, self.bags = (np.searchsorted(c, np.arange(len(found)*n + 1)) for c in (cell, cell[opens]))   # where those of each type and graph begin
+        ends = np.arange(n)[:, None]*len(found) + np.arange(len(found) + 1)
+        self.edges, self.bags = (np.searchsorted(c, ends) for c in (cell, cell[opens]))                   # (n, types + 1): where those of each type begin
 
     def __len__(self): return self.size.shape[1]
 
@@ -255,15 +256,15 @@ def batch(
 ) -> GraphBatch:        # features float32, weights float32, all else int64
     "Cuts a batch out of the columns (this companion's choice)."
     rows, many, t = np.asarray(rows, np.int64), len(rows), torch.from_numpy
-    size = self.size[:, rows]
-    each = size.ravel()                                                                       # patches of every graph, then concepts
-    begin, node = each.cumsum() - each, ragged(self.first[:, rows].ravel(), each)
-    patch, word = np.split(node, [size[0].sum()])
-    cell = np.arange(0, len(self.edges) - 1, len(self))[:, None] + rows                       # (types, B)
-    (bags, bag), (edges, edge) = ((n := bound.take(cell + 1) - (start := bound.take(cell)), ragged(start.ravel(), n.ravel())) for bound in (self.bags, self.edges))
+    size = self.size.take(rows, 1)
+    each, patches = size.ravel(), int(size[0].sum())                                          # patches of every graph, then concepts
+    begin, node = each.cumsum() - each, ragged(self.first.take(rows, 1).ravel(), each)
+    patch, word = node[:patches], node[patches:]
+    (bags, bag), (edges, edge) = ((n := (ends := of.take(rows, 0).T)[1:] - ends[:-1], ragged(ends[:-1].ravel(), n.ravel())) for of in (self.bags, self.edges))   # (types, B)
     listener = self.listener.take(bag) + np.repeat(begin.reshape(2, many)[self.kinds].ravel(), bags.ravel())
     graph, speaker = np.repeat(np.tile(np.arange(many), len(edges)), edges.ravel()), self.source.take(edge)
-    source, weight, heard = (speaker >> 1) + begin.take((speaker & 1)*many + graph), self.weight.take(edge), self.heard.take(bag)
+    graph += (speaker & 1)*many
+    source, weight, heard = (speaker >> 1) + begin.take(graph), self.weight.take(edge), self.heard.take(bag)
     return GraphBatch(t(self.x.take(patch, 0)), t(self.place.take(patch)), t(self.word.take(word - len(self.x))), t(size), (t(source), t(heard.cumsum() - heard), t(weight)),
                       t(listener), np.bincount(self.types, bags.sum(1), len(EDGE_TYPES)).astype(int).tolist(),
                       (t(np.arange(len(node))), t(begin), t(self.share.take(node))), None if self.context is None else self.context[rows])
