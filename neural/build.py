@@ -610,7 +610,7 @@ def build_store(
     workers: int = 2,  # decoding processes; 0 decodes in this one
     device: str = "cpu",  # "cpu" or "cuda"
     progress: bool | None = None,  # bar; None: on a terminal only
-    precision: str = "float32",  # or "bfloat16": faster, close calls read again in float32
+    precision: str = "float32",  # or "bfloat16", with close calls read again in float32 (`settle`)
 ) -> tuple[AssetStore, Exclusions]:  # the store, and what was left out
     "Build, or go on building, the store of a manifest (NEURAL, stage 2)."
     model, reader, settings = pack(load_vlm(vlm, device), precision == "bfloat16"), ReportReader(), load_aggregation(vlm)

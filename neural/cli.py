@@ -188,7 +188,7 @@ def build(
     hide_corners: Annotated[bool, typer.Option("--hide-corners", help="Retain and show no patch of the four corners, where names are burnt in.")] = False,
     engine: Annotated[Literal["local", "ray"], typer.Option(help="This machine, or the workers of Ray: those of RAY_ADDRESS, or new ones here.")] = "local",
     workers: Annotated[int, typer.Option(min=0, help="Decoding processes; with ray, processes that hold the network.")] = 2,
-    precision: Annotated[Literal["float32", "bfloat16"], typer.Option(help="bfloat16 is faster on processors and GPUs that have it, the more so the clearer the network's choice; close calls are read again in float32.")] = "float32",
+    precision: Annotated[Literal["float32", "bfloat16"], typer.Option(help="bfloat16 reads close calls again in float32: faster where the network's choices are clear, slower where most are close.")] = "float32",
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the network runs; auto takes a GPU where there is one.")] = "auto",
     limit: Annotated[float, typer.Option(min=0, max=1, help="Stop if a larger share of the studies is left out.")] = 0.05,
 ):

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHARPER', 'paper_network', 'bench_cohort', 'bench_network', 'held_twice', 'plain_reading', 'racer', 'release_way',
-           'our_way', 'operations', 'racers', 'race', 'rates_of_parts', 'bench_build', 'step_network', 'StepStudies',
-           'reference_step', 'fast_step', 'frozen_step', 'step_memory', 'step_work', 'step_growth', 'bench_finetune']
+           'our_way', 'operations', 'racers', 'race', 'rates_of_parts', 'rates_of_reading', 'bench_build',
+           'step_network', 'StepStudies', 'reference_step', 'fast_step', 'frozen_step', 'step_memory', 'step_work',
+           'step_growth', 'bench_finetune']
 
 # %% ../nbs/api/36_race.ipynb #3dec218f
 import io
@@ -201,7 +202,7 @@ def rates_of_parts(
     manifest: Manifest,  # of the cohort
     films=4,         # at once
     rounds=5,        # the best one counts
-) -> dict:           # studies a second of the encoder, of its products and of a reading, by precision; seconds to decode a film; share of studies that are read twice, that keep the same patches
+) -> dict:           # studies a second of the encoder and of its products, by precision; seconds to decode a film
     "What the parts of a build can do alone."
     model, found = pack(load_vlm(vlm), half=True), {}
     size = model.encoder.config.image_size
@@ -212,16 +213,25 @@ def rates_of_parts(
             for _ in range(rounds + 1): start = time.perf_counter(); model.encode(x); best = min(best, time.perf_counter() - start)
             with Products() as spent: model.encode(x)
         found |= {kind: films/best, f'{kind}, products': films/spent.seconds}
-    some = [(s.study_id, fit_square(read_radiograph(manifest.image_path(s.frontal), size), size), evidence(split_sections(report_text(manifest, s)))) for s in list(manifest)[:64]]
     start = time.perf_counter()
     for s in list(manifest)[:10]: fit_square(read_radiograph(manifest.image_path(s.frontal), size), size)
-    decoding = (time.perf_counter() - start)/min(10, len(manifest))
+    return found | {'decoding': (time.perf_counter() - start)/min(10, len(manifest))}
+
+def rates_of_reading(
+    vlm: Path,       # of `bench_network`
+    manifest: Manifest,  # of the cohort
+    studies=64,      # of one shard
+) -> dict:           # studies a second, by precision; shares of the studies that `settle` reads twice, and that then keep the patches of float32
+    "What reading ready films once costs, and what bfloat16 leaves in doubt."
+    model, found = pack(load_vlm(vlm), half=True), {}
+    size = model.encoder.config.image_size
+    some = [(s.study_id, fit_square(read_radiograph(manifest.image_path(s.frontal), size), size), evidence(split_sections(report_text(manifest, s)))) for s in list(manifest)[:studies]]
     network, readings, twice = (model, AutoTokenizer.from_pretrained(vlm, local_files_only=True), ReportReader(), load_aggregation(vlm)), {}, []
     for kind in ('float32', 'bfloat16'):
-        start = time.perf_counter(); readings[kind] = read_groups(network, some, 'image+report', lower=kind == 'bfloat16'); found[f'{kind}, reading'] = len(some)/(time.perf_counter() - start)
+        start = time.perf_counter(); readings[kind] = read_groups(network, some, 'image+report', lower=kind == 'bfloat16'); found[kind] = len(some)/(time.perf_counter() - start)
     settled = settle(readings['bfloat16'], lambda places: (twice.extend(places), [readings['float32'][n] for n in places])[1])
     same = np.mean([np.array_equal(a.patches, b.patches) for a, b in zip(settled, readings['float32'])])
-    return found | {'decoding': decoding, 'read twice': len(twice)/len(some), 'same patches': same}
+    return found | {'read twice': len(twice)/len(some), 'same patches': same}
 
 # %% ../nbs/api/36_race.ipynb #28e6c502
 def bench_build(
@@ -236,13 +246,13 @@ def bench_build(
         manifest = bench_cohort(Path(home)/'cohort', 9*studies//4 + 8, side)   # a few have no frontal film
         vlm = bench_network(Path(home)/'vlm', config, manifest)
         ways, growth = race(manifest, vlm, studies, rounds)
-        reached = rates_of_parts(vlm, manifest)
+        reached, read = rates_of_parts(vlm, manifest), rates_of_reading(vlm, manifest)
     needs, peaks = operations(config), {kind: matrix_peak(getattr(torch, kind)) for kind in ('float32', 'bfloat16')}
     ours, theirs = needs['encoder'] + needs['decoder, read'], needs['encoder'] + needs['decoder, released']
     ways['share of the matrix peak'] = [ways['studies a second'][how]*(theirs if how == 'reference' else ours)/peaks['bfloat16' if how == 'bfloat16' else 'float32'] for how in ways.index]
-    ways['read twice'] = [reached['read twice'] if how == 'bfloat16' else 0. for how in ways.index]
-    ways['same patches'] = [reached['same patches'] if how == 'bfloat16' else 1. for how in ways.index]
-    once = {kind: 1/(1/reached[f'{kind}, reading'] + reached['decoding']/torch.get_num_threads()) for kind in peaks}     # every study decoded and read once, nothing else
+    ways['read twice'] = [read['read twice'] if how == 'bfloat16' else 0. for how in ways.index]
+    ways['same patches'] = [read['same patches'] if how == 'bfloat16' else 1. for how in ways.index]
+    once = {kind: 1/(1/read[kind] + reached['decoding']/torch.get_num_threads()) for kind in peaks}     # every study decoded and read once, nothing else
     roof = pd.DataFrame({kind: {'decoding, seconds a film': reached['decoding'], 'peak, 10⁹ operations a second': peaks[kind], 'encoder, studies a second': reached[kind], 'encoder, share of the peak': reached[kind]*needs['encoder']/peaks[kind], 'encoder alone, times the reference': reached[kind]/ways['studies a second']['reference'],
         'products of the encoder alone, times the reference': reached[f'{kind}, products']/ways['studies a second']['reference'], 'decoded and read once, times the reference': once[kind]/ways['studies a second']['reference'],
         '10⁹ operations a study': ours, 'least seconds a study': ours/peaks[kind], 'most times the reference': peaks[kind]/ours/ways['studies a second']['reference']} for kind in peaks}).T
