@@ -376,7 +376,7 @@ def pack(
     model: ReportVLM,  # on the CPU, in eval mode; changed in place, it cannot be trained or saved any more
     half: bool = False,  # for autocast in bfloat16 as well
 ) -> ReportVLM:  # the same network
-    "Lay out a network's linear layers for reading; elsewhere than on a CPU with oneDNN nothing changes."
+    "Lay out a network's weights for reading; elsewhere than on a CPU with oneDNN nothing changes."
     if model.device.type != "cpu" or not torch.backends.mkldnn.is_available(): return model
     for part in [m for root in (model.encoder, model.decoder.decoder, model.projection) for m in root.modules()]:
         for name, child in list(part.named_children()):
@@ -387,6 +387,7 @@ def pack(
     for opening in (model.encoder.embeddings.norm, *(s.downsample for s in model.encoder.encoder.layers)) if half else ():
         if opening is not None: opening.register_forward_hook(lambda _, __, opened: opened.float())  # what the blocks add to
     for rest in model.parameters(): rest.data = rest.data.clone()  # lets go of the mapped file, and with it of every weight twice
+    model.encoder.embeddings.to(memory_format=torch.channels_last)
     return model
 
 # %% ../nbs/api/10_vlm.ipynb #928ee5ee
