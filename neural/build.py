@@ -28,7 +28,7 @@ from .radiograph import load_radiograph, open_pool, read_radiograph
 from .relevance import all_tokens, finding_tokens, lift, mean_relevance, mention_relevance, pick_layer, relevance, with_fallback
 from .report import Annotation, Mention, Relation, ReportReader, evidence, labels_of, split_sections
 from .study import Exclusions, Manifest, NeuralError, report_text
-from .vlm import ReportVLM, load_vlm, pack
+from .vlm import ReportVLM, kept_memory, load_vlm, pack
 
 # %% auto #0
 __all__ = ['TRACKS', 'ZONES', 'SIDES', 'TABLES', 'SCHEMAS', 'Aggregation', 'Reading', 'word_mask', 'named_findings', 'guided',
@@ -472,6 +472,7 @@ def in_groups(
     return [order[n : n + step] for n in range(0, len(order), step)]
 
 # %% ../nbs/api/21_build.ipynb #decd989c
+@kept_memory()
 def shard_of(
     model: ReportVLM,  # trained, in eval mode
     tokenizer,  # saved with it

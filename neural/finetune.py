@@ -23,7 +23,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .report import swap_laterality
 from .study import NeuralError
-from .vlm import ReportVLM, label_loss, load_vlm
+from .vlm import ReportVLM, kept_memory, label_loss, load_vlm
 
 # %% auto #0
 __all__ = ['HEALTHY', 'StudyDataset', 'mirror', 'poses', 'moved', 'augment', 'report_ids', 'Collator', 'pad_rows', 'focus_batch',
@@ -211,6 +211,7 @@ def warm_start(
     return [label_epoch(lambda films: stem_logits(model, films), data, optimiser, schedule, generator, batch_size, device, bf16) for _ in tqdm(range(epochs), desc="warm start", disable=None)]
 
 # %% ../nbs/api/12_finetune.ipynb #fc589778
+@kept_memory()
 def label_epoch(
     logits_of,  # films (B, 1, S, S) on the device -> (B, L), before the sigmoid; in training
     data: StudyDataset,  # train split
@@ -463,7 +464,7 @@ def finetune(
     loop.parts, loop.draw, loop.focus_weight = {True: {}, False: {}}, draw, focus_weight
     loop.remove_callback(PrinterCallback)  # it would print whole dictionaries
     loop.get_eval_dataloader = lambda *a, **k: torch.utils.data.DataLoader(validate, batch_size=args.eval_batch_size, collate_fn=collators[1])
-    with interrupts(Stop()) as stop, thrifty(model) if args.use_cpu else nullcontext():
+    with interrupts(Stop()) as stop, kept_memory(), thrifty(model) if args.use_cpu else nullcontext():
         loop.add_callback(stop)
         loop.train(resume_from_checkpoint=last_checkpoint(folder))
     if stop.asked: raise KeyboardInterrupt

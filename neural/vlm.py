@@ -4,7 +4,9 @@
 
 # %% ../nbs/api/10_vlm.ipynb #81cebc5b
 from __future__ import annotations
+import ctypes
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +22,9 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from .study import LABELS, NeuralError
 
 # %% auto #0
-__all__ = ['ReportVLMConfig', 'small_config', 'Residual', 'conv_stem', 'build_encoder', 'build_decoder', 'ReportVLMOutput',
-           'ReportVLM', 'start_convolutions', 'pool_patches', 'text_loss', 'label_loss', 'by_heads', 'mix',
-           'causal_bias', 'Packed', 'pack', 'load_vlm', 'checkpoint_folder', 'read_checkpoint']
+__all__ = ['ADJUST', 'ReportVLMConfig', 'small_config', 'Residual', 'conv_stem', 'build_encoder', 'build_decoder',
+           'ReportVLMOutput', 'ReportVLM', 'start_convolutions', 'pool_patches', 'text_loss', 'label_loss', 'by_heads',
+           'mix', 'causal_bias', 'Packed', 'pack', 'kept_memory', 'load_vlm', 'checkpoint_folder', 'read_checkpoint']
 
 # %% ../nbs/api/10_vlm.ipynb #5bf4efa2
 class ReportVLMConfig(PreTrainedConfig):
@@ -389,6 +391,20 @@ def pack(
     for rest in model.parameters(): rest.data = rest.data.clone()  # lets go of the mapped file, and with it of every weight twice
     model.encoder.embeddings.to(memory_format=torch.channels_last)
     return model
+
+# %% ../nbs/api/10_vlm.ipynb #099293b1
+ADJUST = dict(trim=-1, mmap_size=-3, mmap_count=-4)    # options of mallopt(3)
+
+@contextmanager
+def kept_memory():
+    "Inside the block, memory that is let go stays with this process for what comes next; where the C library is not glibc, nothing changes."
+    libc = ctypes.CDLL(None)
+    settle = getattr(libc, "mallopt", lambda *_: 0)
+    settle(ADJUST["trim"], -1), settle(ADJUST["mmap_count"], 0)                 # give nothing back, map nothing apart
+    try: yield
+    finally:
+        settle(ADJUST["trim"], 2**26), settle(ADJUST["mmap_size"], 2**25), settle(ADJUST["mmap_count"], 2**16)    # where glibc's own adjusting ends
+        getattr(libc, "malloc_trim", lambda _: 0)(0)
 
 # %% ../nbs/api/10_vlm.ipynb #928ee5ee
 def load_vlm(

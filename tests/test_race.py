@@ -36,7 +36,7 @@ def test_both_ways_keep_the_same_patches(cohort):
 
 
 def test_a_racer_that_dies_is_heard(cohort):
-    with pytest.raises(NeuralError, match="the float32 way has ended"), racers(*cohort, ("float32",)) as go: go("float32", "many")
+    with pytest.raises(NeuralError, match="the float32 way has ended"), racers("racer", ("float32",), *cohort) as go: go("float32", "many", False)
 
 
 def test_both_steps_learn_the_same():
