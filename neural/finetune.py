@@ -28,7 +28,7 @@ from .vlm import ReportVLM, kept_memory, label_loss, load_vlm
 # %% auto #0
 __all__ = ['HEALTHY', 'StudyDataset', 'mirror', 'poses', 'moved', 'augment', 'report_ids', 'Collator', 'pad_rows', 'focus_batch',
            'parameter_groups', 'stem_logits', 'warm_start', 'label_epoch', 'draw_weights', 'focus_loss', 'WindowLook',
-           'GeluLinear', 'WindowAttention', 'GeluMLP', 'thrifty', 'freeze_stages', 'ReportTrainer',
+           'GeluLinear', 'learnt_bias', 'WindowAttention', 'GeluMLP', 'thrifty', 'freeze_stages', 'ReportTrainer',
            'training_arguments', 'Stop', 'interrupts', 'last_checkpoint', 'finetune', 'read_labels']
 
 # %% ../nbs/api/12_finetune.ipynb #31d8fa23
@@ -312,12 +312,18 @@ class GeluLinear(torch.autograd.Function):
         return dx, dw, flat.sum(0).to(weight.dtype) if learns[2] else None
 
 # %% ../nbs/api/12_finetune.ipynb #a186c704
+def learnt_bias(
+    place: torch.nn.Module,  # Swin's `relative_position_bias`
+) -> torch.Tensor:  # (H, n, n)
+    "What a window's positions add to its scores; as an embedding, whose gradient is summed row by row and not number by number."
+    return F.embedding(place.relative_position_index, place.relative_position_bias_table).unflatten(0, (place.window_area, -1)).permute(2, 0, 1).contiguous()
+
 class WindowAttention(SwinAttention):
     "Swin's attention by `WindowLook`."
 
     def forward(self, hidden_states, attention_mask=None, **kwargs):
         split = lambda linear: linear(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (W, H, n, d)
-        seen = WindowLook.apply(split(self.q_proj) * self.scaling, split(self.k_proj), split(self.v_proj), self.relative_position_bias()[0], attention_mask)
+        seen = WindowLook.apply(split(self.q_proj) * self.scaling, split(self.k_proj), split(self.v_proj), learnt_bias(self.relative_position_bias), attention_mask)
         return self.o_proj(seen.flatten(2)), None
 
 class GeluMLP(SwinMLP):
