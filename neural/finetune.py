@@ -266,10 +266,10 @@ class WindowLook(torch.autograd.Function):
     "softmax(q kᵀ + bias + mask) v of many windows, a handful at a time; keeps no table of looks (this companion's choice)."
 
     @staticmethod
-    def looks(q, k, bias, mask, part):  # (w, H, n, n), rows sum to 1
-        scores = (q[part] @ k[part].transpose(2, 3)).add_(bias)
+    def looks(q, k, bias, mask, part):  # (w * H, n, n), rows sum to 1
+        scores = torch.bmm(q[part].flatten(0, 1), k[part].flatten(0, 1).transpose(1, 2)).unflatten(0, (-1, len(bias))).add_(bias)
         if mask is not None: scores.add_(mask[torch.arange(part.start, part.stop) % len(mask)].unsqueeze(1))
-        return scores.softmax(-1)
+        return scores.softmax(-1).flatten(0, 1)
 
     @staticmethod
     def parts(q): # slices of windows whose looks are a megabyte or so in bfloat16
@@ -279,9 +279,10 @@ class WindowLook(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, mask):  # q, k, v (W, H, n, d), q scaled; bias (H, n, n); mask (windows of a film, n, n) or None -> (W, n, H, d)
         bias, mask = bias.to(q.dtype), None if mask is None else mask.to(q.dtype)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         ctx.save_for_backward(q, k, v, bias, mask)
         out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
-        for part in WindowLook.parts(q): out[part] = (WindowLook.looks(q, k, bias, mask, part) @ v[part]).transpose(1, 2)
+        for part in WindowLook.parts(q): out[part] = torch.bmm(WindowLook.looks(q, k, bias, mask, part), v[part].flatten(0, 1)).unflatten(0, (-1, len(bias))).transpose(1, 2)
         return out
 
     @staticmethod
@@ -289,10 +290,11 @@ class WindowLook(torch.autograd.Function):
         q, k, v, bias, mask = ctx.saved_tensors
         dq, dk, dv, db = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.zeros_like(bias, dtype=torch.float32)
         for part in WindowLook.parts(q):
-            look, g = WindowLook.looks(q, k, bias, mask, part), grad[part].transpose(1, 2)
-            ds = torch._softmax_backward_data(g @ v[part].transpose(2, 3), look, -1, q.dtype)
-            dq[part], dk[part], dv[part] = ds @ k[part], ds.transpose(2, 3) @ q[part], look.transpose(2, 3) @ g
-            db += ds.sum(0, dtype=torch.float32)
+            (q_, k_, v_, dq_, dk_, dv_), look = (x[part].flatten(0, 1) for x in (q, k, v, dq, dk, dv)), WindowLook.looks(q, k, bias, mask, part)
+            g = grad[part].transpose(1, 2).flatten(0, 1)
+            ds = torch._softmax_backward_data(torch.bmm(g, v_.transpose(1, 2)), look, -1, q.dtype)
+            torch.bmm(ds, k_, out=dq_), torch.bmm(ds.transpose(1, 2), q_, out=dk_), torch.bmm(look.transpose(1, 2), g, out=dv_)
+            db += ds.unflatten(0, (-1, len(bias))).sum(0, dtype=torch.float32)
         return dq, dk, dv, db, None
 
 # %% ../nbs/api/12_finetune.ipynb #2b60c9f5

@@ -35,7 +35,7 @@ from .radiograph import fit_square, read_radiograph
 from .report import ReportReader, evidence, split_sections, train_tokenizer
 from .study import LABELS, Manifest, NeuralError, index_dataset, report_text
 from .vlm import ReportVLM, ReportVLMConfig, kept_memory, load_vlm, pack, small_config
-from .yardstick import Products, matrix_peak, memory_now, peak_of_process, tree_memory
+from .yardstick import Products, matrix_peak, memory_now, peak_of_process, seconds_of, tree_memory
 
 # %% ../nbs/api/36_race.ipynb #cecd81f7
 def paper_network() -> ReportVLMConfig:
@@ -213,14 +213,13 @@ def rates_of_parts(
             for _ in range(rounds + 1): start = time.perf_counter(); model.encode(x); best = min(best, time.perf_counter() - start)
             with Products() as spent: model.encode(x)
         found |= {kind: films/best, f'{kind}, products': films/spent.seconds}
-    start = time.perf_counter()
-    for s in list(manifest)[:10]: fit_square(read_radiograph(manifest.image_path(s.frontal), size), size)
-    return found | {'decoding': (time.perf_counter() - start)/min(10, len(manifest))}
+    decoding = [seconds_of(lambda: fit_square(read_radiograph(manifest.image_path(s.frontal), size), size)) for s in list(manifest)[:10]]
+    return found | {'decoding': np.median(decoding)}
 
 def rates_of_reading(
     vlm: Path,       # of `bench_network`
     manifest: Manifest,  # of the cohort
-    studies=64,      # of one shard
+    studies=64,      # of one shard; read once to get warm, then once more
 ) -> dict:           # studies a second, by precision; shares of the studies that `settle` reads twice, and that then keep the patches of float32
     "What reading ready films once costs, and what bfloat16 leaves in doubt."
     model, found = pack(load_vlm(vlm), half=True), {}
@@ -228,7 +227,8 @@ def rates_of_reading(
     some = [(s.study_id, fit_square(read_radiograph(manifest.image_path(s.frontal), size), size), evidence(split_sections(report_text(manifest, s)))) for s in list(manifest)[:studies]]
     network, readings, twice = (model, AutoTokenizer.from_pretrained(vlm, local_files_only=True), ReportReader(), load_aggregation(vlm)), {}, []
     for kind in ('float32', 'bfloat16'):
-        with kept_memory(): start = time.perf_counter(); readings[kind] = read_groups(network, some, 'image+report', lower=kind == 'bfloat16'); found[kind] = len(some)/(time.perf_counter() - start)
+        read = lambda: readings.update({kind: read_groups(network, some, 'image+report', lower=kind == 'bfloat16')})
+        with kept_memory(): read(); found[kind] = len(some)/seconds_of(read)
     settled = settle(readings['bfloat16'], lambda places: (twice.extend(places), [readings['float32'][n] for n in places])[1])
     same = np.mean([np.array_equal(a.patches, b.patches) for a, b in zip(settled, readings['float32'])])
     return found | {'read twice': len(twice)/len(some), 'same patches': same}
