@@ -22,7 +22,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from .study import LABELS, NeuralError
 
 # %% auto #0
-__all__ = ['ADJUST', 'ReportVLMConfig', 'small_config', 'Residual', 'conv_stem', 'build_encoder', 'build_decoder',
+__all__ = ['MALLOPT', 'ReportVLMConfig', 'small_config', 'Residual', 'conv_stem', 'build_encoder', 'build_decoder',
            'ReportVLMOutput', 'ReportVLM', 'start_convolutions', 'pool_patches', 'text_loss', 'label_loss', 'by_heads',
            'mix', 'causal_bias', 'Packed', 'pack', 'kept_memory', 'load_vlm', 'checkpoint_folder', 'read_checkpoint']
 
@@ -393,17 +393,18 @@ def pack(
     return model
 
 # %% ../nbs/api/10_vlm.ipynb #099293b1
-ADJUST = dict(trim=-1, mmap_size=-3, mmap_count=-4)    # options of mallopt(3)
+MALLOPT = dict(trim=-1, mmap_size=-3, mmap_count=-4)    # numbers of mallopt(3)'s options
 
 @contextmanager
 def kept_memory():
     "Inside the block, memory that is let go stays with this process for what comes next; where the C library is not glibc, nothing changes."
     libc = ctypes.CDLL(None)
     settle = getattr(libc, "mallopt", lambda *_: 0)
-    settle(ADJUST["trim"], -1), settle(ADJUST["mmap_count"], 0)                 # give nothing back, map nothing apart
+    adjust = lambda **values: [settle(MALLOPT[name], value) for name, value in values.items()]
+    adjust(trim=-1, mmap_count=0)                 # give nothing back, map nothing apart
     try: yield
     finally:
-        settle(ADJUST["trim"], 2**26), settle(ADJUST["mmap_size"], 2**25), settle(ADJUST["mmap_count"], 2**16)    # where glibc's own adjusting ends
+        adjust(trim=2**26, mmap_size=2**25, mmap_count=2**16)    # where glibc's own adjusting ends
         getattr(libc, "malloc_trim", lambda _: 0)(0)
 
 # %% ../nbs/api/10_vlm.ipynb #928ee5ee

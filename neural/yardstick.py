@@ -66,7 +66,7 @@ def aside(
     if found.returncode: raise NeuralError(f"the measuring process failed: {(found.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
     return json.loads(found.stdout.splitlines()[-1])
 
-def peak_of_process() -> float:  # megabytes
+def peak_of_process() -> float:  # MiB
     "The most memory this process has held."
     status = Path("/proc/self/status")       # what getrusage tells on Linux may be the parent's
     if status.is_file(): return next(int(l.split()[1]) for l in status.open() if l.startswith("VmHWM"))/1024
