@@ -33,7 +33,8 @@ from .graph import EDGE_TYPES, knowledge_graph, visual_graph
 from .phantom import toy_study
 from .picture import thumbnail
 from .report import ReportReader
-from .study import LABELS, NeuralError, index_dataset, walk
+from .layouts import index_dataset, walk
+from .study import LABELS, NeuralError
 from .yardstick import alternated, aside, matrix_peak, peak_memory, seconds_of
 
 # %% ../nbs/api/41_bench.ipynb #88ac6d1a
@@ -287,7 +288,7 @@ def walked_index(
 
 # %% ../nbs/api/41_bench.ipynb #720df526
 _INDEX = """import time
-from neural.study import index_dataset
+from neural.layouts import index_dataset
 def memory(field): return next(int(line.split()[1])/1024 for line in open('/proc/self/status') if line.startswith(field))
 before, begin = memory('VmRSS'), time.perf_counter()
 manifest, _ = index_dataset('mimic-cxr', TREE, hash_files=HASH)

@@ -111,7 +111,7 @@ def index(
     limit: Annotated[float, typer.Option(min=0, max=1, help="Stop if a larger share of the studies is left out.")] = 0.05,
 ):
     "Read a dataset folder and write its manifest."
-    from neural.study import index_dataset
+    from neural.layouts import index_dataset
     if layout == "folder" and root.is_file(): root = root.parent  # a folder may be named by its CSV
     manifest, excluded = index_dataset(layout, root, labels=labels, images=images, views=views, need_report=not allow_no_report, hash_files=hash_files, progress=True)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,8 @@ from .graph import central_node, knowledge_graph, visual_graph
 from .phantom import toy_study, uid_of, write_cohort, write_dicom
 from .radiograph import fit_square, read_radiograph
 from .report import ReportReader, evidence, split_sections, train_tokenizer
-from .study import LABELS, Manifest, NeuralError, index_dataset, report_text
+from .layouts import index_dataset
+from .study import LABELS, Manifest, NeuralError, report_text
 from .vlm import ReportVLM, ReportVLMConfig, kept_memory, load_vlm, pack, small_config
 from .yardstick import Products, matrix_peak, memory_now, peak_of_process, seconds_of, tree_memory
 

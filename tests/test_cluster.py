@@ -12,7 +12,8 @@ from neural.build import Aggregation, Packing, build_store, save_aggregation
 from neural.cluster import build_on_cluster
 from neural.phantom import write_cohort
 from neural.report import train_tokenizer
-from neural.study import NeuralError, index_dataset, report_text
+from neural.layouts import index_dataset
+from neural.study import NeuralError, report_text
 from neural.vlm import ReportVLM, small_config
 
 pytest.importorskip("ray")

@@ -12,7 +12,8 @@ from neural.evaluate import (auc, auc_difference, auc_interval, auprc, bleu, bri
                              patient_weights, patches_hit, precision, random_hit_rate, random_precision, read_predictions, reliability, report_quality, results_table,
                              roc_band, rouge_l, seed_scores, seed_summary, separated_bound, target_counts, target_verdicts, text_metrics, typical_report, weighted_auc)
 from neural.report import ReportReader, evidence, labels_of, split_sections
-from neural.study import LABELS, SPLITS, Manifest, NeuralError, Study, View, index_dataset, report_text, targets
+from neural.layouts import index_dataset
+from neural.study import LABELS, SPLITS, Manifest, NeuralError, Study, View, report_text, targets
 
 
 def binormal(rng, patients, each=1, effect=1.0, shared=0.0):
@@ -183,7 +184,7 @@ def test_real_films_shrink_less_than_patch_counts_promise(real_data):
 def test_real_masks_and_boxes_become_coverage(real_data):
     from PIL import Image
     from neural.evaluate import lesion_coverage, lesion_mask
-    from neural.study import index_dataset
+    from neural.layouts import index_dataset
     manifest, _ = index_dataset("folder", real_data / "real_cxr_dev")
     masked = [s for s in manifest if s.frontal.masks][:5]
     boxed = [s for s in manifest if s.frontal.boxes][:5]

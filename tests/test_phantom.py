@@ -15,7 +15,8 @@ from scipy.stats import chi2_contingency
 from neural import phantom
 from neural.phantom import (DRAW, PREVALENCE, SIDES, Finding, draw_cohort, draw_film, draw_findings, draw_patient, draw_patient_studies, lay_out,
                             toy_study, truth_of, write_cohort, write_report)
-from neural.study import LABELS, NeuralError, index_dataset
+from neural.layouts import index_dataset
+from neural.study import LABELS, NeuralError
 
 
 @pytest.fixture(scope="module")

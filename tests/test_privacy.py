@@ -12,7 +12,7 @@ from neural.codec import fit_pq
 from neural.export import write_croissant
 from neural.phantom import toy_study
 from neural.report import ReportReader, train_tokenizer
-from neural.study import index_dataset
+from neural.layouts import index_dataset
 from neural.viewer import asset_page
 from neural.vlm import ReportVLM, small_config
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from neural import study as module
-from neural.study import (LABELS, SPLITS, Box, Exclusions, Manifest, NeuralError, Study, View, index_dataset, mesh_labels, openi_views,
-                          read_table, report_text, split_of, targets, walk)
+from neural import layouts as module
+from neural.layouts import index_dataset, mesh_labels, openi_views, walk
+from neural.study import LABELS, SPLITS, Box, Exclusions, Manifest, NeuralError, Study, View, read_table, report_text, split_of, targets
 
 SPLIT_HEADER = "dicom_id,study_id,subject_id,split\n"
 
