@@ -6,12 +6,12 @@
 __all__ = ['LABELS', 'SPLITS', 'POLICIES', 'LABEL_VALUES', 'LABEL_CELLS', 'FRONTAL_VIEWS', 'LATERAL_VIEWS', 'ADVICE', 'COLUMNS',
            'MAX_REPORT', 'TABLE_KEYS', 'NeuralError', 'label_value', 'apply_policy', 'Box', 'View', 'Study', 'view_of',
            'targets', 'split_of', 'Exclusions', 'system_reason', 'readable', 'bounded', 'read_table', 'check_relative',
-           'inside', 'check_study', 'check_studies', 'Manifest', 'to_rows', 'umask', 'publish', 'refuse_overwrite',
-           'from_rows', 'read_boxes', 'as_folder', 'refuse_links', 'read_xml', 'xml_sections', 'tar_xml', 'row_starts',
-           'read_row', 'row_text', 'report_text', 'archived']
+           'inside', 'check_study', 'check_studies', 'Manifest', 'to_rows', 'umask', 'publish', 'make_folder',
+           'refuse_overwrite', 'at_least', 'above', 'from_rows', 'read_boxes', 'as_folder', 'refuse_links', 'read_xml',
+           'xml_sections', 'tar_xml', 'row_starts', 'read_row', 'row_text', 'report_text', 'archived']
 
 # %% ../nbs/api/00_study.ipynb #cc3ed7c5
-import csv, errno, gzip, hashlib, json, math, os, tarfile, tempfile, zlib
+import csv, errno, gzip, hashlib, json, math, numbers, os, tarfile, tempfile, zlib
 import xml.etree.ElementTree as plain_xml
 from collections import Counter
 from contextlib import contextmanager
@@ -417,6 +417,15 @@ def publish(
     finally:
         if part: part.unlink(missing_ok=True)
 
+# %% ../nbs/api/00_study.ipynb #2927ea48
+def make_folder(
+    path: str|Path,  # folder, made with those above it where needed
+) -> Path:           # the same path
+    "A folder to write into, or the system's reason why there is none (this companion's choice)."
+    try: Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise NeuralError(f'{path}: cannot be made, {system_reason(e)}') from e
+    return Path(path)
+
 # %% ../nbs/api/00_study.ipynb #refuse1
 def refuse_overwrite(
     path: str|Path,         # file to be written
@@ -434,6 +443,23 @@ def refuse_overwrite(
     if not (ours and path.is_file() and ours(path)): raise NeuralError(f'{path}: is there already and was not made by this command; name another file to write')
     if not force: raise NeuralError(f'{path}: is there already; name another file to write, or replace it with {flag}')
     return path
+
+# %% ../nbs/api/00_study.ipynb #2fb34fd4
+def at_least(
+    least: float,    # smallest value allowed
+    **values,        # name -> value
+):
+    "Refuses a number below `least`, and what is no number, by its name (this companion's choice)."
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not least <= value < math.inf: raise NeuralError(f'{name} must be {least} or more, got {value!r}')
+
+def above(
+    limit: float,    # itself refused
+    **values,        # name -> value
+):
+    "Refuses a number that is not above `limit`, and what is no number, by its name (this companion's choice)."
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not limit < value < math.inf: raise NeuralError(f'{name} must be above {limit}, got {value!r}')
 
 # %% ../nbs/api/00_study.ipynb #52b6203d
 @patch
