@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'SPLITS', 'POLICIES', 'LABEL_VALUES', 'LABEL_CELLS', 'FRONTAL_VIEWS', 'LATERAL_VIEWS', 'ADVICE', 'COLUMNS',
-           'MAX_REPORT', 'TABLE_KEYS', 'NeuralError', 'label_value', 'apply_policy', 'Box', 'View', 'Study', 'view_of',
-           'targets', 'split_of', 'Exclusions', 'system_reason', 'readable', 'bounded', 'read_table', 'check_relative',
-           'inside', 'check_study', 'check_studies', 'Manifest', 'to_rows', 'umask', 'publish', 'make_folder',
-           'refuse_overwrite', 'at_least', 'above', 'from_rows', 'read_boxes', 'as_folder', 'refuse_links', 'read_xml',
-           'xml_sections', 'tar_xml', 'row_starts', 'read_row', 'row_text', 'report_text', 'archived']
+           'STARTS', 'MAX_REPORT', 'TABLE_KEYS', 'NOT_HANDED_ON', 'EVIDENCE_COLUMNS', 'CODE', 'NeuralError',
+           'label_value', 'apply_policy', 'Box', 'View', 'Study', 'view_of', 'targets', 'split_of', 'Exclusions',
+           'system_reason', 'told_code', 'not_utf8', 'readable', 'bounded', 'check_columns', 'read_table',
+           'check_relative', 'inside', 'check_study', 'check_studies', 'Manifest', 'to_rows', 'umask', 'publish',
+           'make_folder', 'refuse_overwrite', 'made_here', 'read_side', 'digest_of', 'at_least', 'above', 'write_side',
+           'from_rows', 'read_boxes', 'as_folder', 'refuse_links', 'read_xml', 'xml_sections', 'tar_xml', 'plain_text',
+           'row_starts', 'read_row', 'said', 'row_text', 'report_text', 'archived']
 
 # %% ../nbs/api/00_study.ipynb #cc3ed7c5
-import csv, errno, gzip, hashlib, json, math, numbers, os, tarfile, tempfile, zlib
+import csv, errno, gzip, hashlib, json, math, numbers, os, re, tarfile, tempfile, zlib
 import xml.etree.ElementTree as plain_xml
 from collections import Counter
 from contextlib import contextmanager
@@ -43,7 +45,7 @@ def label_value(
     where: str='',  # named if the value is refused, such as 'labels.csv line 3'
 ):                  # 1.0, 0.0, -1.0 or None (unknown)
     "Reads one label; blank is unknown, never 0 (answers defect A12)."
-    if text in LABEL_CELLS: return LABEL_CELLS[text]
+    if isinstance(text, str) and text in LABEL_CELLS: return LABEL_CELLS[text]
     text = '' if text is None else str(text).strip().lower()
     if text in ('', 'nan', 'null', 'none'): return None
     try: value = float(text)
@@ -133,26 +135,29 @@ def split_of(
     salt: str='neural',           # another salt, another split
 ) -> str:                         # 'train', 'validate' or 'test'
     "The split of a patient where there is no official one: a salted hash, the same on every machine."
-    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+    if len(fractions) != 3 or not all(0 <= f <= 1 for f in fractions) or abs(sum(fractions) - 1) > 1e-6:
         raise NeuralError(f'split fractions {tuple(fractions)}: give three shares, none negative, that sum to 1')
     u = int.from_bytes(hashlib.sha256(f'{salt}:{patient_id}'.encode()).digest()[:8], 'big') / 2**64
     return SPLITS[(u >= fractions[0]) + (u >= fractions[0] + fractions[1] and fractions[2] > 0)]
 
 # %% ../nbs/api/00_study.ipynb #bfcc2abd
 class Exclusions:
-    "Studies left out, each with its reason: counted and listed, never silent (answers defect A3)."
+    "What was left out, each with its reason: counted and listed, never silent (answers defect A3)."
     def __init__(self,
-        rows: Iterable=(),  # (study_id, reason, detail) each
-    ): self.rows = [tuple(r) for r in rows]
+        rows: Iterable=(),   # studies: (study_id, reason, detail) each
+        parts: Iterable=(),  # parts of studies that stay: (study_id, reason, detail, what) each
+    ): self.rows, self.parts = [tuple(r) for r in rows], [tuple(p) for p in parts]
     def __len__(self): return len(self.rows)
     def __iter__(self): return iter(self.rows)
     def add(self,
-        study_id: str,   # the study left out
-        reason: str,     # short, one wording per reason: it is counted
-        detail: str='',  # free text; no report text, no patient identifier
+        study_id: str,       # the study left out, or the one that loses a part
+        reason: str,         # short, one wording per reason: it is counted
+        detail: str='',      # free text; no report text, no patient identifier
+        what: str='study',   # 'study', or the part: 'radiograph', 'label', 'report'
     ):
-        "Notes one study."
-        self.rows.append((str(study_id), reason, detail))
+        "Notes one study, or one part of a study."
+        if what == 'study': self.rows.append((str(study_id), reason, detail))
+        else: self.parts.append((str(study_id), reason, detail, what))
 
 # %% ../nbs/api/00_study.ipynb #0cf29836
 @patch
@@ -167,6 +172,7 @@ def check(self: Exclusions,
     limit: float=0.05,  # largest share that may be missing, in [0, 1]
 ) -> float:             # the share that is missing, in [0, 1]
     "Stops when more than `limit` of the studies are left out (this companion's choice)."
+    if not 0 <= limit <= 1: raise NeuralError(f'limit {limit!r}: the largest share that may be missing lies in [0, 1]')
     lost = len({r[0] for r in self.rows}); share = lost / total if total else 0.
     if share > limit:
         why = ', '.join(f'{k} {v}' for k, v in self.counts().items())
@@ -199,6 +205,27 @@ def system_reason(
     said = error.strerror or ' '.join(str(error).split()) or type(error).__name__
     return f"{said}; {ADVICE.get(error.errno, 'try again, or name another place')}"
 
+# %% ../nbs/api/00_study.ipynb #encfun
+def told_code(
+    data: bytes,  # of a file that is not UTF-8, or holds zero bytes
+) -> str:         # such as 'UTF-16'
+    "The most likely name of a text's code."
+    if data[:4] in (b'\xff\xfe\0\0', b'\0\0\xfe\xff'): return 'UTF-32'
+    if data[:2] in (b'\xff\xfe', b'\xfe\xff') or (len(data) > 1 and data[:64].count(0) >= len(data[:64]) // 3): return 'UTF-16'
+    return 'no text' if b'\0' in data else 'Windows-1252'
+
+def not_utf8(
+    name: str,    # of the file
+    data: bytes,  # what cannot be read as UTF-8
+    at: int=0,    # the first byte that cannot
+    line: int=0,  # the line it stands in; 0: not known
+) -> str:         # for a person
+    "What a file is instead of UTF-8, and what to do."
+    code = told_code(data[:64] if at < 4 and line < 2 else data[at:].lstrip(b'\xff\xfe') + b'?')
+    where = f' (line {line})' if line else ''
+    if code == 'no text': return f'{name}: cannot be read{where}, it is no text but something binary; name a table in UTF-8'
+    return f'{name}: cannot be read as UTF-8{where}, most likely it is {code}; save it as "CSV UTF-8" (or by `iconv -f {code.upper()} -t UTF-8`)'
+
 # %% ../nbs/api/00_study.ipynb #245bdccd
 @contextmanager
 def readable(
@@ -206,7 +233,9 @@ def readable(
 ):
     "Turns the ways in which a file can be unreadable into one `NeuralError`."
     try: yield
-    except (gzip.BadGzipFile, csv.Error, json.JSONDecodeError, UnicodeError, EOFError, zlib.error, tarfile.TarError) as e:
+    except UnicodeDecodeError as e: raise NeuralError(not_utf8(name, e.object, e.start)) from e
+    except csv.Error as e: raise NeuralError(f'{name}: cannot be read as a table ({e}); look at the file') from e
+    except (gzip.BadGzipFile, json.JSONDecodeError, UnicodeError, EOFError, zlib.error, tarfile.TarError) as e:
         raise NeuralError(f'{name}: cannot be read, it is damaged or something else ({type(e).__name__}); fetch it again and compare its checksum') from e
     except FileNotFoundError as e: raise NeuralError(f'{name}: cannot be read, there is no such file; {ADVICE[errno.ENOENT]}') from e
     except OSError as e: raise NeuralError(f'{name}: cannot be read, {system_reason(e)}') from e
@@ -222,38 +251,41 @@ def bounded(
         if len(line) >= max_line: raise NeuralError(f'{name}: a line of more than {max_line} characters; this is not a table')
         yield line
 
+# %% ../nbs/api/00_study.ipynb #colfun
+def check_columns(
+    names: list,     # as in the header
+    need: tuple,     # that must be there
+    name: str,       # of the table
+) -> list:           # the names without blanks around them
+    "Refuses a header that lacks a column, or names one twice."
+    names = [n.strip() for n in names]
+    if any('\0' in n for n in names): raise NeuralError(not_utf8(name, ','.join(names).encode()))
+    twice = next((n for n, k in Counter(names).items() if n and k > 1), None)
+    if twice: raise NeuralError(f'{name}: column {twice!r} is there twice; keep one')
+    gone = next((c for c in need if c not in names), None)
+    if gone is None: return names
+    mark = next((m for m in ';\t|' if len(names) == 1 and m in names[0]), None)
+    if mark: raise NeuralError(f'{name}: column {gone!r} is missing; the columns are parted by {mark!r}, save the table with commas')
+    raise NeuralError(f'{name}: column {gone!r} is missing; found {", ".join(names) or "nothing"}')
+
 # %% ../nbs/api/00_study.ipynb #46b971ac
 def read_table(
     path: str|Path,           # a .csv or .csv.gz file with a header
     need: tuple=(),           # columns that must be there
     max_line: int=2**20,      # characters; a longer line is refused before it fills memory
 ) -> Iterator[dict]:          # column -> cell, all text
-    "The rows of a table, one at a time; a cut or ragged row is refused."
-    path = Path(path)
+    "The rows of a table, one at a time; a cut or ragged row is refused, a row of blanks is passed over."
+    path = Path(path); rows = None
     with readable(path.name), (gzip.open if path.suffix == '.gz' else open)(path, 'rt', newline='', encoding='utf-8-sig') as f:
-        rows = csv.DictReader(bounded(f, path.name, max_line))
-        for c in need:
-            if c not in (rows.fieldnames or ()): raise NeuralError(f'{path.name}: column {c!r} is missing; found {", ".join(rows.fieldnames or ()) or "nothing"}')
-        for row in rows:
-            if None in row or None in row.values(): raise NeuralError(f'{path.name} line {rows.line_num}: not as many cells as the header; mend the row')
-            yield row
-
-# %% ../nbs/api/00_study.ipynb #97e540b9
-@patch
-def save(self: Exclusions,
-    path: str|Path,  # CSV file to write: study_id, reason, detail
-):
-    "Writes one row per study left out."
-    with open(path, 'w', newline='', encoding='utf-8') as f:
-        csv.writer(f, lineterminator='\n').writerows([('study_id', 'reason', 'detail'), *self.rows])
-
-# %% ../nbs/api/00_study.ipynb #7533153b
-@patch(cls_method=True)
-def load(cls: Exclusions,
-    path: str|Path,  # CSV file written by `save`
-) -> Exclusions:     # the same rows
-    "Reads what `save` wrote."
-    return cls((r['study_id'], r['reason'], r['detail']) for r in read_table(path, ('study_id', 'reason', 'detail')))
+        try:
+            rows = csv.DictReader(bounded(f, path.name, max_line))
+            rows.fieldnames = check_columns(rows.fieldnames or [], need, path.name)
+            for row in rows:
+                if None in row or None in row.values(): raise NeuralError(f'{path.name} line {rows.line_num}: not as many cells as the header; mend the row')
+                if any(row.values()): yield row
+        except UnicodeDecodeError as e:
+            line = rows.reader.line_num + 1 + e.object[:e.start].count(b'\n')
+            raise NeuralError(not_utf8(path.name, e.object, e.start, line)) from e
 
 # %% ../nbs/api/00_study.ipynb #e68efeb4
 def check_relative(
@@ -267,12 +299,16 @@ def check_relative(
 
 # %% ../nbs/api/00_study.ipynb #86d11d12
 def inside(
-    root: str|Path,  # folder that bounds the path
-    path: str,       # relative to it
-) -> Path:           # absolute, links resolved
-    "Resolves a path and keeps it under its root."
-    check_relative(path); base = Path(root).resolve(); real = (base/path).resolve()
-    if not real.is_relative_to(base): raise NeuralError(f'path {path!r}: a link leads it out of the root; copy the file, or name its real folder')
+    root: str|Path,    # folder that bounds the path
+    path: str,         # relative to it
+    also: tuple=(),    # other folders that the user named: a link may lead there
+) -> Path:             # absolute, links resolved
+    "Resolves a path and keeps it under its root, or under another folder that was named."
+    check_relative(path)
+    try: base = Path(root).resolve(); real = (base/path).resolve()
+    except (RuntimeError, OSError) as e: raise NeuralError(f'path {path!r}: its links lead in a circle; remove them') from e
+    if not real.is_relative_to(base) and not any(real.is_relative_to(Path(a).resolve()) for a in also):
+        raise NeuralError(f'path {path!r}: a link leads it out of the root; copy the file, or name its real folder with --images')
     return real
 
 # %% ../nbs/api/00_study.ipynb #f98bf056
@@ -289,6 +325,7 @@ def check_study(
         if v.view not in ('frontal', 'lateral', ''): raise NeuralError(f'{where}: view {v.view!r} is not known; use frontal, lateral or blank')
     if s.report: check_relative(s.report.partition('#')[0], where)
     for label, value in s.labels.items():
+        if not str(label).strip(): raise NeuralError(f'{where}: a label without a name; name it, or remove the column')
         if value not in LABEL_VALUES: raise NeuralError(f'{where}: label {label!r} is {value!r}, outside 1, 0, -1, blank; correct it')
 
 # %% ../nbs/api/00_study.ipynb #6ecbb530
@@ -363,7 +400,7 @@ def image_path(self: Manifest,
     view: View,  # a radiograph of this manifest
 ) -> Path:       # absolute, kept under the image root
     "Where the file of a radiograph is."
-    return inside(self.image_root, view.image)
+    return inside(self.image_root, view.image, (self.root,))
 
 # %% ../nbs/api/00_study.ipynb #4474f038
 @patch
@@ -371,7 +408,7 @@ def mask_path(self: Manifest,
     mask: str,  # one of a view's `masks`
 ) -> Path:      # absolute, kept under the root
     "Where the file of a mask is."
-    return inside(self.root, mask)
+    return inside(self.root, mask, (self.image_root,))
 
 # %% ../nbs/api/00_study.ipynb #d7bbc325
 COLUMNS = ('study_id', 'patient_id', 'split', 'report', 'image', 'view', 'sha256', 'masks', 'boxes')
@@ -411,6 +448,7 @@ def publish(
         with tempfile.NamedTemporaryFile('w', newline='', encoding='utf-8', dir=path.parent, prefix=f'.{path.name[:60]}.', suffix='.part', delete=False) as f:
             part = Path(f.name)
             yield f
+            f.flush(); os.fsync(f.fileno())
         part.chmod(0o666 & ~umask())
         os.replace(part, path)
     except OSError as e: raise NeuralError(f'{path.name}: cannot be written, {system_reason(e)}') from e
@@ -444,6 +482,59 @@ def refuse_overwrite(
     if not force: raise NeuralError(f'{path}: is there already; name another file to write, or replace it with {flag}')
     return path
 
+# %% ../nbs/api/00_study.ipynb #oursfun
+STARTS = (','.join(COLUMNS).encode(), b'{\n "root": ', b'study_id,reason,detail')   # a manifest, the JSON beside it, exclusions
+
+def made_here(
+    path: str|Path,  # an existing file
+) -> bool:           # True for a manifest, its JSON or a list of exclusions that this software wrote
+    "Whether a file begins as ours do."
+    with readable(Path(path).name), open(path, 'rb') as f: return f.read(200).startswith(STARTS)
+
+# %% ../nbs/api/00_study.ipynb #97e540b9
+@patch
+def save(self: Exclusions,
+    path: str|Path,  # CSV file to write: study_id, reason, detail, what
+):
+    "Writes one row per study left out, then one per part; never over a file of somebody else."
+    refuse_overwrite(path, ours=made_here, force=True)
+    with publish(path) as f:
+        out = csv.writer(f, lineterminator='\n')
+        out.writerows([('study_id', 'reason', 'detail', 'what'), *((*r, 'study') for r in self.rows), *self.parts])
+
+# %% ../nbs/api/00_study.ipynb #7533153b
+@patch(cls_method=True)
+def load(cls: Exclusions,
+    path: str|Path,  # CSV file written by `save`
+) -> Exclusions:     # the same rows
+    "Reads what `save` wrote."
+    new = cls()
+    for r in read_table(path, ('study_id', 'reason', 'detail')): new.add(r['study_id'], r['reason'], r['detail'], r.get('what', 'study'))
+    return new
+
+# %% ../nbs/api/00_study.ipynb #sidefun
+def read_side(
+    path: str|Path,  # a manifest
+) -> dict:           # root, layout, label_source, notes, ...; {} where no JSON lies beside it
+    "What the JSON beside a manifest says of these rows; where its writing was cut short, what it said before."
+    path = Path(path); beside = path.with_suffix('.json')
+    if not beside.is_file(): return {}
+    with readable(beside.name):
+        if beside.stat().st_size > 2**24: raise NeuralError(f'{beside.name}: too large for what lies beside a manifest; look at the file')
+        side = json.loads(beside.read_text(encoding='utf-8-sig'))
+    before = side.pop('before', None) if isinstance(side, dict) else None
+    if before and path.is_file() and digest_of(path) == before.get('sha256'): side = before.get('side')
+    texts = ('root', 'image_root', 'layout', 'label_source')
+    if not isinstance(side, dict) or not all(isinstance(side.get(k, ''), str) for k in texts) or not isinstance(side.get('notes', {}), dict):
+        raise NeuralError(f'{beside.name}: not what lies beside a manifest; index the data set again, or remove it')
+    return side
+
+def digest_of(
+    path: str|Path,  # a file
+) -> str:            # 64 hexadecimal characters
+    "The sha256 of a small file."
+    with readable(Path(path).name), open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+
 # %% ../nbs/api/00_study.ipynb #2fb34fd4
 def at_least(
     least: float,    # smallest value allowed
@@ -466,32 +557,46 @@ def above(
 def save(self: Manifest,
     path: str|Path,  # CSV file to write; a .json of the same name goes beside it
 ):
-    "Writes the manifest, and beside it where its files are and who made its labels."
+    "Writes the manifest, and beside it where its files are and who made its labels; never over a file of somebody else."
+    path = Path(path); beside = path.with_suffix('.json')
+    if path.suffix != '.csv': raise NeuralError(f'{path.name}: a manifest is a CSV; name a file that ends in .csv')
+    for p in (path, beside): refuse_overwrite(p, ours=made_here, force=True)
     side = dict(root=str(self.root.resolve()), layout=self.layout, label_source=self.label_source, notes=self.notes, counts=self.counts())
     if self.image_root != self.root: side['image_root'] = str(self.image_root.resolve())
-    with publish(Path(path).with_suffix('.json')) as f: json.dump(side, f, indent=1, ensure_ascii=False)
+    before = dict(before=dict(sha256=digest_of(path), side=read_side(path))) if path.is_file() else {}
     with publish(path) as f:
         out = csv.writer(f, lineterminator='\n')
         out.writerow((*COLUMNS, *self.label_names))
         for study in self: out.writerows(to_rows(study))
+        f.flush(); os.fsync(f.fileno())                               # a full disk is told before anything is replaced
+        write_side(beside, side | before)
+    if before: write_side(beside, side)
+
+def write_side(
+    beside: Path,  # the JSON
+    side: dict,    # what it says
+):
+    "Writes the JSON beside a manifest."
+    with publish(beside) as f: json.dump(side, f, indent=1, ensure_ascii=False)
 
 # %% ../nbs/api/00_study.ipynb #96867c2b
 def from_rows(
     rows: Iterable[dict],  # of a manifest, one per radiograph
     name: str,             # file name, for messages
 ) -> tuple:                # (studies, the first row number of each)
-    "The studies of manifest rows; the rows of one study stand together."
-    studies, lines, last = [], [], None
+    "The studies of manifest rows, in the order in which they first appear."
+    studies, lines, at = [], [], {}
     for n, row in enumerate(rows, 2):
         where = f'{name} row {n}'
+        if '' in row: raise NeuralError(f'{name}: a column without a name; remove it (in pandas: to_csv(..., index=False))')
         labels = {k: label_value(v, f'{where}: {k}') for k, v in row.items() if k not in COLUMNS}
         view = View(row['image'], row['view'], row['sha256'], tuple(filter(None, row['masks'].split(';'))), read_boxes(row['boxes'], where))
         s = Study(row['study_id'], row['patient_id'], row['split'], (view,), row['report'], labels)
-        if last and s.study_id == last.study_id:
-            if replace(s, views=()) != replace(last, views=()):
-                raise NeuralError(f'{where}: study {s.study_id} appears twice with another patient, split, report or label; make its rows agree')
-            last = studies[-1] = replace(last, views=(*last.views, view))
-        else: last = s; studies.append(s); lines.append(n)
+        i = at.setdefault(s.study_id, len(studies))
+        if i == len(studies): studies.append(s); lines.append(n); continue
+        if replace(s, views=()) != replace(studies[i], views=()):
+            raise NeuralError(f'{where}: study {s.study_id} appears twice with another patient, split, report or label; make its rows agree')
+        studies[i] = replace(studies[i], views=(*studies[i].views, view))
     return studies, lines
 
 # %% ../nbs/api/00_study.ipynb #d009d8b4
@@ -502,29 +607,31 @@ def read_boxes(
     "Reads the boxes cell of a manifest row."
     if not cell: return ()
     try: return tuple(Box(str(label), *map(float, xywh)) for label, *xywh in json.loads(cell))
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, RecursionError) as e:
         raise NeuralError(f'{where}: boxes are not a list of [label, x, y, w, h] with positive sizes; correct the cell') from e
 
 # %% ../nbs/api/00_study.ipynb #c1c7f8b4
 def as_folder(
     path: str|Path,  # a folder
     name: str,       # what it is, for the message
+    advice: str='name the folder that holds the data',  # what to do where it is none
 ) -> Path:           # absolute
     "Refuses what is not a folder."
-    if not Path(path).is_dir(): raise NeuralError(f'{name} {Path(path).name!r}: not a folder here; name the folder that holds the data')
+    if not str(path).strip() or not Path(path).is_dir(): raise NeuralError(f'{name} {Path(path).name!r}: not a folder here; {advice}')
     return Path(path).resolve()
 
 # %% ../nbs/api/00_study.ipynb #a3e44439
 def refuse_links(
     root: Path,             # folder that bounds the paths
     paths: Iterable[str],   # relative paths
+    also: tuple=(),         # other folders that the user named
 ):
     "Refuses a path that a link leads out of the root; each folder is looked at once."
     seen = set()
     for path in paths:
         while path and path not in seen:
             seen.add(path)
-            if os.path.islink(f'{root}/{path}'): inside(root, path)
+            if os.path.islink(f'{root}/{path}'): inside(root, path, also)
             path = path.rpartition('/')[0]
 
 # %% ../nbs/api/00_study.ipynb #7affa683
@@ -535,17 +642,16 @@ def load(cls: Manifest,
     image_root: str|Path=None,    # None: as the JSON says, else the root
 ) -> Manifest:                    # checked: ids, patients, paths, links, labels
     "Reads a manifest and refuses one that breaks the contract, naming the row."
-    path = Path(path); beside = path.with_suffix('.json'); side = {}
-    if beside.is_file():
-        with readable(beside.name): side = json.loads(beside.read_text(encoding='utf-8'))
-    image_root = image_root or side.get('image_root')
-    root = as_folder(root or side.get('root') or path.parent, 'root')
+    path = Path(path); side = read_side(path)
+    moved = f'if the data set has moved, give its new place (--root or --images; in Python root= or image_root=), or write it into {path.with_suffix(".json").name}'
+    if image_root is None: image_root = side.get('image_root')
+    if root is None: root = side.get('root') or path.parent
+    root, image_root = as_folder(root, 'root', moved), None if image_root is None else as_folder(image_root, 'image root', moved)
     studies, lines = from_rows(read_table(path, COLUMNS), path.name)
     check_studies(studies, lambda i: f'{path.name} row {lines[i]}: ')
-    image_root = image_root and as_folder(image_root, 'image root')
     m = cls(studies, root, side.get('layout', ''), side.get('label_source', ''), image_root, side.get('notes'))
-    refuse_links(m.image_root, (v.image for s in m for v in s.views))
-    refuse_links(m.root, (p for s in m for p in (s.report.partition('#')[0], *(x for v in s.views for x in v.masks)) if p))
+    refuse_links(m.image_root, (v.image for s in m for v in s.views), (m.root,))
+    refuse_links(m.root, (p for s in m for p in (s.report.partition('#')[0], *(x for v in s.views for x in v.masks)) if p), (m.image_root,))
     return m
 
 # %% ../nbs/api/00_study.ipynb #bc2aa990
@@ -580,6 +686,15 @@ def tar_xml(
             if member.size > MAX_REPORT: raise NeuralError(f'{Path(path).name}: {member.name!r} is too large for a report; look at the archive')
             yield member.name, tar.extractfile(member).read()
 
+# %% ../nbs/api/00_study.ipynb #decfun
+def plain_text(
+    data: bytes,  # of a report file
+) -> str:         # its text, without a mark in front
+    "The text of a report: UTF-8, UTF-16 by its mark, else Windows-1252."
+    if data[:2] in (b'\xff\xfe', b'\xfe\xff'): return data.decode('utf-16', errors='replace')
+    try: return data.decode('utf-8-sig')
+    except UnicodeDecodeError: return data.decode('cp1252', errors='replace')
+
 # %% ../nbs/api/00_study.ipynb #88686a76
 def row_starts(
     path: str|Path,   # a plain .csv file
@@ -588,7 +703,7 @@ def row_starts(
     "Where each row of a table begins, so that one report can be read without the rest."
     with readable(Path(path).name), open(path, 'rb') as f:
         rows = csv.reader(raw.decode('utf-8-sig') for raw in iter(lambda: f.readline(2**20), b''))
-        header = next(rows, []); starts, at = {}, f.tell()
+        header = [c.strip() for c in next(rows, [])]; starts, at = {}, f.tell()
         if key not in header: raise NeuralError(f'{Path(path).name}: column {key!r} is missing; it names the rows')
         for row in rows:
             if len(row) > header.index(key): starts.setdefault(row[header.index(key)], at)
@@ -602,20 +717,32 @@ def read_row(
 ) -> dict:            # column -> cell
     "One row of a table."
     with readable(Path(path).name), open(path, newline='', encoding='utf-8') as f:
-        header = next(csv.reader([f.readline().lstrip('\ufeff')]))
+        header = [c.strip() for c in next(csv.reader([f.readline().lstrip('\ufeff')]))]
     with readable(Path(path).name), open(path, 'rb') as f:
         f.seek(start); return dict(zip(header, next(csv.reader(raw.decode('utf-8') for raw in f))))
 
 # %% ../nbs/api/00_study.ipynb #4d18fc05
 TABLE_KEYS = {'chexpert-plus': 'path_to_image', 'folder': 'image'}
+NOT_HANDED_ON = ('end_of_impression', 'summary', 'accession_number')   # remainder, code and identifier
+EVIDENCE_COLUMNS = ('findings', 'impression')
+CODE = re.compile(r'\d{1,2}\s*[-–:]\s*(?:(?:possible|probable|minor|major|significant|critical|known|new|unchanged)\s+)*(?:ab)?normal(?:ity)?(?:\s*,[^.]*)?\.?', re.I)
+
+def said(
+    cell: str,  # of a table, or None
+) -> str:       # its words; '' if it is blank or no more than a code such as '2-ABNORMAL, PREVIOUSLY REPORTED'
+    "What a cell says."
+    text = (cell or '').strip()
+    return '' if text.lower() in ('', 'nan', 'none', 'null') or CODE.fullmatch(text) else text
 
 def row_text(
     row: dict,  # a row of a CheXpert Plus table (`section_*`, `report`) or of a folder table (`report_text`)
 ) -> str:       # sections with headers; '' if the row has no words
-    "The report of a table row, headers kept."
-    if 'report_text' in row: return row['report_text'].strip()
-    parts = [(k[8:].replace('_', ' ').upper(), v.strip()) for k, v in row.items() if k.startswith('section_') and v and v.strip()]
-    return '\n'.join(f'{name}: {text}' for name, text in parts) or (row.get('report') or '').strip()
+    "The report of a table row, headers kept; findings and impression last, and the whole report where both are blank."
+    if 'report_text' in row: return said(row['report_text'])
+    parts = {k[8:]: said(v) for k, v in row.items() if k.startswith('section_') and k[8:] not in NOT_HANDED_ON}
+    last = {k: parts.pop(k) for k in EVIDENCE_COLUMNS if k in parts}
+    if not any(last.values()) and (whole := said(row.get('report'))): return whole
+    return '\n'.join(f'{k.replace("_", " ").upper()}: {v}' for k, v in (parts | last).items() if v)
 
 # %% ../nbs/api/00_study.ipynb #145da2bd
 def report_text(
@@ -625,12 +752,12 @@ def report_text(
     "The report of a study, read from its place under the root."
     where, _, key = study.report.partition('#')
     if not where: return ''
-    path = inside(manifest.root, where)
+    path = inside(manifest.root, where, (manifest.image_root,))
     if key: return archived(manifest, path, where, key)
     with readable(where):
         if path.stat().st_size > MAX_REPORT: raise NeuralError(f'{where}: {path.stat().st_size} bytes are too many for a report; look at the file')
         data = path.read_bytes()
-    return xml_sections(read_xml(data, where)) if path.suffix == '.xml' else data.decode('utf-8', errors='replace').strip()
+    return xml_sections(read_xml(data, where)) if path.suffix == '.xml' else plain_text(data).strip()
 
 # %% ../nbs/api/00_study.ipynb #102c22e0
 def archived(

@@ -220,7 +220,7 @@ GOOD = "s1,p1,train,,a.png,frontal,,,,1\n"
     ("s2,p2,train,../r.txt,b.png,frontal,,,,1\n", "row 3: .*leaves the root"),
     ("s2,p2,train,../r.tgz#1.xml,b.png,frontal,,,,1\n", "row 3: .*leaves the root"),
     ("s2,p2,train,,b.png,frontal,,/m.png,,1\n", "row 3: .*leaves the root"),
-    ("s2,p2,train,,b.png,frontal,,,,1\ns1,p1,train,,c.png,frontal,,,,1\n", "row 4: study s1: the id appears twice"),
+    ("s2,p2,train,,b.png,frontal,,,,1\ns1,p1,test,,c.png,frontal,,,,1\n", "row 4: study s1 appears twice"),
     ("s1,p2,train,,c.png,frontal,,,,1\n", "row 3: study s1 appears twice"),
     ("s2,p2,train,,a.png,frontal,,,,1\n", "row 3: .*used twice"),
     ("s2,p2,train,,b.png,frontal,,,,2\n", "row 3: Pneumonia: label value '2'"),
