@@ -5,17 +5,21 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'PACKAGES', 'PACKAGE', 'METRICS_MIME', 'KERNEL_ENV', 'LEAVE', 'SHARED', 'COUNTS', 'Stage', 'find_stages',
            'pick_stages', 'Parameter', 'read_notebook', 'parameters_cell', 'stage_parameters', 'fits', 'read_text',
-           'typed_value', 'load_preset', 'refuse_unknown', 'settle_parameters', 'write_json', 'read_json', 'open_run',
-           'lock_run', 'plain', 'versions', 'git_commit', 'peak_memory', 'machine', 'sha256_of', 'rounded',
-           'metric_lines', 'first_lines', 'show_record', 'describe_figures', 'record', 'read_record', 'code_cells',
-           'code_hash', 'imported_modules', 'module_files', 'short_hash', 'look_at', 'run_files', 'upstream',
-           'stage_inputs', 'why_run', 'kernel_environment', 'failed_cell', 'explain_failure', 'execute_stage',
-           'shown_record', 'finish_record', 'settle_manifest', 'run_stage', 'stage_line', 'run_pipeline', 'checkout',
-           'hand_run', 'need', 'files_read', 'stale', 'begin', 'save_notebook', 'stamp', 'is_fresh', 'machine_paths',
-           'slim_output', 'clean_outputs', 'publish_stage', 'publish']
+           'typed_value', 'is_named', 'preset_file', 'load_preset', 'refuse_unknown', 'settle_parameters', 'write_json',
+           'read_json', 'open_run', 'lock_run', 'plain', 'versions', 'git_commit', 'peak_memory', 'machine',
+           'sha256_of', 'rounded', 'metric_lines', 'first_lines', 'show_record', 'describe_figures', 'as_text',
+           'made_with', 'stage_words', 'typed_path', 'place_words', 'one_call', 'call_words', 'command_line',
+           'read_record', 'earlier_records', 'run_command', 'record', 'code_cells', 'code_hash', 'imported_modules',
+           'module_files', 'short_hash', 'look_at', 'run_files', 'upstream', 'stage_inputs', 'why_run',
+           'kernel_environment', 'failed_cell', 'explain_failure', 'execute_stage', 'shown_record', 'finish_record',
+           'settle_manifest', 'tell_settings', 'run_stage', 'stage_line', 'kept_values', 'setting_changes',
+           'change_words', 'Plan', 'preset_note', 'given_now', 'told_before', 'plan_run', 'stages_note', 'start_note',
+           'add_settings', 'run_pipeline', 'checkout', 'hand_run', 'need', 'files_read', 'stale', 'begin',
+           'save_notebook', 'stamp', 'is_fresh', 'machine_paths', 'slim_output', 'clean_outputs', 'publish_stage',
+           'publish']
 
 # %% ../nbs/api/40_pipeline.ipynb #edba623f
-import ast, contextlib, difflib, hashlib, json, math, os, re, shutil, subprocess, sys, tempfile, time
+import ast, contextlib, difflib, hashlib, json, math, os, re, shlex, shutil, subprocess, sys, tempfile, time
 from collections import Counter
 from dataclasses import dataclass
 from importlib import metadata
@@ -120,6 +124,7 @@ def read_text(
 ):              # the value the text stands for, of whatever type it turns out to be
     "The value a piece of text stands for: numbers, true/false, lists with or without brackets (this companion's choice)."
     if kind.startswith("list") and not text.strip().startswith("["): text = f"[{text}]"
+    with contextlib.suppress(json.JSONDecodeError): return json.loads(text)    # first, since 1e-3 in a list is text by YAML's rules
     with contextlib.suppress(yaml.YAMLError):
         value = yaml.safe_load(text)
         if kind != "float" or not isinstance(value, str): return value
@@ -139,21 +144,37 @@ def typed_value(
     return float(got) if parameter.kind == "float" else got
 
 # %% ../nbs/api/40_pipeline.ipynb #6d3f8bdf
+def is_named(
+    preset: str,  # as typed, or as a run remembers it
+) -> bool:        # True for a name such as `quickstart`, False for a path
+    "Whether a preset is told by its name in `presets/`; anything else is the path of a YAML file."
+    return re.fullmatch(r"\w[\w-]*", preset) is not None
+
+# %% ../nbs/api/40_pipeline.ipynb #presetfile1
+def preset_file(
+    name,    # `quickstart`, or a path to a YAML file
+    folder,  # folder of stages; its `presets/` holds the named ones
+) -> Path:   # the file
+    "Where a preset is; one that is not there is refused with the names of those that are."
+    named = Path(folder)/"presets"/f"{name}.yaml"
+    path = named if is_named(str(name)) and named.is_file() else Path(name)
+    if path.is_file(): return path
+    known = ", ".join(sorted(p.stem for p in named.parent.glob("*.yaml"))) or "none here"
+    raise NeuralError(f"no preset called {str(name)!r}; known: {known}, or give a YAML file")
+
+# %% ../nbs/api/40_pipeline.ipynb #loadpreset1
 def load_preset(
     name,    # `quickstart`, or a path to a YAML file
     folder,  # folder of stages; its `presets/` holds the named ones
 ) -> dict:   # parameter -> value
     "Read a preset: a flat YAML mapping of parameters (papermill's own file format)."
-    named = Path(folder)/"presets"/f"{name}.yaml"
-    path = named if named.is_file() else Path(name)
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in named.parent.glob("*.yaml"))) or "none here"
-        raise NeuralError(f"no preset called {name}; known: {known}, or give a YAML file")
+    path = preset_file(name, folder)
     try: values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise NeuralError(f"preset {path.name} is not readable YAML: {' '.join(str(e).split())[:160]}") from None
     if not isinstance(values, dict) or any(isinstance(v, dict) for v in values.values()):
         raise NeuralError(f"preset {path.name} must be a flat list of `name: value` lines")
-    if not isinstance(values.get("stages", []), list): raise NeuralError(f"preset {path.name}: stages must be a list such as [10, \"20-40\"]")
+    usual = values.get("stages", ["all"])
+    if not usual or not isinstance(usual, list): raise NeuralError(f"preset {path.name}: stages must be a list such as [10, \"20-40\"]; leave the line out for all stages")
     return {str(k): v for k, v in values.items()}
 
 # %% ../nbs/api/40_pipeline.ipynb #ee1f2fd9
@@ -175,15 +196,16 @@ def settle_parameters(
     chosen: list[Stage],  # those to run now: `-p` must speak to one of them
     preset: dict=None,    # parameter -> value for everyone
     given: dict=None,     # parameter -> value from the command line, stronger than the preset
-) -> dict[str, dict]:     # stage name -> every parameter it will run with, defaults included
-    "Decide every parameter of every chosen stage before the first one starts (this companion's choice)."
+    kept: dict=None,      # stage name -> parameter -> value the run remembers: stronger than the preset, weaker than `given`
+) -> dict[str, dict]:     # stage name -> every parameter it would run with, defaults included
+    "Decide every parameter of every stage before the first one starts (this companion's choice)."
     declared = {s.name: stage_parameters(s.path) for s in stages}
     mine = [declared[s.name] for s in chosen]
     for values, known, where in [(preset, declared.values(), "preset"), (given, mine, "-p")]:
         refuse_unknown(values or {}, {n for d in known for n in d}, where)
         if owned := {"run", "manifest"} & set(values or {}): raise NeuralError(f"{where}: set {min(owned)} with --{min(owned)}, so that all stages agree")
-    asked = {**(preset or {}), **(given or {})}
-    return {s.name: {k: typed_value(p, asked[k]) if k in asked else p.default for k, p in declared[s.name].items()} for s in chosen}
+    asked = {s.name: {**(preset or {}), **(kept or {}).get(s.name, {}), **(given or {})} for s in stages}
+    return {s.name: {k: typed_value(p, asked[s.name].get(k, p.default)) for k, p in declared[s.name].items()} for s in stages}
 
 # %% ../nbs/api/40_pipeline.ipynb #063380ae
 SCHEMA = 1  # version of the run folder: run.json and the run records
@@ -358,6 +380,141 @@ def describe_figures(
         found[path.relative_to(root).as_posix()] = sha256_of(path)
     return found
 
+# %% ../nbs/api/40_pipeline.ipynb #astext1
+def as_text(
+    value,  # of a parameter
+) -> str:   # as it is written after `-p name=`
+    "A parameter's value as text that is read back to the same value (this companion's choice)."
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+# %% ../nbs/api/40_pipeline.ipynb #madewith1
+def made_with(
+    parameters: dict,  # of a stage, as settled
+    declared: dict,    # name -> `Parameter`
+    preset: str,       # as `run.json` names it; "" for none
+    values: dict,      # of that preset
+) -> dict:             # preset, given: what a command must say to make the stage again
+    "The preset of a stage and the values that differ from it (this companion's choice)."
+    usual = {k: typed_value(p, values.get(k, p.default)) for k, p in declared.items() if k not in ("run", "manifest")}
+    return {"preset": preset, "given": {k: as_text(parameters[k]) for k, v in usual.items() if parameters.get(k, v) != v}}
+
+# %% ../nbs/api/40_pipeline.ipynb #stagewords1
+def stage_words(
+    numbers,   # of the stages wanted
+    everyone,  # of all stages of the folder
+) -> list[str]:  # such as `10-40` and `53`
+    "Stage numbers as the command takes them, neighbours joined to a range."
+    spans, order = [], sorted({*numbers, *everyone})
+    for n in sorted(numbers):
+        if spans and order.index(spans[-1][1]) + 1 == order.index(n): spans[-1][1] = n
+        else: spans.append([n, n])
+    return [str(a) if a == b else f"{a}-{b}" for a, b in spans]
+
+# %% ../nbs/api/40_pipeline.ipynb #typedpath1
+def typed_path(
+    path,  # of a file or folder
+    base,  # folder in which the command is to be started
+) -> str:  # as a shell takes it
+    "A place as it is typed: relative, or from the home folder where the way to it leads through one."
+    path, base, home = Path(path).resolve(), Path(base).resolve(), Path.home().resolve()
+    from_home = path.is_relative_to(home) and not base.is_relative_to(home) and len(home.parts) > 1
+    return "~/" + shlex.quote(path.relative_to(home).as_posix()) if from_home else shlex.quote(Path(os.path.relpath(path, base)).as_posix())
+
+# %% ../nbs/api/40_pipeline.ipynb #placewords1
+def place_words(
+    run,    # run folder
+    notes,  # its `run.json`
+    preset: str,    # as a record names it
+    manifest,       # as a record names it, seen from the run; "" or None for none
+) -> dict[str, str]:  # option -> place, as typed
+    "The places a command must name (this companion's choice)."
+    run = Path(run).resolve()
+    base = (run/notes.get("from", "..")).resolve()
+    named = {"--preset": preset if not preset or is_named(preset) else typed_path(run/preset, base)}
+    if manifest: named["--manifest"] = typed_path(run/manifest, base)
+    if notes.get("stages"): named["--stages"] = typed_path(run/notes["stages"], base)
+    return {k: v for k, v in named.items() if v} | {"--run": typed_path(run, base)}
+
+# %% ../nbs/api/40_pipeline.ipynb #agree1
+def one_call(
+    a: dict,  # a run record
+    b: dict,  # another of the same run
+) -> bool:    # True if one call of the command makes both
+    "Whether two stages were made with the same preset and manifest, and share no parameter that was set apart."
+    s, t = a.get("settings"), b.get("settings")
+    if not s or not t: return not s and not t              # run by hand: another matter
+    x, y = a["parameters"], b["parameters"]
+    shared = {*s["given"], *t["given"], "manifest"} & set(x) & set(y)
+    return s["preset"] == t["preset"] and all(x[k] == y[k] for k in shared)
+
+# %% ../nbs/api/40_pipeline.ipynb #callwords1
+def call_words(
+    group: list,  # run records that one call makes
+    everyone,     # numbers of all stages of the folder
+    run,          # run folder
+    notes: dict,  # its `run.json`
+) -> str:         # one call of the command, or what was run by hand
+    "One call of `neural run` that makes some stages again."
+    names = [e["stage"] for e in group]
+    if not group[0].get("settings"): return f"by hand: {names[0]}" + (f" to {names[-1]}" if len(names) > 1 else "")
+    given = {k: v for e in group for k, v in e["settings"]["given"].items()}
+    manifest = next((e["parameters"]["manifest"] for e in group if e["parameters"].get("manifest")), "")
+    places = place_words(run, notes, group[0]["settings"]["preset"], manifest)
+    words = ["neural run", *stage_words([int(n.split("_")[0]) for n in names], everyone)]
+    for option in ("--preset", "-p", "--manifest", "--stages", "--run"):
+        if option == "-p": words += [f"-p {k}={shlex.quote(v)}" for k, v in given.items()]
+        elif option in places: words.append(f"{option} {places[option]}")
+    return " ".join(words)
+
+# %% ../nbs/api/40_pipeline.ipynb #commandline1
+def command_line(
+    entries: list,  # run records in number order: the stage's own, and those before it
+    everyone,       # numbers of all stages of the folder
+    run,            # run folder
+    notes: dict,    # its `run.json`
+) -> str:           # a line for a shell; what was run by hand is told, not typed
+    "The line that makes a stage again, with all it rests on (this companion's choice)."
+    groups = []
+    for e in entries:
+        if groups and all(one_call(e, other) for other in groups[-1]): groups[-1].append(e)
+        else: groups.append([e])
+    said = ""
+    for text in (call_words(g, everyone, run, notes) for g in groups):
+        joint = "" if not said else "; then " if said.startswith("by hand") else "  # then " if text.startswith("by hand") else " && "
+        said += joint + text
+    return said
+
+# %% ../nbs/api/40_pipeline.ipynb #87ccfa13
+def read_record(
+    run,         # run folder
+    stage: str,  # file stem of the stage
+) -> dict:       # its run record; {} if it has none
+    "The run record of a stage (this companion's choice)."
+    path = Path(run)/f"{stage}.json"
+    return read_json(path) if path.is_file() else {}
+
+# %% ../nbs/api/40_pipeline.ipynb #earlier1
+def earlier_records(
+    run,         # run folder
+    stage: str,  # file stem of the stage
+) -> list[dict]: # records of the stages with lower numbers, in order
+    "The records of what a stage may rest on."
+    names = sorted((int(m[1]), p.stem) for p in Path(run).glob("[0-9]*_*.json") if (m := re.fullmatch(r"(\d+)_\w+", p.stem)))
+    found = [read_record(run, name) for n, name in names if n < int(stage.split("_")[0])]
+    return [e for e in found if "metrics" in e]
+
+# %% ../nbs/api/40_pipeline.ipynb #runcommand1
+def run_command(
+    run,         # run folder
+    stage: str,  # file stem of the stage that asks, such as `50_figures`
+) -> str:        # such as `neural run 10-50 --preset quickstart --manifest m.csv --run runs/quickstart`
+    "The line that makes a stage's numbers again; a notebook run by hand says so (this companion's choice)."
+    entry, head = read_record(run, stage), Path(run)/"run.json"
+    if os.environ.get("NEURAL_STAGE") == stage and entry.get("command"): return entry["command"]
+    notes = read_json(head) if head.is_file() else {}
+    before = earlier_records(run, stage)
+    return command_line([*before, {"stage": stage}], [int(e["stage"].split("_")[0]) for e in before], run, notes)
+
 # %% ../nbs/api/40_pipeline.ipynb #b5546f0b
 def record(
     stage: str,         # file stem of the stage, such as `20_prune`
@@ -372,19 +529,10 @@ def record(
     if not re.fullmatch(r"\d+_\w+", stage): raise NeuralError(f"a stage is named like 20_prune, got {stage!r}")
     run, notes = open_run(run, strict=False), plain(parameters or {})
     entry = {"schema": SCHEMA, "stage": stage, "metrics": plain(metrics), "figures": describe_figures(run, figures), "parameters": notes,
-             "seed": notes.get("seed"), "reads": None if reads is None else sorted(map(str, reads)), "read": read or {}, "versions": versions(), "git_commit": git_commit(), **machine()}
+             "command": run_command(run, stage), "seed": notes.get("seed"), "reads": None if reads is None else sorted(map(str, reads)), "read": read or {}, "versions": versions(), "git_commit": git_commit(), **machine()}
     write_json(run/f"{stage}.json", entry)
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell: shell.display_pub.publish(show_record(entry))
-
-# %% ../nbs/api/40_pipeline.ipynb #87ccfa13
-def read_record(
-    run,         # run folder
-    stage: str,  # file stem of the stage
-) -> dict:       # its run record; {} if it has none
-    "The run record of a stage (this companion's choice)."
-    path = Path(run)/f"{stage}.json"
-    return read_json(path) if path.is_file() else {}
 
 # %% ../nbs/api/40_pipeline.ipynb #32a89464
 def code_cells(
@@ -507,13 +655,15 @@ KERNEL_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONH
 @contextlib.contextmanager
 def kernel_environment(
     settings=None,  # variable -> value for kernels started inside; KERNEL_ENV if None
+    **ours,         # variables that are set whatever the user has set
 ):
     "Environment for the kernels of a run; what the user has set already wins, and all is put back afterwards."
-    mine = {k: v for k, v in (settings or KERNEL_ENV).items() if k not in os.environ}
+    mine = {k: v for k, v in (settings or KERNEL_ENV).items() if k not in os.environ} | ours
+    former = {name: os.environ.get(name) for name in mine}
     os.environ.update(mine)
     try: yield
     finally:
-        for name in mine: os.environ.pop(name, None)
+        for name, value in former.items(): os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 # %% ../nbs/api/40_pipeline.ipynb #5c1e77a1
 LEAVE = '--IPKernelApp.exec_lines=__import__("atexit").register(__import__("os")._exit, 0)'    # registered first, so called last
@@ -556,7 +706,7 @@ def execute_stage(
     executed = Path(run).resolve()/f"{stage.name}.ipynb"
     safe = lambda path: str(path).replace("{", "{{").replace("}", "}}")    # papermill formats paths as templates
     logging.getLogger("papermill").setLevel(logging.INFO if verbose else logging.CRITICAL)
-    with kernel_environment(), open(Path(run)/f"{stage.name}.log", "w", encoding="utf-8") as log:
+    with kernel_environment(NEURAL_STAGE=stage.name), open(Path(run)/f"{stage.name}.log", "w", encoding="utf-8") as log:
         try: papermill.execute_notebook(safe(stage.path), safe(executed), parameters, kernel_name="python3", cwd=str(executed.parent), start_timeout=120, execution_timeout=time_limit,
                                         progress_bar={"desc": stage.name, "leave": False} if sys.stderr.isatty() else False, log_output=verbose, stdout_file=log, stderr_file=log,
                                         extra_arguments=["--log-level=50", LEAVE])    # a fresh kernel has nothing to say about its transport
@@ -580,12 +730,13 @@ def finish_record(
     before: dict,      # `run_files` before it ran
     former: dict,      # outputs its last record knew
     manifest=None,     # manifest file, if the run has one
+    told=None,         # settings and command, as `run_stage` wrote them down before the stage began
 ) -> dict:             # the finished record
     "Complete a stage's record with what only the runner knows (this companion's choice)."
     entry, after = read_record(run, stage.name), run_files(run)
     if "metrics" not in entry: raise NeuralError(f"stage {stage.name} ended without a run record; its last cell must call record(\"{stage.name}\", run, …)")
     mine = [n for n, seen in after.items() if before.get(n) != seen or n in former]
-    entry.update(parameters=plain({k: v for k, v in parameters.items() if k != "run"}), seed=parameters.get("seed"), manifest=sha256_of(manifest) if manifest else "",
+    entry.update(**(told or {}), parameters=plain({k: v for k, v in parameters.items() if k != "run"}), seed=parameters.get("seed"), manifest=sha256_of(manifest) if manifest else "",
                  inputs=stage_inputs(stage, run, parameters, manifest, entry["reads"]), outputs={n: look_at(Path(run)/n) for n in sorted(mine)})
     write_json(Path(run)/f"{stage.name}.json", entry)
     return entry
@@ -601,6 +752,20 @@ def settle_manifest(
     if path and not path.is_file(): raise NeuralError(f"no manifest at {manifest or os.path.relpath(path)}; make one with `neural index`")
     return path
 
+# %% ../nbs/api/40_pipeline.ipynb #tellsettings1
+def tell_settings(
+    stage: Stage,      # the stage
+    run,               # run folder
+    parameters: dict,  # every parameter, as settled
+    settings=None,     # of `made_with`; None: no preset
+) -> dict:             # settings and command
+    "What makes a stage again, written down before it runs (this companion's choice)."
+    head, everyone = Path(run)/"run.json", [s.number for s in find_stages(stage.path.parent)]
+    settings = settings or made_with(parameters, stage_parameters(stage.path), "", {})
+    mine = {"stage": stage.name, "parameters": plain(parameters), "settings": settings}
+    notes = read_json(head) if head.is_file() else {}
+    return {"settings": settings, "command": command_line([*earlier_records(run, stage.name), mine], everyone, run, notes)}
+
 # %% ../nbs/api/40_pipeline.ipynb #13217839
 def run_stage(
     stage: Stage,      # the stage
@@ -608,6 +773,7 @@ def run_stage(
     parameters: dict,  # every parameter, as settled
     manifest=None,     # manifest file, if the run has one
     force=False,       # run it even if nothing changed
+    settings=None,     # of `made_with`; None: no preset
     **options,         # verbose, time_limit
 ) -> tuple[dict, list[str]]:  # its finished record, and why it ran (empty if it was skipped)
     "Run a stage unless nothing it depends on changed since it last finished (this companion's choice)."
@@ -617,9 +783,10 @@ def run_stage(
     if reasons is None: reasons = why_run(entry, stage_inputs(stage, run, parameters, manifest, entry.get("reads")), run)
     if not reasons: return entry, []
     before, former = run_files(open_run(run)), entry.get("outputs", {})
-    write_json(Path(run)/f"{stage.name}.json", {"schema": SCHEMA, "stage": stage.name, "outputs": former})
+    told = tell_settings(stage, run, parameters, settings)
+    write_json(Path(run)/f"{stage.name}.json", {"schema": SCHEMA, "stage": stage.name, "outputs": former, **told})
     execute_stage(stage, run, parameters, **options)
-    return finish_record(stage, run, parameters, before, former, manifest), reasons
+    return finish_record(stage, run, parameters, before, former, manifest, told), reasons
 
 # %% ../nbs/api/40_pipeline.ipynb #12e1230d
 def stage_line(
@@ -633,29 +800,181 @@ def stage_line(
     numbers = numbers if len(numbers) <= 90 else numbers[:87].rstrip() + "..."
     return f"{stage.name:14} {f'{seconds:.1f} s' if reasons else 'unchanged':>9}  {numbers}" + (f"  ({', '.join(reasons)})" if reasons else "")
 
+# %% ../nbs/api/40_pipeline.ipynb #remember1
+def kept_values(
+    run,             # run folder
+    stages: list,    # all stages of the folder
+    memory: dict,    # its `run.json`
+) -> dict[str, dict]:  # stage name -> parameter -> value
+    "What a run was made with, stage by stage: its record, and for what has none the values given so far."
+    kept = {}
+    for s in stages:
+        entry, declared = read_record(run, s.name), stage_parameters(s.path)
+        own = entry.get("parameters", {}) if entry.get("inputs") else {}
+        mine = {k: v for k, v in own.items() if k in declared and k != "manifest" and fits(v, declared[k].kind)}
+        kept[s.name] = {**memory.get("given", {}), **mine}
+    return kept
+
+# %% ../nbs/api/40_pipeline.ipynb #changes1
+def setting_changes(
+    run,            # run folder
+    settled: dict,  # stage name -> every parameter it would run with
+) -> dict[str, dict]:  # finished stage -> parameter -> (what it was, what it would be)
+    "Which parameters differ from those that finished stages ran with."
+    found = {}
+    for name, now in settled.items():
+        entry = read_record(run, name)
+        own = entry.get("parameters", {}) if entry.get("inputs") else {}
+        other = {k: (own[k], v) for k, v in plain(now).items() if k in own and k not in ("run", "manifest") and own[k] != v}
+        if other: found[name] = other
+    return found
+
+# %% ../nbs/api/40_pipeline.ipynb #changes3
+def change_words(
+    changes: dict,  # stage name -> parameter -> (was, is)
+    most=8,         # parameters named per stage
+) -> str:           # for a person
+    "Changed settings in words."
+    def of(name, other):
+        words = [f"{k} was {as_text(was)}, is {as_text(now)}" for k, (was, now) in other.items()]
+        return f"{name} ({'; '.join(words[:most])}{f'; and {len(words) - most} more' if len(words) > most else ''})"
+    return ", ".join(of(*c) for c in changes.items())
+
 # %% ../nbs/api/40_pipeline.ipynb #f7cfab26
+@dataclass
+class Plan:
+    "What one call of the runner is about to do (this companion's choice)."
+    chosen: list    # stages, in order
+    settled: dict   # stage name -> every parameter
+    settings: dict  # stage name -> preset and given, of `made_with`
+    notes: dict     # for `run.json`: preset, given, stages
+    lines: list     # what the user is told before anything runs
+
+# %% ../nbs/api/40_pipeline.ipynb #presetplace1
+def preset_note(
+    preset,  # as typed
+    folder,  # folder of stages
+    run,     # run folder
+) -> str:    # a name, or the file's path seen from the run
+    "How a run remembers its preset."
+    path = preset_file(preset, folder)
+    if path.parent == Path(folder)/"presets": return path.stem
+    way = Path(os.path.relpath(path, Path(run).resolve())).as_posix()
+    return way if "/" in way else f"./{way}"
+
+# %% ../nbs/api/40_pipeline.ipynb #plan3
+def given_now(
+    memory: dict,  # `run.json` as it was
+    preset,        # as typed; None if none was named
+    note: str,     # the preset as the run remembers it
+    given: dict,   # parameter -> value of this call
+    names: set,    # parameters of the chosen stages
+) -> dict[str, str]:  # parameter -> text
+    "What a run remembers of `-p`: a call that names its preset says all about the stages it runs."
+    old = memory.get("given", {}) if note == memory.get("preset", "") or preset is None else {}
+    kept = {k: v for k, v in old.items() if preset is None or k not in names}
+    return {**kept, **{k: as_text(v) for k, v in given.items()}}
+
+# %% ../nbs/api/40_pipeline.ipynb #plan5
+def told_before(
+    run,            # run folder
+    memory: dict,   # `run.json` as it was
+    preset,         # as typed; None if none was named
+    given: dict,    # of this call
+    again: dict,    # changes of the stages that run now
+    stay: dict,     # changes of finished stages that do not run now, though later ones build on them
+) -> list[str]:     # lines
+    "What the user should know before anything runs (this companion's choice)."
+    words = [f"--preset {memory['preset']}"] if memory.get("preset") else []
+    words += [f"-p {k}={shlex.quote(v)}" for k, v in memory.get("given", {}).items() if k not in given]
+    lines = [f"{run} goes on with what it was made with: {' '.join(words)}"] if words and preset is None else []
+    if again: lines.append(f"other settings than before, so run again: {change_words(again)}")
+    return lines + ([f"not run again, so as it was made: {change_words(stay)}"] if stay else [])
+
+# %% ../nbs/api/40_pipeline.ipynb #plan7
+def plan_run(
+    folder,       # folder of stage notebooks
+    run,          # run folder
+    wanted=(),    # stages by number, name, word or range; none means those of the preset, or all
+    preset=None,  # name of a preset, or a YAML file; None: what the run was made with
+    given=None,   # parameter -> value, stronger than the preset
+    force=False,  # allow another preset to run finished stages again
+) -> Plan:        # what will be done, nothing of it begun
+    "Decide what one call does, and refuse what it must not do."
+    head, given = Path(run)/"run.json", given or {}
+    stages, memory = find_stages(folder), read_json(head) if head.is_file() else {}
+    note = memory.get("preset", "") if preset is None else preset_note(preset, folder, run)
+    values = load_preset(note if is_named(note) else Path(run).resolve()/note, folder) if note else {}
+    chosen = pick_stages(stages, wanted or values.pop("stages", ()))
+    values.pop("stages", None)
+    settled = settle_parameters(stages, chosen, values, given, kept_values(run, stages, memory) if preset is None else {})
+    changes, mine = setting_changes(run, settled), [s.name for s in chosen]
+    again = {name: c for name, c in changes.items() if name in mine}
+    stay = {s.name: changes[s.name] for s in stages if s.name in changes and s.name not in mine and s.number < chosen[-1].number}
+    if (again or stay) and note != memory.get("preset", "") and not force:
+        made = f"preset {memory['preset']}" if memory.get("preset") else "no preset"
+        raise NeuralError(f"{run} was made with {made}, and preset {note} differs: {change_words(again or stay, 3)}; "
+                          "name another folder with --run, or replace what is there with --force")
+    settings = {s.name: made_with(settled[s.name], stage_parameters(s.path), note, values) for s in chosen}
+    notes = {"preset": note, "given": given_now(memory, preset, note, given, {k for n in mine for k in settled[n]})}
+    return Plan(chosen, settled, settings, notes, told_before(run, memory, preset, given, again, stay))
+
+# %% ../nbs/api/40_pipeline.ipynb #usualfolder1
+def stages_note(
+    folder,  # folder of stage notebooks
+    run,     # run folder
+) -> str:    # its path seen from the run; "" for those of this companion, which the command finds by itself
+    "How a run remembers where its stages are."
+    usual = [PACKAGE.parent/"nbs/paper", Path("nbs/paper")]
+    return "" if any(p.is_dir() and p.samefile(folder) for p in usual) else Path(os.path.relpath(folder, Path(run).resolve())).as_posix()
+
+# %% ../nbs/api/40_pipeline.ipynb #startedin1
+def start_note(
+    run,  # run folder
+) -> str: # seen from the run
+    "The folder in which a run's command is to be started: this one if the run lies below it, else the one that holds the run."
+    run, here = Path(run).resolve(), Path.cwd()
+    return Path(os.path.relpath(here if run.is_relative_to(here) and run != here else run.parent, run)).as_posix()
+
+# %% ../nbs/api/40_pipeline.ipynb #addsettings1
+def add_settings(
+    folder,  # of stage notebooks
+    run,     # run folder
+):
+    "Give the finished records of a former version the settings and the command they lack."
+    notes, lacking = read_json(Path(run)/"run.json"), [s for s in find_stages(folder) if read_record(run, s.name).get("inputs")]
+    for s in lacking:
+        if "settings" in (entry := read_record(run, s.name)): continue
+        note = notes.get("preset", "")
+        values = load_preset(note if is_named(note) else Path(run).resolve()/note, folder) if note else {}
+        settings = made_with(entry["parameters"], stage_parameters(s.path), note, values)
+        write_json(Path(run)/f"{s.name}.json", {**entry, **tell_settings(s, run, entry["parameters"], settings)})
+
+# %% ../nbs/api/40_pipeline.ipynb #pipeline1
 def run_pipeline(
     folder,         # folder of stage notebooks
     run,            # run folder
     wanted=(),      # stages by number, name, word or range; none means those of the preset, or all
-    preset=None,    # name of a preset, or a YAML file
+    preset=None,    # name of a preset, or a YAML file; None: what the run was made with
     given=None,     # parameter -> value, stronger than the preset
     manifest=None,  # manifest file; None means the one this run used before
-    force=False,    # run stages even if nothing changed
-    tell=print,     # called with one line per stage
+    force=False,    # run stages even if nothing changed, and whatever preset they were made with
+    tell=print,     # called with one line per stage, and before them with what differs from the last call
     **options,      # verbose, time_limit
 ) -> dict[str, dict]:  # stage name -> finished record
     "Run stages in order, skip those nothing changed for, and stop at the first that fails."
-    stages, values = find_stages(folder), load_preset(preset, folder) if preset else {}
-    usual = values.pop("stages", ())
-    chosen = pick_stages(stages, wanted or usual)
-    settled = settle_parameters(stages, chosen, values, given)
+    plan = plan_run(folder, run, wanted, preset, given, force)
     manifest, entries = settle_manifest(run, manifest), {}
+    notes = plan.notes | {"stages": stages_note(folder, run)}
+    if manifest: notes["manifest"] = Path(os.path.relpath(manifest, Path(run).resolve())).as_posix()
     with lock_run(run):
-        open_run(run, **({"preset": str(preset)} if preset else {}), **({"manifest": os.path.relpath(manifest, Path(run).resolve())} if manifest else {}))
-        for stage in chosen:
+        head = open_run(run)/"run.json"
+        add_settings(folder, run)
+        open_run(run, **{"from": start_note(run)} | read_json(head) | notes)
+        for line in plan.lines: tell(line)
+        for stage in plan.chosen:
             start = time.perf_counter()
-            entries[stage.name], reasons = run_stage(stage, run, settled[stage.name], manifest, force, **options)
+            entries[stage.name], reasons = run_stage(stage, run, plan.settled[stage.name], manifest, force, plan.settings[stage.name], **options)
             tell(stage_line(stage, entries[stage.name], reasons, time.perf_counter() - start))
     return entries
 
