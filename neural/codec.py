@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['CODECS', 'FITTED', 'TABLES', 'MAX_BOOK', 'finite', 'quantise', 'dequantise', 'Codebook', 'checked_tables', 'fit_pca',
            'fit_pq', 'check_codec', 'encode', 'nearest', 'decode', 'canonical', 'loss_of_codec', 'book_bytes',
-           'read_book']
+           'book_from', 'read_book']
 
 # %% ../nbs/api/19_codec.ipynb #c8e48008
-import hashlib
+import hashlib, json, re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
-from .study import NeuralError
+from .study import NeuralError, readable
 
 # %% ../nbs/api/19_codec.ipynb #9b02cd89
 CODECS = ('int8', 'f16', 'f32', 'pca', 'pq')   # the order is part of the asset format: only ever append
@@ -60,7 +60,8 @@ class Codebook:
     "The fitted part of a codec: a few tables of numbers (this companion's choice)."
     kind: str     # 'pca' | 'pq'
     tables: dict  # name -> array, see TABLES
-    def __post_init__(self): object.__setattr__(self, 'tables', checked_tables(self.kind, self.tables))
+    network: str = ''   # hash of the network whose features it was fitted on; '' is unknown
+    def __post_init__(self): object.__setattr__(self, 'tables', checked_tables(self.kind, self.tables, self.network))
     @property
     def dim(self) -> int: return self.tables['basis'].shape[1] if self.kind == 'pca' else self.tables['centroids'].shape[0]*self.tables['centroids'].shape[2]  # numbers per feature before coding
     @property
@@ -76,10 +77,12 @@ class Codebook:
 def checked_tables(
     kind,          # 'pca' | 'pq'
     tables: dict,  # name -> array, see TABLES
+    network='',    # 16 hex characters, or ''
 ) -> dict:         # the same, read-only
     "The tables of a codebook, or what is wrong with them."
     if kind not in TABLES: raise NeuralError(f"a codebook is of kind {' or '.join(TABLES)}, got {str(kind)[:30]!r}")
     if set(tables) != set(TABLES[kind]): raise NeuralError(f"a {kind} codebook holds {', '.join(TABLES[kind])}; got {', '.join(map(str, tables))[:80]}")
+    if not isinstance(network, str) or not re.fullmatch('([0-9a-f]{16})?', network): raise NeuralError(f"the network of a codebook is named by 16 hex characters, got {str(network)[:40]!r}")
     out = {}
     for name, (dtype, dims) in TABLES[kind].items():
         t = np.ascontiguousarray(tables[name]); t.setflags(write=False); out[name] = t
@@ -113,6 +116,7 @@ def fit_pq(
 ) -> Codebook:  # of kind 'pq'
     "Product quantisation (Jégou et al. 2011): 256 prototypes for each group of numbers, by k-means."
     x = finite(x, 65000)
+    if most < 1: raise NeuralError(f"prototypes are drawn from at least one feature, got most={most}")
     if groups < 1 or x.shape[1] % groups: raise NeuralError(f"{x.shape[1]} numbers cannot be split into {groups} groups of one size; take a divisor")
     x = x[np.random.default_rng(seed).permutation(len(x))[:most]].astype(np.float32).reshape(-1, groups, x.shape[1]//groups)
     book = [KMeans(min(256, len(np.unique(part, axis=0))), n_init=1, max_iter=30, random_state=seed).fit(part).cluster_centers_ for part in x.swapaxes(0, 1)]
@@ -204,19 +208,27 @@ def book_bytes(
     book: Codebook,
 ) -> bytes:           # of a safetensors file
     "A codebook as a safetensors file."
-    return save({n: np.asarray(t) for n, t in book.tables.items()}, {'kind': book.kind, 'hash': book.hash})
+    return save({n: np.asarray(t) for n, t in book.tables.items()}, {'kind': book.kind, 'hash': book.hash, **({'network': book.network} if book.network else {})})
 
 # %% ../nbs/api/19_codec.ipynb #46bf1c21
+def book_from(
+    data: bytes,           # of `book_bytes`, from anyone
+    name='the codebook',   # where they come from, for messages
+) -> Codebook:
+    "Reads a codebook from its bytes, or says why not."
+    try: tables, about = load(data), json.loads(data[8:8 + int.from_bytes(data[:8], 'little')]).get('__metadata__') or {}
+    except (SafetensorError, ValueError, TypeError, LookupError, RecursionError) as e: raise NeuralError(f"{name} is damaged or no codebook ({type(e).__name__})") from None
+    book = Codebook(about.get('kind', ''), tables, about.get('network', ''))
+    if about.get('hash') != book.hash: raise NeuralError(f"{name} is damaged: its content is not what its hash names")
+    return book
+
 def read_book(
     path,   # a file of `book_bytes`, from anyone
 ) -> Codebook:
-    "Reads a codebook, or says why not."
+    "Reads a codebook from its file, or says why not."
     path = Path(path)
-    if path.is_symlink() or not path.is_file(): raise NeuralError(f"{path.name} is missing or a link: a codec that was fitted cannot be read without its codebook")
-    if path.stat().st_size > MAX_BOOK: raise NeuralError(f"{path.name} is larger than {MAX_BOOK:,} bytes: no codebook")
-    try:
-        with safe_open(path, 'numpy') as f: about, tables = f.metadata() or {}, {n: f.get_tensor(n) for n in f.keys()}
-    except (SafetensorError, ValueError, TypeError) as e: raise NeuralError(f"{path.name} is damaged or no codebook ({type(e).__name__})") from None
-    book = Codebook(about.get('kind', ''), tables)
-    if about.get('hash') != book.hash: raise NeuralError(f"{path.name} is damaged: its content is not what its hash names")
-    return book
+    with readable(path.name):
+        if path.is_symlink() or not path.is_file(): raise NeuralError(f"{path.name} is missing or a link: a codec that was fitted cannot be read without its codebook")
+        if path.stat().st_size > MAX_BOOK: raise NeuralError(f"{path.name} is larger than {MAX_BOOK:,} bytes: no codebook")
+        data = path.read_bytes()
+    return book_from(data, path.name)

@@ -115,7 +115,7 @@ CONTEXT = {'@language': 'en', '@vocab': 'https://schema.org/', 'cr': 'http://mlc
 
 # %% ../nbs/api/23_export.ipynb #56d879fd
 MEANING = dict(study_id="the key of the study, chosen by whoever made the store", patches="indices of the retained patches, row-major on the token grid", relevance="of each retained patch, not negative, float16",
-               features="raw bytes: the features of the retained patches as codes of the store's codec, patch after patch", scales="of the int8 codes, one per retained patch", concepts="places in the vocabulary of store.json, one per concept node",
+               features="raw bytes: the features of the retained patches as codes of the store's codec, patch after patch", scales="of the int8 codes, one per retained patch", concepts="places in the vocabulary of the store's head, one per concept node",
                assertions="of each concept node: 0 present, 1 uncertain, 2 absent", relations="head, tail and type (0 located_at, 1 modify, 2 suggestive_of), three numbers per relation",
                grounding="concept node and retained patch, two numbers per tie", weights="of each tie, float16", thumbnail="the whole film as a small picture, may be empty", pixels="the retained patches at full resolution as one lossless picture, may be empty",
                checksum="raw bytes: BLAKE2b of the whole asset, 8 bytes")   # column of a shard -> what it holds
@@ -140,9 +140,8 @@ def store_files(
 ) -> list[dict]:         # a FileObject for each file, then the FileSet of the shards
     "The files of a store (Croissant 1.0, section Resources)."
     if not store.shards: raise NeuralError(f"{store.folder.name} has no shard yet: describe a store that holds studies")
-    paths = [store.folder/'store.json', *store.folder.glob('codebook.safetensors'), *store.shards]
     mime = {'.json': 'application/json', '.parquet': 'application/x-parquet', '.safetensors': 'application/octet-stream'}
-    files = [{'@type': 'cr:FileObject', '@id': p.name, 'name': p.name, 'contentUrl': p.name, 'contentSize': f'{p.stat().st_size} B', 'encodingFormat': mime[p.suffix], 'sha256': file_hash(p)} for p in paths]
+    files = [{'@type': 'cr:FileObject', '@id': p.name, 'name': p.name, 'contentUrl': p.name, 'contentSize': f'{p.stat().st_size} B', 'encodingFormat': mime[p.suffix], 'sha256': file_hash(p)} for p in store.files]
     return files + [{'@type': 'cr:FileSet', '@id': 'shards', 'name': 'shards', 'description': 'The Parquet shards, oldest first.', 'encodingFormat': mime['.parquet'], 'includes': [p.name for p in store.shards]}]
 
 # %% ../nbs/api/23_export.ipynb #b7b22ffd
@@ -210,12 +209,12 @@ def write_croissant(
     folder,       # of a store
     name: str,    # of the dataset
     **about,      # description, licence, url, creator, published, version, see `croissant`
-) -> Path:        # <folder>/croissant.json
+) -> Path:        # <folder>/_croissant.json, which other tools do not take for a table
     "Describes a store in its own folder (this companion's choice)."
     store = AssetStore(folder)
     card = croissant(store, name, **about)
     if wrong := check_croissant(card, store.folder): raise NeuralError(f"{store.folder.name}: not described: {'; '.join(wrong[:4])}")
-    with publish(path := store.folder/'croissant.json') as f: json.dump(card, f, indent=1, ensure_ascii=False)
+    with publish(path := store.folder/'_croissant.json') as f: json.dump(card, f, indent=1, ensure_ascii=False)
     return path
 
 # %% ../nbs/api/23_export.ipynb #c51b216e

@@ -14,6 +14,8 @@ import pytest
 import neural.asset as asset_module
 from PIL import Image
 
+from test_store import as_before
+
 from neural.asset import AssetError, AssetStore, StudyAsset, asset_html, check_key, describe, keyed_id, vocabulary_hash
 from neural.codec import CODECS, FITTED, check_codec, dequantise, encode, fit_pca, fit_pq, quantise
 from neural.picture import encode_tiles, thumbnail
@@ -256,23 +258,40 @@ def test_links_are_refused(tmp_path):
     inside = store.shards[1]
     inside.rename(outside); inside.symlink_to(outside)
     with pytest.raises(AssetError, match="is a link"): AssetStore(tmp_path / "s").ids
-    other = tmp_path / "t"; other.mkdir(); (other / "store.json").symlink_to(tmp_path / "s" / "store.json")
+    other = tmp_path / "t"; other.mkdir(); (other / "store.parquet").symlink_to(tmp_path / "s" / "store.parquet")
     with pytest.raises(AssetError, match="link"): AssetStore(other)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', "[" * 100000, '{"format": "other"}', '{"format": "neural-asset-store"}', '{"format": "neural-asset-store", "schema_version": 99}', '{"format": "neural-asset-store", "schema_version": true}'])
-def test_foreign_store_json(tmp_path, text):
-    (tmp_path / "store.json").write_text(text)
-    with pytest.raises(AssetError) as e: AssetStore(tmp_path)
-    assert "\n" not in str(e.value)
+def test_foreign_heads(tmp_path, text):
+    "What another program, or nobody, would say of a store, in the head of today and in that of before."
+    out = io.BytesIO()
+    with pq.ParquetWriter(out, asset_module.SHARD_SCHEMA) as f: f.add_key_value_metadata({"neural-asset-store": text})
+    for name, data in (("store.json", text.encode()), ("store.parquet", text.encode()), ("store.parquet", out.getvalue())):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(AssetError) as e: AssetStore(tmp_path)
+        assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("field,value", [("vocabulary", [{}]), ("vocabulary", ["a", "a"]), ("vocabulary", ["a" * 101]), ("kinds", {"a": 3}), ("dim", 0), ("dim", 10**12), ("dim", True), ("grid", [12]), ("grid", [12, "x"]), ("grid", [[1], [2, 3]]), ("track", "x"), ("codec", "pickle"), ("codec", "pq"), ("codebook", "0" * 16), ("loss", -1.0), ("loss", "0"), ("generation", -1), ("generation", 0.5), ("schema_version", 1), ("provenance", {"name": "x"}), ("extra", 1)])
-def test_forged_store_json(tmp_path, field, value):
-    store_of(tmp_path / "s", n=2, shards=1)
-    meta = json.loads((tmp_path / "s" / "store.json").read_text()); meta[field] = value
-    (tmp_path / "s" / "store.json").write_text(json.dumps(meta))
+def test_forged_heads(tmp_path, field, value):
+    store, _ = store_of(tmp_path / "s", n=2, shards=1)
+    (tmp_path / "s" / "store.parquet").write_bytes(asset_module._head({**store.meta, field: value}))
     with pytest.raises(AssetError): AssetStore(tmp_path / "s")
+    (tmp_path / "s" / "store.parquet").unlink(); (tmp_path / "s" / "store.json").write_text(json.dumps({**store.meta, field: value}))
+    with pytest.raises(AssetError): AssetStore(tmp_path / "s")
+
+
+@pytest.mark.parametrize("cut", [0, 3, 5, 100, -1, -8, -9])
+def test_a_head_that_is_cut_or_stuffed_is_refused(tmp_path, cut):
+    store, _ = store_of(tmp_path / "s", n=2, shards=1)
+    whole = store.head.read_bytes()
+    for data in (whole[:cut], whole[:4] + b"x" * 10 + whole[4:], store.shards[0].read_bytes()):
+        store.head.write_bytes(data)
+        with pytest.raises(AssetError) as e: AssetStore(tmp_path / "s")
+        assert "\n" not in str(e.value)
+    store.head.write_bytes(whole)
+    assert AssetStore(tmp_path / "s").verify() == []
 
 
 def test_a_parquet_file_of_something_else_is_refused(tmp_path):
@@ -331,7 +350,7 @@ def test_a_store_of_version_1_is_read_kept_whole_and_brought_forward(tmp_path):
         old.compact()
         new = AssetStore(tmp_path / codec)
         assert new.version == 2 and list(new) == assets and new.verify() == [] and len(new.shards) == 1
-        assert sorted(p.name for p in (tmp_path / codec).iterdir()) == [".lock", new.shards[0].name, "store.json"]
+        assert sorted(p.name for p in (tmp_path / codec).iterdir()) == [".lock", new.shards[0].name, "store.parquet"]
         new.append([random_asset(50, d=8, codec=codec, track="image+report")])
 
 
@@ -374,7 +393,7 @@ def test_an_asset_of_a_fitted_codec_round_trips_with_its_codebook_and_no_other(c
 
 def test_a_store_without_its_codebook_is_refused(tmp_path):
     store_of(tmp_path / "s", n=3, codec="pq")
-    path = tmp_path / "s" / "codebook.safetensors"
+    as_before(tmp_path / "s"); path = tmp_path / "s" / "codebook.safetensors"
     good = path.read_bytes()
     for damage in (lambda: path.unlink(), lambda: path.write_bytes(good[:-4] + b"abcd"), lambda: path.write_bytes(b""), lambda: path.write_bytes(b"\xff" * 64)):
         damage()
@@ -434,18 +453,18 @@ def test_a_store_merged_by_another_process_is_read_on(tmp_path):
 
 def test_a_merge_that_is_killed_leaves_one_whole_store(tmp_path, monkeypatch):
     store, assets = store_of(tmp_path / "s", n=20, shards=5)
-    real, calls = asset_module._publish, []
+    real, calls = asset_module.publish_bytes, []
     for stop in (0, 1, 2):
         def publish(path, data):
             calls.append(path)
             if len(calls) > stop: raise KeyboardInterrupt
             real(path, data)
-        calls.clear(); monkeypatch.setattr(asset_module, "_publish", publish)
+        calls.clear(); monkeypatch.setattr(asset_module, "publish_bytes", publish)
         with pytest.raises(KeyboardInterrupt): store.compact(size=10)
         monkeypatch.undo()
         assert list(AssetStore(tmp_path / "s")) == assets and AssetStore(tmp_path / "s").verify() == []
     assert store.compact(size=10) == (5, 2) and list(store) == assets and store.verify() == []
-    assert len([p for p in (tmp_path / "s").iterdir() if p.suffix == ".parquet"]) == 2
+    assert len([p for p in (tmp_path / "s").iterdir() if p.suffix == ".parquet"]) == 3
 
 
 def test_a_page_that_claims_to_unfold_far_is_refused_before_it_does(tmp_path):

@@ -69,7 +69,7 @@ def test_a_store_begun_here_is_finished_there(cohort, tmp_path):
     whole, _ = build_store(manifest, tmp_path / "whole", home / "vlm", "image-only", batch_size=6, workers=0, packing=Packing(thumbnail=300, secret=b"sixteen bytes or more"))
     first = tmp_path / "first"
     first.mkdir(); names = sorted(p.name for p in (tmp_path / "whole").iterdir() if p.suffix == ".parquet")
-    for name in ("store.json", *names[:2]): (first / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    for name in ("store.parquet", *[n for n in names if n.startswith("shard")][:2]): (first / name).write_bytes((tmp_path / "whole" / name).read_bytes())
     store, _ = build_on_cluster(manifest, first, home / "vlm", "image-only", batch_size=6, workers=2, packing=Packing(thumbnail=300, secret=b"sixteen bytes or more"))
     assert sorted(store.ids) == sorted(whole.ids) and all(store[i] == whole[i] for i in whole.ids) and store.verify() == []
 

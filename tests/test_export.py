@@ -123,7 +123,7 @@ def test_croissant_says_what_the_store_is(tmp_path):
     assert card["conformsTo"] == CROISSANT == "http://mlcommons.org/croissant/1.0" and card["@type"] == "sc:Dataset" and card["@context"] == CONTEXT
     assert card["license"] == ABOUT["licence"] and card["creator"]["name"] == "Somebody"
     files = {f["@id"]: f for f in card["distribution"] if f["@type"] == "cr:FileObject"}
-    assert set(files) == {"store.json", *(p.name for p in store.shards)}
+    assert set(files) == {"store.parquet", *(p.name for p in store.shards)}
     assert all(f["sha256"] == file_hash(store.folder / n) and f["contentSize"] == f"{(store.folder / n).stat().st_size} B" for n, f in files.items())
     declared = {f["@id"] for f in card["distribution"]}
     fields = card["recordSet"][0]["field"]
@@ -142,7 +142,7 @@ def test_every_gap_and_every_lie_of_a_description_is_found(tmp_path):
     for key in REQUIRED: assert any(key in w for w in check_croissant({k: v for k, v in card.items() if k != key}))
     change = lambda f: (c := json.loads(json.dumps(card)), f(c))[0]
     for f in (lambda c: c.update(conformsTo="http://mlcommons.org/croissant/1.1"), lambda c: c["@context"].pop("sc"), lambda c: c["distribution"][0].update(sha256="12"), lambda c: c["distribution"][1].update(contentUrl="../x.parquet"),
-              lambda c: c["distribution"][1].update({"@id": "store.json"}), lambda c: c["recordSet"][0]["field"][0].pop("dataType"), lambda c: c["recordSet"][0]["field"][2]["source"]["fileSet"].update({"@id": "gone"}), lambda c: c.update(datePublished="31/1/25")):
+              lambda c: c["distribution"][1].update({"@id": "store.parquet"}), lambda c: c["recordSet"][0]["field"][0].pop("dataType"), lambda c: c["recordSet"][0]["field"][2]["source"]["fileSet"].update({"@id": "gone"}), lambda c: c.update(datePublished="31/1/25")):
         assert check_croissant(change(f)), "a broken description passed"
     shard = store.shards[1]
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
@@ -155,7 +155,7 @@ def test_croissant_is_refused_when_it_names_a_study_or_lacks_a_licence(tmp_path)
         with pytest.raises(NeuralError, match=f"croissant: {key} holds an identifier") as caught: write_croissant(store.folder, "x", **{**ABOUT, key: "of study00003"})
         assert "study00003" not in str(caught.value)
     with pytest.raises(NeuralError, match="license is required"): write_croissant(store.folder, "x", **{**ABOUT, "licence": ""})
-    assert not (store.folder / "croissant.json").exists()
+    assert not (store.folder / "_croissant.json").exists()
 
 
 def test_a_store_lives_on_with_its_description_inside(tmp_path):
@@ -163,9 +163,9 @@ def test_a_store_lives_on_with_its_description_inside(tmp_path):
     write_croissant(store.folder, "x", **ABOUT)
     AssetStore(store.folder).append([random_asset(77)])
     assert len(AssetStore(store.folder)) == 10 and AssetStore(store.folder).verify() == []
-    assert check_croissant(json.loads((store.folder / "croissant.json").read_text()), store.folder) == ["new since it was described: 1 of its shards"]
+    assert check_croissant(json.loads((store.folder / "_croissant.json").read_text()), store.folder) == ["new since it was described: 1 of its shards"]
     write_croissant(store.folder, "x", **ABOUT)
-    assert check_croissant(json.loads((store.folder / "croissant.json").read_text()), store.folder) == [] and not list(store.folder.glob("*.part"))
+    assert check_croissant(json.loads((store.folder / "_croissant.json").read_text()), store.folder) == [] and not list(store.folder.glob("*.part"))
 
 
 # cards

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit
+from test_store import as_before
 from test_radiograph import dataset, drawing, jpeg_of, lut, recoded, save
 
 import neural.asset as asset_module
@@ -205,14 +206,14 @@ def test_mutated_stores(shards, recipe):
     folder, files = shards.folder, shards.files
     name = sorted(files)[recipe[0] // 8 % len(files)]
     data = damaged(recipe, [files[name]] + [f for n, f in files.items() if n != name and n[-4:] == name[-4:]], b"[")
-    final = name[:20] + asset_module._digest(data).hex() + ".parquet" if name.endswith(".parquet") and recipe[1] & 128 else name    # an enemy names a shard as it must be named
+    final = name[:20] + asset_module._digest(data).hex() + ".parquet" if name.startswith("shard-") and recipe[1] & 128 else name    # an enemy names a shard as it must be named
     (folder / name).unlink(); (folder / final).write_bytes(data)
     try:
         found = fitting(lambda: read_all(folder), shards.room)
         whole, damage, single = found or (None, ["refused"], {})
         right = lambda a: a == asset_of(int(a.study_id[1:]), codec="pq", book=SMALL)
-        if name != "store.json": assert all(map(right, whole or [])) and all(map(right, single.values()))        # store.json may name another provenance
-        if name.endswith(".parquet"):
+        if name != "store.parquet": assert all(map(right, whole or [])) and all(map(right, single.values()))        # a head may name another provenance
+        if name.startswith("shard-"):
             assert damage or data == files[name] or final != name and whole
             if final == name: assert {0, 1, 2, 3} - {2 * int(name[13:19]), 2 * int(name[13:19]) + 1} <= set(single), "the other shard can be read"       # a forged one may say that it holds those studies too
     finally: (folder / final).unlink(); (folder / name).write_bytes(files[name])
@@ -274,6 +275,7 @@ def store_with(folder, suffix, data):
     "A store of which one file is the one in question; a shard gets the name that its bytes ask for."
     fitted = dict(codec="pq", book=SMALL) if suffix == ".safetensors" else {}
     AssetStore.create(folder, WORDS, dim=8, provenance=PROVENANCE, **fitted)
+    if suffix != ".parquet": as_before(folder)
     (folder / {".json": "store.json", ".safetensors": "codebook.safetensors"}.get(suffix, f"shard-000000-000000-{asset_module._digest(data).hex()}.parquet")).write_bytes(data)
     return folder
 

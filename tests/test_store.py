@@ -1,5 +1,6 @@
 "The store under fire: two writers killed at random moments, a full disk, a disk that may only be read, a bit flipped anywhere."
 import errno
+import json
 import multiprocessing
 import os
 import resource
@@ -14,10 +15,20 @@ import numpy as np
 import pytest
 
 import neural.asset as asset_module
+from neural.codec import book_bytes
 from neural.asset import AssetError, AssetStore, StudyAsset, vocabulary_hash
 
 WORDS = ("lung", "pneumonia")
 fork = multiprocessing.get_context("fork")
+
+
+def as_before(folder):
+    "A store with the head that stores had before: JSON without settings, and a codebook in a file of its own."
+    store = AssetStore(folder)
+    Path(folder, "store.json").write_text(json.dumps({k: v for k, v in store.meta.items() if k != "settings"}, indent=1))
+    if store.book: Path(folder, "codebook.safetensors").write_bytes(book_bytes(store.book))
+    Path(folder, "store.parquet").unlink()
+    return AssetStore(folder)
 
 
 PROVENANCE = {"vocabulary_hash": vocabulary_hash(WORDS)}
@@ -164,7 +175,7 @@ def test_swapped_shards_and_foreign_names(tmp_path):
 def test_nothing_leads_out_of_a_store(tmp_path):
     store = filled(tmp_path / "s")
     outside = tmp_path / "outside"; outside.write_bytes(b"mine")
-    for name in ("store.json", store.shards[0].name, ".lock"):
+    for name in ("store.parquet", store.shards[0].name, ".lock"):
         path = tmp_path / "s" / name; kept = path.read_bytes(); path.unlink()
         for target in (outside, Path("../outside"), Path("/dev/zero")):
             path.symlink_to(target)
@@ -181,7 +192,7 @@ def test_nothing_leads_out_of_a_store(tmp_path):
 def test_a_codebook_that_is_a_link_is_refused(tmp_path):
     from neural.codec import fit_pq
     AssetStore.create(tmp_path / "s", WORDS, dim=8, codec="pq", book=fit_pq(np.random.default_rng(0).normal(size=(20, 8)), 2))
-    book = tmp_path / "s" / "codebook.safetensors"; book.rename(tmp_path / "book"); book.symlink_to(tmp_path / "book")
+    as_before(tmp_path / "s"); book = tmp_path / "s" / "codebook.safetensors"; book.rename(tmp_path / "book"); book.symlink_to(tmp_path / "book")
     with pytest.raises(AssetError, match="missing or a link"): AssetStore(tmp_path / "s")
 
 
@@ -190,7 +201,7 @@ def test_a_study_id_is_a_key_and_never_a_path(tmp_path):
     odd = ["../../x", "/etc/passwd", "..", "a/b", "C:\\x", "s0/../s1", "%2e%2e%2fx", "~"]
     store.append([replace(an_asset(10), study_id=i) for i in odd])
     assert [store[i].study_id for i in odd] == odd and AssetStore(tmp_path / "s").verify() == [] and store.compact() == (2, 1)
-    assert [p.name for p in tmp_path.iterdir()] == ["s"] and sorted(p.suffix for p in (tmp_path / "s").iterdir()) == ["", ".json", ".parquet"]
+    assert [p.name for p in tmp_path.iterdir()] == ["s"] and sorted(p.suffix for p in (tmp_path / "s").iterdir()) == ["", ".parquet", ".parquet"]
 
 
 @pytest.mark.parametrize("limit, value", [("MAX_VALUES", 150), ("MAX_UNFOLDED", 220_000)])
