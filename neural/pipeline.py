@@ -500,7 +500,7 @@ def earlier_records(
 ) -> list[dict]: # records of the stages with lower numbers, in order
     "The records of what a stage may rest on."
     names = sorted((int(m[1]), p.stem) for p in Path(run).glob("[0-9]*_*.json") if (m := re.fullmatch(r"(\d+)_\w+", p.stem)))
-    found = [read_record(run, name) for n, name in names if n < int(stage.split("_")[0])]
+    found = [{"stage": name} | read_record(run, name) for n, name in names if n < int(stage.split("_")[0])]
     return [e for e in found if "metrics" in e]
 
 # %% ../nbs/api/40_pipeline.ipynb #runcommand1
