@@ -4,11 +4,15 @@
 
 # %% ../nbs/api/06_phantom.ipynb #fc46b91f
 from __future__ import annotations
+import glob
 import gzip
 import hashlib
+import io
 import os
+import platform
 import shutil
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +24,7 @@ from scipy import ndimage as ndi
 from scipy.stats import norm
 from tqdm import tqdm
 
-from .study import LABELS, NeuralError
+from .study import LABELS, NeuralError, system_reason
 
 # %% auto #0
 __all__ = ['F32', 'SIDES', 'RIB_REACH', 'RIB_ENDS', 'MU', 'MU_BONE', 'AIRY', 'CONTRAST', 'SITES', 'DRAW', 'LOOK_ALIKES', 'GLYPHS',
@@ -38,7 +42,7 @@ __all__ = ['F32', 'SIDES', 'RIB_REACH', 'RIB_ENDS', 'MU', 'MU_BONE', 'AIRY', 'CO
            'sentence', 'absences', 'denials', 'habits', 'resolved', 'noticed', 'sections', 'numbered', 'write_report',
            'assemble', 'PhantomStudy', 'toy_study', 'lateral_bones', 'lateral_vessels', 'draw_lateral', 'uid_of',
            'write_dicom', 'draw_patient_studies', 'draw_cohort', 'crop', 'write_study', 'write_table', 'write_tables',
-           'write_cohort', 'draw_all']
+           'runs_still', 'draft_folder', 'write_cohort', 'draw_all']
 
 # %% ../nbs/api/06_phantom.ipynb #a2a681a4
 F32 = np.float32
@@ -1045,7 +1049,8 @@ def write_dicom(
     ds.StudyDate, ds.StudyTime, ds.AccessionNumber, ds.StudyID, ds.SeriesNumber, ds.InstanceNumber, ds.Manufacturer = "", "", "", "", "1", "1", "Phantom"
     ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = *pixels.shape, 1, 16, 12, 11, 0
     ds.PhotometricInterpretation, ds.WindowCenter, ds.WindowWidth = "MONOCHROME1" if negative else "MONOCHROME2", 2048, 4096
-    ds.PixelData = pixels.tobytes(); ds.save_as(path, enforce_file_format=True)
+    ds.PixelData = pixels.tobytes(); held = io.BytesIO(); ds.save_as(held, enforce_file_format=True)
+    path.write_bytes(held.getvalue())
 
 # %% ../nbs/api/06_phantom.ipynb #c23f20cc
 LATERAL, LATERAL_ONLY, MONOCHROME1 = .20, .01, .20  # share of studies with a lateral too, with nothing else, stored inverted
@@ -1122,6 +1127,32 @@ def write_tables(root: Path, plan: list[dict], films: list, boxes: list) -> None
     write_table(root / "truth" / "labels.csv", [*ids, *LABELS], [(s["patient"], s["study"], *truth_of(s["findings"]).values()) for s in plan])
     write_table(root / "truth" / "boxes.csv", ["dicom_id", "study_id", "label", "x", "y", "w", "h"], boxes)
 
+# %% ../nbs/api/06_phantom.ipynb #47129006
+def runs_still(pid: int) -> bool:
+    "Whether a process of this machine is alive."
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except (PermissionError, OverflowError): return True
+    return True
+
+@contextmanager
+def draft_folder(
+    out: Path,  # folder to make, absolute; missing or empty
+):  # yields the hidden folder that becomes it
+    "A folder that appears whole or not at all."
+    stem = f".{out.name[:60]}.{platform.node()}"
+    for left in out.parent.glob(f"{glob.escape(stem)}.*.tmp"):
+        if (pid := left.name.split(".")[-2]).isdigit() and not runs_still(int(pid)): shutil.rmtree(left, ignore_errors=True)
+    draft = out.with_name(f"{stem}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        yield draft
+        if out.exists(): out.rmdir()
+        os.replace(draft, out)
+    except OSError as e: raise NeuralError(f"{out}: cannot be written, {system_reason(e)}") from e
+    finally: shutil.rmtree(draft, ignore_errors=True)
+
 # %% ../nbs/api/06_phantom.ipynb #1aabb463
 def write_cohort(
     out: str | Path,  # folder to make; must not exist, or be empty
@@ -1135,13 +1166,10 @@ def write_cohort(
     out = Path(os.path.abspath(out))
     if out.is_symlink() or out.exists() and (not out.is_dir() or any(out.iterdir())): raise NeuralError(f"{out.name}: already holds files; give a new folder, or remove it yourself")
     if not 1 <= studies <= 1_000_000 or not 48 <= size <= 4096: raise NeuralError(f"a cohort needs at least one study and films of 48 to 4096 pixels, got {studies} and {size}")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp"); shutil.rmtree(temporary, ignore_errors=True); (temporary / "truth" / "masks").mkdir(parents=True)
-    try:
-        plan = draw_cohort(studies, seed, fractions); drawn = draw_all([(str(temporary), s, size) for s in plan], workers)
-        films, boxes = [f for d in drawn for f in d[0]], [b for d in drawn for b in d[1]]; write_tables(temporary, plan, films, boxes)
-        if out.exists(): out.rmdir()
-        os.replace(temporary, out)
-    finally: shutil.rmtree(temporary, ignore_errors=True)
+    with draft_folder(out) as draft:
+        (draft / "truth" / "masks").mkdir(parents=True)
+        plan = draw_cohort(studies, seed, fractions); drawn = draw_all([(str(draft), s, size) for s in plan], workers)
+        films, boxes = [f for d in drawn for f in d[0]], [b for d in drawn for b in d[1]]; write_tables(draft, plan, films, boxes)
     return dict(studies=len(plan), patients=len({s["patient"] for s in plan}), films=len(films), masks=len(boxes), splits={k: sum(s["split"] == k for s in plan) for k in ("train", "validate", "test")})
 
 # %% ../nbs/api/06_phantom.ipynb #29ab7d0f

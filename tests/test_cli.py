@@ -1,4 +1,5 @@
 "The `neural` command from a real shell: exit status, one line per error, quiet in a pipe."
+import errno
 import json
 import os
 import shutil
@@ -20,7 +21,95 @@ def test_help_names_every_command(tmp_path):
     said = neural("--help", cwd=tmp_path)
     assert said.returncode == 0 and said.stderr == ""
     for name in ("phantom", "index", "run", "build", "codebook", "predict", "verify", "compact", "inspect", "describe", "bench"): assert f"\n  {name} " in said.stdout, f"`neural {name}` is missing"
-    for name in ("phantom", "index", "run", "build", "codebook", "predict", "verify", "compact", "inspect", "describe", "bench"): assert neural(name, "--help", cwd=tmp_path).returncode == 0
+
+
+def test_every_command_explains_itself():
+    from typer.testing import CliRunner
+    from neural.cli import app
+    for command in app.registered_commands:
+        name = command.name or command.callback.__name__
+        said = CliRunner().invoke(app, [name, "--help"], prog_name="neural")
+        assert said.exit_code == 0 and said.stderr == "" and f"Usage: neural {name} " in said.stdout, name
+
+
+@pytest.mark.parametrize("words", [["run", "--preset", ""], ["run", "--preset="], ["run", "--run", ""], ["run", ""], ["index", "folder", ""], ["index", "folder", ".", "-o", ""], ["phantom", ""],
+                                   ["build", "", "store", "--vlm", "."], ["predict", ".", "--classifier", ""], ["bench", "read", "--out", ""], ["inspect", ".", "s1", "--html="], ["publish", ".", "--figures", ""]])
+def test_an_empty_word_is_not_a_word_left_out(tmp_path, monkeypatch, words):
+    from typer.testing import CliRunner
+    from neural.cli import app
+    monkeypatch.chdir(tmp_path)
+    said = CliRunner().invoke(app, words, prog_name="neural")
+    assert said.exit_code == 2 and said.stdout == "" and len(said.stderr.splitlines()) == 1 and "variable is not set" in said.stderr, said.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def chained(error, cause):
+    "An error that a library made of another."
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize("error, line", [
+    (OSError(errno.ENOSPC, "No space left on device", "a/x.csv"), "a/x.csv: No space left on device; free some space"),
+    (OSError(errno.EXDEV, "Invalid cross-device link", "draft", None, "x.csv"), "x.csv: Invalid cross-device link; "),
+    (PermissionError(errno.EACCES, "Permission denied", b"x.csv"), "x.csv: Permission denied; ask its owner"),
+    (OSError(errno.ENOLCK, "No locks available"), "No locks available; this file system grants no locks"),
+    (OSError("With tag (7FE0,0010) got exception: [Errno 28] No space left on device\nTraceback"), "No space left on device; free some space"),
+    (RuntimeError("Error while serializing: I/O error: Read-only file system (os error 30)"), "Read-only file system; "),
+    (chained(ValueError("write failed"), OSError(errno.EIO, "Input/output error", "x.parquet")), "x.parquet: Input/output error; "),
+    (MemoryError(), "memory ran out; "),
+    (RecursionError("maximum recursion depth exceeded"), "something that was read is nested too deeply"),
+    (ModuleNotFoundError("No module named 'ray'", name="ray"), "ray is not installed; "),
+    (json.JSONDecodeError("Expecting value", "", 0), "a file that was read is damaged"),
+    (UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "invalid continuation byte"), "a file that was read is damaged"),
+])
+def test_what_comes_from_outside_is_one_plain_line(error, line, capsys, monkeypatch):
+    import typer
+    from neural.cli import one_line
+    monkeypatch.delenv("NEURAL_DEBUG", raising=False)
+    with pytest.raises(typer.Exit) as left, one_line(): raise error
+    said = capsys.readouterr()
+    assert left.value.exit_code == 1 and said.out == "" and said.err.startswith(f"neural: {line}") and len(said.err.splitlines()) == 1, said.err
+    assert "unexpected" not in said.err and "Traceback" not in said.err
+
+
+def test_libraries_errors_are_told_by_what_they_are(tmp_path):
+    import pyarrow.parquet
+    import safetensors
+    import yaml
+    from filelock import FileLock, Timeout
+    from neural.cli import plain_line
+    (tmp_path / "x").write_bytes(b"not what it seems")
+    def of(call):
+        with pytest.raises(Exception) as raised: call()
+        return plain_line(raised.value)
+    assert "damaged" in of(lambda: pyarrow.parquet.read_table(tmp_path / "x"))
+    assert "damaged" in of(lambda: safetensors.safe_open(tmp_path / "x", "numpy"))
+    assert "damaged" in of(lambda: yaml.safe_load("a: [1"))
+    assert "Is a directory" in of(lambda: open(tmp_path)) and str(tmp_path) in of(lambda: open(tmp_path))
+    with FileLock(tmp_path / "lock"): assert "another process holds the lock" in plain_line(Timeout(str(tmp_path / "lock")))
+
+
+INTERRUPTED = "import neural.phantom\ndef stop(*a, **k): raise KeyboardInterrupt\nneural.phantom.write_cohort = stop\nfrom neural.cli import main; main()"
+
+
+def test_ctrl_c_is_quiet(tmp_path):
+    said = subprocess.run([sys.executable, "-c", INTERRUPTED, "phantom", "cohort"], cwd=tmp_path, capture_output=True, text=True)
+    assert (said.returncode, said.stdout, said.stderr) == (130, "", "")
+
+
+def test_a_reader_that_has_gone_is_no_error_of_ours(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    said = subprocess.run([*COMMAND, "--version"], cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert said.returncode == 1 and said.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_behind_the_output_is_one_line(tmp_path):
+    with open("/dev/full", "w") as full: said = subprocess.run([*COMMAND, "--version"], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert said.returncode == 1 and said.stderr.startswith("neural: No space left on device; ") and len(said.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("words", [["--bogus"], ["frobnicate"], ["phantom"], ["phantom", "out", "--studies", "none"], ["phantom", "out", "--studies", "0"], ["index", "dicomdir", "."],
@@ -109,7 +198,7 @@ def test_build_then_predict(tmp_path, phantom_cohort):
     save_aggregation(tmp_path / "vlm", Aggregation(lift=False), None, 4, 40)
     assert neural("index", "mimic-cxr", str(phantom_cohort), "-o", "m.csv", "--limit", "0.5", cwd=tmp_path).returncode == 0
     built = neural("build", "m.csv", "store", "--vlm", "vlm", "--limit", "0.5", cwd=tmp_path)
-    assert built.returncode == 0, built.stderr
+    assert built.returncode == 0 and built.stderr == "", built.stderr
     again = neural("build", "m.csv", "store", "--vlm", "vlm", "--limit", "0.5", cwd=tmp_path)
     store = AssetStore(tmp_path / "store")
     assert again.returncode == 0 and len(store) >= 50 and len(set(store.ids)) == len(store)
