@@ -141,12 +141,14 @@ def test_mimic_exclusions_are_counted_by_reason(tmp_path):
     assert len(index_dataset("mimic-cxr", root, need_report=False)[0]) == 3
 
 
-def test_dicom_goes_before_jpeg_and_twins_are_refused(tmp_path):
+def test_dicom_goes_before_jpeg_and_twins_belong_to_nobody(tmp_path):
     root = mimic(tmp_path)
     film = next(root.rglob("b0.jpg")); write(film.with_suffix(".dcm"), "deeper")
     assert index_dataset("mimic-cxr", root)[0]["50"].frontal.image.endswith("b0.dcm")
     write(film.with_suffix(".dcm").parent / "again" / "b0.dcm")
-    with pytest.raises(NeuralError, match="b0: found twice"): index_dataset("mimic-cxr", root)
+    manifest, out = index_dataset("mimic-cxr", root)                             # which of the two is meant? the study keeps its lateral, and that is not enough
+    assert out.parts == [("50", "radiograph lies twice on disk", "b0", "radiograph")] and list(out) == [("50", "only laterals", "")] and len(manifest) == 5
+    assert manifest.notes == {"radiograph lies twice on disk": 1}
 
 
 def test_pa_goes_before_ap(tmp_path):
