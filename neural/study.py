@@ -538,6 +538,7 @@ def digest_of(
 # %% ../nbs/api/00_study.ipynb #2fb34fd4
 def at_least(
     least: float,    # smallest value allowed
+    /,               # `least` is also the name of a parameter that is looked at
     **values,        # name -> value
 ):
     "Refuses a number below `least`, and what is no number, by its name (this companion's choice)."
