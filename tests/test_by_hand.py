@@ -79,25 +79,26 @@ import contextlib, io, json, os, sys
 import matplotlib; matplotlib.use("agg")
 import nbformat
 from neural.study import NeuralError
-said = {}
-for path in sys.argv[2:]:
+said = []
+for path, cwd, typed in json.load(sys.stdin):
+    os.chdir(cwd)
     names, heard = {"__name__": "__main__"}, io.StringIO()
     cells = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"][:2]
-    if sys.argv[1]: cells.insert(1, sys.argv[1])
     with contextlib.redirect_stdout(heard):
         try:
-            for source in cells: exec(compile(source, path, "exec"), names)
+            for source in (cells[0], typed, cells[1]): exec(compile(source, path, "exec"), names)
             end = "begun"
         except NeuralError as e: end = str(e)
-    said[os.path.basename(path)[:-6]] = [end, heard.getvalue(), str(names.get("run") or names.get("figures"))]
+    said.append([end, heard.getvalue(), os.path.realpath(names.get("run") or names.get("figures") or ".")])
 print(json.dumps(said))
 '''
 
 
-def set_up(notebooks, cwd, typed="", library=None):
-    "Run the first two code cells of some notebooks: stage -> how it ended, what it printed, its folder."
+def set_up(jobs, library=None):
+    "Run the first two code cells of notebooks, each given with a working directory and what was typed: how each ended, what it printed, its folder."
     env = {**os.environ, "PYTHONPATH": str(library or os.environ["PYTHONPATH"])}
-    done = subprocess.run([sys.executable, "-c", SETUP, typed, *map(str, notebooks)], cwd=cwd, env=env, capture_output=True, text=True)
+    asked = json.dumps([[str(path), str(cwd), typed] for path, cwd, typed in jobs])
+    done = subprocess.run([sys.executable, "-c", SETUP], input=asked, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -115,76 +116,108 @@ def run(clone, by_hand):
 
 # before anything has run
 
-def test_alone_a_stage_says_in_one_line_which_notebook_comes_first(clone, tmp_path):
-    empty = tmp_path / "runs" / "empty"
-    said = set_up([clone / f"nbs/paper/{name}.ipynb" for name in (*FIRST[1:], *AUDIT)], clone / "nbs/paper", f"run = {str(empty)!r}")
-    assert sorted(said) == sorted((*FIRST[1:], *AUDIT))
-    for name, (end, _, _) in said.items(): assert re.fullmatch(r"runs/empty has no \S+: run 10_finetune\.ipynb first", end), (name, end)
-    assert not empty.exists(), "a stage that refuses to start leaves nothing behind"
+LEFT = {"10_finetune": ["manifest.csv", "images/ids.json", "vlm/model.safetensors", "history.json"],
+        "20_prune": ["relevance.parquet", "mentions.parquet", "relations.parquet", "generated.parquet", "head.parquet", "vlm/relevance.json"]}
+ZEROS = {"seeds = 0": "seeds must be 1 or more, got 0", "samples = 0": "samples must be 1 or more, got 0", "least = -1": "least must be 1 or more, got -1",
+         "graph_lr = 0.0": "graph_lr must be above 0, got 0.0", "seeds = True": "seeds must be 1 or more, got True"}
+PLACES = {"the clone": "", "the notebook's folder": "nbs/paper", "another folder": ".."}
 
 
-@pytest.mark.parametrize("left, then", [
-    (["manifest.csv", "images/ids.json", "vlm/model.safetensors", "history.json"], "20_prune"),
-    (["manifest.csv", "images/ids.json", "vlm/model.safetensors", "history.json", "relevance.parquet", "mentions.parquet", "relations.parquet", "generated.parquet", "head.parquet", "vlm/relevance.json"], "30_fuse"),
-])
-def test_what_is_missing_is_named_in_the_order_of_the_stages(clone, tmp_path, left, then):
-    for name in left:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x")
-    said = set_up([clone / f"nbs/paper/{name}.ipynb" for name in ("40_classify", "50_figures", "53_controls", "56_tasks", "58_codecs", "59_verdict")], tmp_path, "run = '.'")
-    assert {re.search(r"run (\w+)\.ipynb first", end)[1] for end, _, _ in said.values()} == {then}
+def partial_run(folder, *stages):
+    "A run folder with what some stages leave, as far as a look at the names goes."
+    for name in (n for s in stages for n in LEFT[s]):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    return folder
 
 
-@pytest.mark.parametrize("typed, why", [("seeds = 0", "seeds must be 1 or more, got 0"), ("samples = 0", "samples must be 1 or more, got 0"), ("least = -1", "least must be 1 or more, got -1"),
-                                        ("graph_lr = 0.0", "graph_lr must be above 0, got 0.0"), ("seeds = True", "seeds must be 1 or more, got True")])
-def test_a_count_of_zero_is_refused_by_its_name(clone, typed, why):
-    assert set_up([clone / "nbs/paper/40_classify.ipynb"], clone, typed)["40_classify"][0] == why
+@pytest.fixture(scope="module")
+def beginnings(clone, tmp_path_factory):
+    "Every way to begin that the tests below look at, in one interpreter."
+    stage = lambda name: clone / f"nbs/paper/{name}.ipynb"
+    runs = tmp_path_factory.mktemp("runs")
+    ten, twenty = partial_run(runs / "ten", "10_finetune"), partial_run(runs / "twenty", "10_finetune", "20_prune")
+    jobs = {("alone", n): (stage(n), clone / "nbs/paper", f"run = {str(runs / 'empty')!r}") for n in (*FIRST[1:], *AUDIT)}
+    jobs |= {(folder.name, n): (stage(n), folder, "run = '.'") for folder in (ten, twenty) for n in ("40_classify", "50_figures", "53_controls", "56_tasks", "58_codecs", "59_verdict")}
+    jobs |= {("zero", typed): (stage("40_classify"), clone, typed) for typed in ZEROS}
+    jobs |= {(place, n): (stage(n), clone / where, "") for place, where in PLACES.items() for n in ("10_finetune", "large", "open-i")}
+    said = dict(zip(jobs, set_up(jobs.values())))
+    assert not (runs / "empty").exists(), "a stage that refuses to start leaves nothing behind"
+    return said
 
 
-def test_every_notebook_finds_one_folder_from_every_working_directory(clone, tmp_path):
-    pages = [clone / "nbs/paper/large.ipynb", clone / "nbs/paper/open-i.ipynb"]
-    for cwd in (clone, clone / "nbs/paper", tmp_path):
-        said = set_up([clone / "nbs/paper/10_finetune.ipynb", *pages], cwd)
-        assert {end for end, _, _ in said.values()} == {"begun"}
-        assert [Path(cwd, said[n][2]).resolve() for n in ("10_finetune", "large", "open-i")] == [(clone / d).resolve() for d in ("runs/by-hand", "figures/bench", "figures/open-i")]
-        assert said["10_finetune"][1].startswith("run folder: ")
+@pytest.mark.parametrize("name", [*FIRST[1:], *AUDIT])
+def test_alone_a_stage_says_in_one_line_which_notebook_comes_first(beginnings, name):
+    assert re.fullmatch(r"runs\d*/empty has no \S+: run 10_finetune\.ipynb first", beginnings["alone", name][0])
+
+
+@pytest.mark.parametrize("left, then", [("ten", "20_prune"), ("twenty", "30_fuse")])
+def test_what_is_missing_is_named_in_the_order_of_the_stages(beginnings, left, then):
+    ends = {n: end for (what, n), (end, _, _) in beginnings.items() if what == left}
+    assert len(ends) == 6 and {re.search(r"run (\w+)\.ipynb first$", end)[1] for end in ends.values()} == {then}, ends
+
+
+@pytest.mark.parametrize("typed", ZEROS)
+def test_a_count_of_zero_is_refused_by_its_name(beginnings, typed):
+    assert beginnings["zero", typed][0] == ZEROS[typed]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_notebook_finds_one_folder_from_every_working_directory(clone, beginnings, place):
+    for name, where in (("10_finetune", "runs/by-hand"), ("large", "figures/bench"), ("open-i", "figures/open-i")):
+        end, printed, folder = beginnings[place, name]
+        assert end == "begun" and Path(folder) == (clone / where).resolve()
+        assert bool(re.match(r"run folder: \S*.*runs/by-hand\n", printed)) == (name == "10_finetune")
 
 
 def test_without_a_checkout_the_run_lies_where_the_notebook_does(clone, tmp_path):
     shutil.copytree(clone / "neural", tmp_path / "site-packages/neural")
-    (tmp_path / "desk").mkdir()
-    for name in ("10_finetune", "open-i"): shutil.copyfile(clone / f"nbs/paper/{name}.ipynb", tmp_path / f"desk/{name}.ipynb")
-    said = set_up(sorted((tmp_path / "desk").glob("*.ipynb")), tmp_path / "desk", library=tmp_path / "site-packages")
-    assert said["10_finetune"][:2] == ["begun", "run folder: runs/by-hand\n"]
-    assert Path(said["10_finetune"][2]).resolve() == (tmp_path / "desk/runs/by-hand").resolve()
-    assert said["open-i"][0] == "no published numbers in figures/open-i: name their folder in the parameters cell"
+    desk = tmp_path / "desk"
+    desk.mkdir()
+    for name in ("10_finetune", "open-i"): shutil.copyfile(clone / f"nbs/paper/{name}.ipynb", desk / f"{name}.ipynb")
+    (end, printed, folder), (refused, _, _) = set_up([(desk / "10_finetune.ipynb", desk, ""), (desk / "open-i.ipynb", desk, "")], tmp_path / "site-packages")
+    assert (end, printed, Path(folder)) == ("begun", "run folder: runs/by-hand\n", (desk / "runs/by-hand").resolve())
+    assert refused == "no published numbers in figures/open-i: name their folder in the parameters cell"
 
 
-# a small training, twice and with other settings
+# a small training, again and with other settings
 
 SMALL = dict(phantom_studies=60, image_size=96, width=32, d_model=32, layers=1, vocab_size=300, warm_epochs=1, epochs=1.0, batch_size=16)
 
 
 def test_the_same_training_again_is_the_same_and_another_is_another(clone, tmp_path):
-    stage = clone / "nbs/paper/10_finetune.ipynb"
+    small, stage = tmp_path / "small", lambda name: clone / f"nbs/paper/{name}.ipynb"
     def train(**settings):
-        run_all(stage, tmp_path, run="small", **SMALL | settings)
-        return read_record(tmp_path / "small", "10_finetune")["metrics"], sha256_of(tmp_path / "small/vlm/model.safetensors")
+        run_all(stage("10_finetune"), tmp_path, run="small", **SMALL | settings)
+        return read_record(small, "10_finetune")["metrics"], sha256_of(small / "vlm/model.safetensors")
 
-    first, again = train(), train()
-    assert again == first, "restart and run all: other numbers"
-    assert not (tmp_path / "small/checkpoints").exists()
-    run_all(clone / "nbs/paper/20_prune.ipynb", tmp_path, run="small")
-    downstream = [clone / f"nbs/paper/{n}.ipynb" for n in ("30_fuse", "52_relevance")]
-    assert [printed for _, printed, _ in set_up(downstream, tmp_path, "run = 'small'").values()] == ["", ""]
+    def heard(*typed):
+        return [(end, printed) for end, printed, _ in set_up([(stage(n), tmp_path, "run = 'small'" + t) for n, t in typed])]
+
+    first = train()
+    run_all(stage("20_prune"), tmp_path, run="small")
     other = train(lr=1e-4)
     assert other[0] != first[0] and other[1] != first[1], "another learning rate trained the same network"
-    for end, printed, _ in set_up(downstream, tmp_path, "run = 'small'").values():
-        assert end == "begun" and printed == "stale: 20_prune read another vlm/model.safetensors than there is now; run 20_prune.ipynb again, then this one\n"
-    wide = train(phantom_studies=70, seed=1)
-    assert wide[0]["studies"] > first[0]["studies"], "the cohort of other settings was taken for this one"
-    noted = set_up([downstream[1]], tmp_path, "run = 'small'; max_tokens = 40")["52_relevance"][1]
-    assert "note: max_tokens is 40 here and 96 in 10_finetune" in noted and "read another manifest.csv" in noted
+    stale = "stale: 20_prune read another vlm/model.safetensors than there is now; run 20_prune.ipynb again, then this one\n"
+    assert heard(("30_fuse", ""), ("52_relevance", "; max_tokens = 40")) == [("begun", stale), ("begun", "note: max_tokens is 40 here and 96 in 10_finetune\n" + stale + "note: max_tokens is 40 here and 96 in 20_prune\n")]
+    assert train() == first, "restart and run all: other numbers"
+    assert heard(("30_fuse", "")) == [("begun", "")]
+    assert not (small / "checkpoints").exists(), "a finished training leaves a checkpoint that another would go on from"
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_which_studies_stage_10_takes(clone, phantom_cohort, tmp_path, known):
+    "Other settings draw other phantoms; a run that `neural run` began remembers its manifest, and no phantoms are drawn."
+    from neural.layouts import index_dataset
+    if known:
+        index_dataset("mimic-cxr", phantom_cohort, labels="truth/labels.csv")[0].save(tmp_path / "manifest.csv")
+        (tmp_path / "run.json").write_text(json.dumps({"schema": 1, "manifest": "manifest.csv"}))
+    nb = nbformat.read(clone / "nbs/paper/10_finetune.ipynb", 4)
+    nb.cells = nb.cells[: next(i for i, c in enumerate(nb.cells) if "write_cohort(" in c.source) + 1]
+    nbformat.write(nb, tmp_path / "beginning.ipynb")
+    drawn = [printed(run_all(tmp_path / "beginning.ipynb", tmp_path, run=".", phantom_studies=n)) for n in (12, 20)]
+    assert (drawn[0] == drawn[1]) == known and (tmp_path / "phantom").exists() != known
+    assert all(re.search(r"\d+ studies of \d+ patients, layout mimic-cxr", text) for text in drawn)
 
 
 # the five stages with their defaults
@@ -222,13 +255,3 @@ def test_again_and_from_elsewhere_the_numbers_are_the_same(clone, run, tmp_path,
     assert again["metrics"] == first["metrics"] and again["figures"] == first["figures"] and again["read"].keys() == first["read"].keys()
     assert not complaints(nb) and "stale" not in printed(nb)
     assert not list(tmp_path.iterdir()), "something was written where the kernel started"
-
-
-def test_a_run_of_the_command_is_read_by_hand_too(clone, run, tmp_path):
-    "A run folder that `neural run` began remembers its manifest; stage 10 by hand takes it, not new phantoms."
-    (tmp_path / "run.json").write_text(json.dumps({"schema": 1, "manifest": os.path.relpath(run / "manifest.csv", tmp_path)}))
-    nb = nbformat.read(clone / "nbs/paper/10_finetune.ipynb", 4)
-    nb.cells = nb.cells[: next(i for i, c in enumerate(nb.cells) if "index_dataset(" in c.source and "write_cohort" in c.source) + 1]
-    nbformat.write(nb, tmp_path / "beginning.ipynb")
-    text = printed(run_all(tmp_path / "beginning.ipynb", tmp_path, run="."))
-    assert f"{len(pd.read_csv(run / 'manifest.csv').study_id.unique())} studies" in text and not (tmp_path / "phantom").exists()
