@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NUMBER', 'SPOKEN', 'DAMAGED', 'UsageError', 'app', 'QUIET', 'system_error', 'plain_line', 'PlainErrors',
            'no_empty_words', 'one_line', 'show_version', 'start', 'phantom', 'index_summary', 'index', 'stage_folder',
-           'read_assignments', 'run', 'publish', 'build', 'codebook', 'predict', 'verify', 'compact', 'describe',
-           'bench', 'asset_lines', 'inspect', 'main']
+           'read_assignments', 'run', 'publish', 'build', 'codebook', 'outside', 'predict', 'refuse_store', 'verify',
+           'compact', 'describe', 'bench', 'asset_lines', 'find_asset', 'inspect', 'main']
 
 # %% ../nbs/api/42_cli.ipynb #12d6d536
 import contextlib, os, re, sys
@@ -274,19 +274,44 @@ def codebook(
     typer.echo(f"codebook: {out}, {codec}, {book.width} bytes a patch instead of {4 * book.dim}, fitted on {len(x['train'])} train patches; share of the variance lost on {len(x['validate'])} validate patches: {loss_of_codec(x['validate'], codec, book):.4f}")
 
 # %% ../nbs/api/42_cli.ipynb #9ce26f45
+def outside(
+    path: Path,       # file to be written
+    folders,          # of stores, classifiers, runs that are read
+) -> Path:            # the same path
+    "Refuses to put a file among those of a folder that is read."
+    from neural.study import NeuralError
+    if inside := [f for f in folders if path.resolve().is_relative_to(f.resolve())]: raise NeuralError(f"{path}: lies inside {inside[0]}, which is read here; name a file outside")
+    return path
+
 @app.command()
 def predict(
     store: Annotated[Path, typer.Argument(help="Folder of an asset store.", exists=True, file_okay=False)],
     classifier: Annotated[Path, typer.Option(help="Folder of a classifier, such as runs/quickstart/classifier/image-only/Pneumonia/gcn.", exists=True, file_okay=False)],
-    out: Annotated[Path, typer.Option("-o", "--out", help="CSV to write: study_id, p.", dir_okay=False)] = Path("predictions.csv"),
+    out: Annotated[Path, typer.Option("-o", "--out", help="CSV to write: study_id, p, classifier (a hash of its weights); p is blank where an asset is damaged.", dir_okay=False)] = Path("predictions.csv"),
+    anyway: Annotated[bool, typer.Option("--anyway", help="Read a store of another network, track, vocabulary, codec, fusion, budget or grid than the classifier was trained on, too.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace predictions that are there.")] = False,
+    limit: Annotated[float, typer.Option(min=0, max=1, help="Stop if a larger share of the studies is damaged.")] = 0.05,
 ):
     "Let a classifier read a store; films and reports are not needed."
     from neural.asset import AssetStore
-    from neural.classify import load_classifier, predict as scores
-    assets = AssetStore(store.resolve()); model = load_classifier(classifier)
-    p = scores(model, [assets[i] for i in assets.ids])
-    out.write_text("study_id,p\n" + "".join(f"{i},{v:.6f}\n" for i, v in zip(assets.ids, p)), encoding="utf-8")
-    typer.echo(f"predictions: {out}, {len(p)} studies")
+    from neural.classify import is_predictions, load_classifier, predict as scores, save_predictions, unrecorded, whole_assets
+    from neural.study import NeuralError, make_folder, refuse_overwrite
+    refuse_overwrite(outside(out, (store, classifier)), ours=is_predictions, force=force)
+    assets, model = AssetStore(store.resolve()), load_classifier(classifier)
+    refuse_store(model, assets, anyway)
+    whole, lost = whole_assets(assets)
+    if not len(whole) + len(lost): raise NeuralError(f"{store} holds no study yet; build it first")
+    for reason, n in lost.counts().items(): typer.echo(f"left out: {n} {reason}")
+    lost.check(len(whole) + len(lost), limit)
+    said = dict(zip((a.study_id for a in whole), scores(model, whole, anyway=anyway)))
+    make_folder(out.parent); save_predictions(out, {i: said.get(i) for i in [*said, *(i for i, *_ in lost)]}, classifier)
+    typer.echo(f"predictions: {out}, {len(said)} studies")
+    if blank := unrecorded(model): typer.echo(f"not recorded by this classifier, so not compared: {', '.join(blank)}")
+
+def refuse_store(model, assets, anyway):
+    "Refuses a store that a classifier was not trained for, and says how to go on."
+    from neural.classify import known_origin, origin, refuse_strangers
+    refuse_strangers(known_origin(model), origin(assets), model.config["parts"], anyway, "--anyway")
 
 # %% ../nbs/api/42_cli.ipynb #50181496
 @app.command()
@@ -324,10 +349,11 @@ def describe(
     creator: Annotated[str, typer.Option(help="Who made it.")],
     published: Annotated[str, typer.Option(help="When, as YYYY-MM-DD.")],
     description: Annotated[str, typer.Option(help="What it is, in a sentence.")] = "Chest X-ray studies as pruned graphs: patch features, concepts of the report, and the edges between them.",
+    force: Annotated[bool, typer.Option("--force", help="Replace a description that is there.")] = False,
 ):
     "Write a Croissant description into a store."
     from neural.export import write_croissant
-    path = write_croissant(store.resolve(), name, description=description, licence=licence, url=url, creator=creator, published=published)
+    path = write_croissant(store.resolve(), name, description=description, licence=licence, url=url, creator=creator, published=published, force=force)
     typer.echo(f"described: {store / path.name}")
 
 # %% ../nbs/api/42_cli.ipynb #4ed5c21c
@@ -337,12 +363,15 @@ def bench(
     studies: Annotated[Optional[int], typer.Option(min=2, help="Studies at 1x the work, instead of the usual number.")] = None,
     small: Annotated[bool, typer.Option("--small", help="Small networks and few studies: seconds instead of minutes, to see that it works.")] = False,
     out: Annotated[Optional[Path], typer.Option(help="Write the tables as JSON, too.", dir_okay=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace tables that are there.")] = False,
 ):
     "Measure, and set beside a plain reference path."
     from neural import bench, race
     from neural.vlm import small_config
-    from neural.yardstick import machine, write_tables
+    from neural.study import make_folder, refuse_overwrite
+    from neural.yardstick import is_tables, machine, write_tables
     if what == "finetune" and studies: raise typer.BadParameter("a step of fine-tuning always sees the same eight studies; leave --studies out")
+    if out: refuse_overwrite(out, ours=is_tables, force=force); make_folder(out.parent)
     how = dict(build=dict(studies=2, config=small_config(200, 96, width=64, d_model=64), side=300, rounds=2), finetune=dict(steps=6), read=dict(studies=256, dim=64, hidden=32, growth=(1, 2), rounds=3),
                index=dict(studies=250, rounds=1, beside=(250, 500)), bytes=dict(studies=60, dim=128, counts=(4,), size=16, side=256), store=dict(studies=300, dim=64, size=16, batch=100))[what] if small else {"finetune": dict(paper=True)}.get(what, {})
     found = getattr(race if what in ("build", "finetune") else bench, f"bench_{what}")(**how | ({"studies": studies} if studies else {}))
@@ -358,27 +387,47 @@ def asset_lines(
 ) -> list[str]:  # lines for a person
     "What an asset holds, in plain text."
     said, linked = ("present", "uncertain", "absent"), ("located at", "modifies", "suggests")
-    name = lambda i: vocabulary[asset.concepts[i]]
+    name = lambda i: "".join(c if c.isprintable() else "\ufffd" for c in vocabulary[asset.concepts[i]])     # a store may come from anywhere, and a terminal obeys
     lines = [f"{asset.study_id}  {asset.track}  {len(asset.to_bytes())} bytes  {len(asset.patches)} of {asset.grid[0] * asset.grid[1]} patches retained"]
     lines += [f"  patch {p:4}  row {p // asset.grid[1]:2}  column {p % asset.grid[1]:2}  relevance {r:.4f}" for p, r in zip(asset.patches, asset.relevance)]
     lines += [f"  {said[a]:9}  {name(i)}" for i, a in enumerate(asset.assertions)]
     return lines + [f"  {name(h)} {linked[t]} {name(o)}" for h, o, t in asset.relations] + [f"  {k}: {v}" for k, v in asset.provenance.items()]
 
 # %% ../nbs/api/42_cli.ipynb #0f06e0b8
+def find_asset(
+    assets,        # an AssetStore
+    study,         # its id, or the hospital's where ids are keyed
+    secret=None,   # bytes of the key; None: none at hand
+):                 # its asset
+    "The asset of a study, by its own id or by the keyed one."
+    from neural.asset import AssetError, keyed_id
+    from neural.study import NeuralError
+    for name in (study, *([] if secret is None else [keyed_id(study, secret)])):
+        try: return assets[name]
+        except AssetError as e: why = str(e)
+    if "is not in" not in why: raise NeuralError(why)
+    some, keyed = assets.ids[:3], any(len(i) == 33 and i[0] == "k" for i in assets.ids[:3])
+    hint = ", not by this key either" if secret is not None else "; ids here are keyed, give the key with --key-file" if keyed else ""
+    raise NeuralError(f"no study {study} in {assets.folder.name}{hint}; it holds {len(assets)}, such as {', '.join(some) or 'none'}")
+
 @app.command()
 def inspect(
     store: Annotated[Path, typer.Argument(help="Folder of an asset store.", exists=True, file_okay=False)],
-    study: Annotated[str, typer.Argument(help="Study id.")],
+    study: Annotated[str, typer.Argument(help="Study id; with --key-file also the hospital's own.")],
     html: Annotated[Optional[Path], typer.Option(help="Write a page to this file instead.", dir_okay=False)] = None,
+    key_file: Annotated[Optional[Path], typer.Option(help="File of the key by which study ids were replaced.", exists=True, dir_okay=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a page that is there.")] = False,
 ):
     "Show what one asset holds, as text or as a page."
     from neural.asset import AssetStore
-    from neural.study import NeuralError
-    from neural.viewer import asset_page
+    from neural.study import make_folder, publish, refuse_overwrite
+    from neural.viewer import asset_page, is_page
+    if html: refuse_overwrite(outside(html, [store]), [key_file] if key_file else [], is_page, force)
     assets = AssetStore(store.resolve())
-    if study not in assets: raise NeuralError(f"no study {study} in {store}; it holds {len(assets)}, such as {', '.join(assets.ids[:3])}")
-    if html is None: return typer.echo("\n".join(asset_lines(assets[study], assets.vocabulary)))
-    html.write_text(asset_page(assets[study], assets.vocabulary), encoding="utf-8")
+    asset = find_asset(assets, study, key_file.read_bytes()[:4096] if key_file else None)
+    if html is None: return typer.echo("\n".join(asset_lines(asset, assets.vocabulary)))
+    make_folder(html.parent)
+    with publish(html) as f: f.write(asset_page(asset, assets.vocabulary))
     typer.echo(f"page: {html}")
 
 # %% ../nbs/api/42_cli.ipynb #615ae099

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRODUCTS', 'seconds_of', 'alternated', 'memory_now', 'peak_memory', 'aside', 'peak_of_process', 'tree_memory',
-           'matrix_peak', 'Products', 'machine', 'write_tables', 'read_tables']
+           'matrix_peak', 'Products', 'machine', 'write_tables', 'read_tables', 'is_tables']
 
 # %% ../nbs/api/35_yardstick.ipynb #b525804d
 import json
@@ -22,7 +22,7 @@ import pandas as pd
 import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from .study import NeuralError
+from .study import NeuralError, at_least, publish, readable
 from .vlm import Packed
 
 # %% ../nbs/api/35_yardstick.ipynb #bbbaf6a2
@@ -38,6 +38,7 @@ def alternated(
     rounds=5,       # of each, after one that is not counted
 ) -> pd.DataFrame:  # seconds, one row per round, one column per way
     "Times several ways of one piece of work in turns (this companion's choice)."
+    at_least(1, rounds=rounds)
     return pd.DataFrame([{name: seconds_of(work) for name, work in ways.items()} for _ in range(rounds + 1)][1:])
 
 # %% ../nbs/api/35_yardstick.ipynb #c1eb7d30
@@ -134,12 +135,21 @@ def write_tables(
 ):
     "Keeps measured tables with the command and the machine that made them."
     about = dict(command=command, machine=machine(), tables={n: t.reset_index().to_dict("split", index=False) for n, t in tables.items()})
-    draft = Path(path).with_suffix(".part"); draft.write_text(json.dumps(about, indent=1), encoding="utf-8"); draft.replace(path)
+    with publish(path) as f: json.dump(about, f, indent=1)
 
 def read_tables(
     path: Path,     # of `write_tables`
 ) -> tuple[dict, dict]:  # command and machine; name -> DataFrame
     "Measured tables, and where they come from."
-    try: about = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError: raise NeuralError(f"{Path(path).name} is missing: make it with `neural bench`") from None
+    if not Path(path).is_file(): raise NeuralError(f"{Path(path).name} is missing: make it with `neural bench`")
+    with readable(Path(path).name): about = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(about, dict) or set(about) != {"command", "machine", "tables"}: raise NeuralError(f"{Path(path).name}: no tables of `neural bench`; make it again")
     return {k: about[k] for k in ("command", "machine")}, {n: pd.DataFrame(**t) for n, t in about["tables"].items()}
+
+# %% ../nbs/api/35_yardstick.ipynb #9b260db4
+def is_tables(
+    path: Path,     # any file
+) -> bool:          # True if `write_tables` made it
+    "Whether a file holds measured tables (this companion's choice)."
+    try: return read_tables(path)[0]["command"].startswith("neural bench")
+    except (NeuralError, AttributeError, TypeError, ValueError): return False

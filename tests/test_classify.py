@@ -298,4 +298,4 @@ def test_foreign_or_damaged_classifier_is_refused(tmp_path):
         (tmp_path / "model.safetensors").write_bytes(bad)
         with pytest.raises(NeuralError): load_classifier(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(NeuralError, match="no readable config"): load_classifier(tmp_path)
+    with pytest.raises(NeuralError, match="config.json: cannot be read, it is damaged"): load_classifier(tmp_path)
