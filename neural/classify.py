@@ -452,17 +452,19 @@ def one_thread():
 def origin(
     assets,          # StudyAssets, or an AssetStore
 ) -> dict:           # such as {'network': ['3f2a...'], 'track': ['image-only']}; what is not recorded is left out
-    "Which network, track, vocabulary, codec, fusion, budget and grid some assets come from (this companion's choice)."
-    few = {(a.track, a.grid, a.codec, id(a.book), _dim(a), *sorted(a.provenance.items())): a for a in ([assets] if hasattr(assets, 'vocabulary') else assets) if hasattr(a, 'provenance')}
+    "Which network, track, vocabulary, codec, fusion, grid and number of patches some assets come from (this companion's choice)."
+    few = {(a.track, a.grid, a.codec, id(a.book), _dim(a), _budget(a), *sorted(a.provenance.items())): a for a in ([assets] if hasattr(assets, 'vocabulary') else assets) if hasattr(a, 'provenance')}
     said = [_said(a) for a in few.values()]
     return {name: sorted({s[name] for s in said if name in s}) for name in dict.fromkeys(n for s in said for n in s)}
 
 def _dim(asset): return asset.dim if hasattr(asset, 'dim') else asset.features.shape[1]
 
+def _budget(asset): return asset.settings.get('keep') if hasattr(asset, 'settings') else len(asset.patches)
+
 def _said(asset):
     "What one asset or store says of itself, as texts."
     p = asset.provenance
-    keep = {'budget': f"keep {p['keep_ratio']:g}"} if 'keep_ratio' in p else {}
+    keep = {'patches': str(_budget(asset))} if _budget(asset) and p.get('selection') != 'released' else {}
     words = {'words': str(len(asset.vocabulary))} if hasattr(asset, 'vocabulary') else {}
     names = {'network': 'model_hash', 'vocabulary': 'vocabulary_hash', 'fusion': 'fusion', 'selection': 'selection'}
     return dict(track=asset.track, codec=asset.codec + (f' with codebook {asset.book.hash}' if asset.book else ''), grid=f'{asset.grid[0]} x {asset.grid[1]}',
@@ -475,8 +477,8 @@ def strangers(
     parts=PARTS,     # what it reads: a classifier of patches alone needs no vocabulary
 ) -> list[str]:      # how they differ, each with both names; [] if nothing recorded speaks against
     "What speaks against a classifier's reading of some assets (this companion's choice)."
-    unread = {*(() if 'knowledge' in parts else ('vocabulary', 'words')), *(() if 'visual' in parts else ('codec', 'dim', 'grid'))}
-    names = {'dim': 'numbers a patch', 'words': 'words in the vocabulary'}
+    unread = {*(() if 'knowledge' in parts else ('vocabulary', 'words')), *(() if 'visual' in parts else ('codec', 'dim', 'grid', 'patches'))}
+    names = {'dim': 'numbers a patch', 'patches': 'patches retained', 'words': 'words in the vocabulary'}
     say = lambda name, values: f"{names.get(name, name)} {' or '.join(values)}"
     return [f"{say(n, mine[n])} and not {' or '.join(theirs[n])}" for n in mine if n in theirs and n not in unread and set(theirs[n]) - set(mine[n])]
 
@@ -487,7 +489,7 @@ def refuse_strangers(
     anyway=False,      # True: go on
     how='anyway=True', # how the caller says so, for the message
 ):
-    "Refuses assets of another network, track, vocabulary, codec, fusion, budget or grid than a classifier was trained on (this companion's choice)."
+    "Refuses assets of another network, track, vocabulary, codec, fusion, grid or number of patches than a classifier was trained on (this companion's choice)."
     if not anyway and (odd := strangers(mine, theirs, parts)): raise NeuralError(f"this classifier was trained on {'; '.join(odd)}: take the store or the classifier that belongs to it, or go on with {how}")
 
 # %% ../nbs/api/22_classify.ipynb #f10f87ea
@@ -540,7 +542,7 @@ def predict_logits(
     at_least(1, batch_size=batch_size)
     if not len(assets): return np.zeros(0)
     graphs = as_columns(assets, *(model.config[k] for k in ('kind', 'fusion', 'parts')))
-    refuse_strangers({n: v for n, v in known_origin(model).items() if n != 'dim'}, graphs.origin, model.config['parts'], anyway)      # another dim is no matter of a flag
+    refuse_strangers({n: v for n, v in known_origin(model).items() if n not in ('dim', 'patches')}, graphs.origin, model.config['parts'], anyway)   # a single study may hold fewer; another dim is no matter of a flag
     return _logits(model, _batches(graphs, np.arange(len(graphs)), batch_size))
 
 def _batches(graphs, rows, size):
@@ -656,7 +658,7 @@ def train_classifier(
     (rows, y), (rows_held, y_held) = known_targets(graphs, y_train, 'train'), known_targets(held, y_validate, 'validate')
     at_least(1, epochs=epochs, batch_size=batch_size, patience=patience); at_least(0, seed=seed, weight_decay=weight_decay)
     if not lr > 0: raise NeuralError(f"lr must be above 0, got {lr}")
-    refuse_strangers(graphs.origin, held.origin, parts, anyway)
+    refuse_strangers({n: v for n, v in graphs.origin.items() if n != 'patches'}, held.origin, parts, anyway)
     with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(seed)
         model = GraphClassifier(kind, graphs.x.shape[1], vocabulary_size, fusion=fusion, parts=parts, **model_options)

@@ -288,7 +288,7 @@ def predict(
     store: Annotated[Path, typer.Argument(help="Folder of an asset store.", exists=True, file_okay=False)],
     classifier: Annotated[Path, typer.Option(help="Folder of a classifier, such as runs/quickstart/classifier/image-only/Pneumonia/gcn.", exists=True, file_okay=False)],
     out: Annotated[Path, typer.Option("-o", "--out", help="CSV to write: study_id, p, classifier (a hash of its weights); p is blank where an asset is damaged.", dir_okay=False)] = Path("predictions.csv"),
-    anyway: Annotated[bool, typer.Option("--anyway", help="Read a store of another network, track, vocabulary, codec, fusion, budget or grid than the classifier was trained on, too.")] = False,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Read a store of another network, track, vocabulary, codec, fusion, grid or number of patches than the classifier was trained on, too.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace predictions that are there.")] = False,
     limit: Annotated[float, typer.Option(min=0, max=1, help="Stop if a larger share of the studies is damaged.")] = 0.05,
 ):
@@ -400,14 +400,16 @@ def find_asset(
     secret=None,   # bytes of the key; None: none at hand
 ):                 # its asset
     "The asset of a study, by its own id or by the keyed one."
-    from neural.asset import AssetError, keyed_id
+    from neural.asset import AssetError, is_keyed, key_check, keyed_id
     from neural.study import NeuralError
+    if secret is not None and (made := assets.settings["key"]) not in (None, key_check(secret)):
+        raise NeuralError(f"{assets.folder.name}: its study ids are {'not keyed, leave the key out' if made == 'none' else 'keyed with another key; give that one'}")
     for name in (study, *([] if secret is None else [keyed_id(study, secret)])):
         try: return assets[name]
         except AssetError as e: why = str(e)
     if "is not in" not in why: raise NeuralError(why)
-    some, keyed = assets.ids[:3], any(len(i) == 33 and i[0] == "k" for i in assets.ids[:3])
-    hint = ", not by this key either" if secret is not None else "; ids here are keyed, give the key with --key-file" if keyed else ""
+    some = assets.ids[:3]
+    hint = ", not by this key either" if secret is not None else "; ids here are keyed, give the key with --key-file" if any(map(is_keyed, some)) else ""
     raise NeuralError(f"no study {study} in {assets.folder.name}{hint}; it holds {len(assets)}, such as {', '.join(some) or 'none'}")
 
 @app.command()
