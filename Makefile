@@ -3,9 +3,10 @@
 # make test        everything the project promises, checked: notebooks, tests, a smoke run, the pages
 # make lab         JupyterLab on the notebooks            make docs    the pages, in _docs/
 # make install     the environment of requirements.lock   make hooks   git hooks that keep notebooks clean
-# make clean       remove what can be made again (runs/ and the environment stay)
+# make clean       remove what can be made again (runs/, the cohorts they read, and the environment stay)
 #
 # Settings: STUDIES=400 SEED=1 TEST=0.2 PRESET=smoke VENV=/elsewhere PYTHON=/path/to/python3.11
+# Each cohort has a folder of its own, named by seed, studies, pixels and test share; a run on another one than the usual gets its own, too.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -19,7 +20,13 @@ SIZE ?= 320
 SEED ?= 13
 TEST ?= 0.38
 PRESET ?= quickstart
-RUN ?= runs/$(PRESET)
+# $(call folder,STUDIES,SIZE,SEED): where those phantom studies lie
+folder = build/phantom-$(3)-$(1)-$(2)-$(TEST)
+COHORT = $(call folder,$(STUDIES),$(SIZE),$(SEED))
+FINE = $(call folder,$(STUDIES),1024,$(SEED))
+ELSEWHERE = $(call folder,400,$(SIZE),$(shell echo $$(($(SEED) + 1000))))
+USUAL = build/phantom-13-1800-320-0.38
+RUN ?= runs/$(basename $(notdir $(PRESET)))$(patsubst build/phantom%,%,$(filter-out $(USUAL),$(COHORT)))
 IS_311 = import sys; sys.exit(sys.version_info[:2] != (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3 python; do if $$p -c '$(IS_311)' 2>/dev/null; then echo $$p; break; fi; done)
 export HF_HUB_OFFLINE := 1
@@ -27,7 +34,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 reproduce: cohort
-	@$(BIN)/neural run --preset $(PRESET) --manifest build/phantom/manifest.csv --run $(RUN)
+	@$(BIN)/neural run --preset $(PRESET) --manifest $(COHORT)/manifest.csv --run "$(RUN)"
 
 # The environment is made again only when the lock or the packaging changed.
 install:
@@ -41,39 +48,47 @@ install:
 	  echo "$$want" > $(VENV)/.installed; \
 	fi
 
-# The audit also reads the same studies at 1024 pixels, a cohort drawn from another seed, and the published numbers of Open-i. Paths given to a stage are relative to the run folder.
+# $(call seen,FILE): a file as the run folder sees it, which is how a stage is told of one
+seen = $$($(BIN)/python -c "import os, sys; print(os.path.relpath(sys.argv[1], sys.argv[2]))" $(1) "$(RUN)")
+
+# The audit also reads the same studies at 1024 pixels, a cohort drawn from another seed, and the published numbers of Open-i.
 audit: cohort fine elsewhere
-	@$(BIN)/neural run 10-59 --preset $(PRESET) --manifest build/phantom/manifest.csv --run $(RUN) -p fine=../../build/phantom-1024/manifest.csv -p elsewhere=../../build/elsewhere/manifest.csv -p beside=../../figures/open-i
+	@$(BIN)/neural run 10-59 --preset $(PRESET) --manifest $(COHORT)/manifest.csv --run "$(RUN)" -p fine="$(call seen,$(FINE)/manifest.csv)" -p elsewhere="$(call seen,$(ELSEWHERE)/manifest.csv)" -p beside="$(call seen,figures/open-i)"
 
 # Memory a film leaves is kept for the next one, not handed back to the kernel page by page: a sixth of the drawing, on Linux.
 KEEP = MALLOC_TRIM_THRESHOLD_=268435456 MALLOC_MMAP_THRESHOLD_=33554432
 
-# $(call draw,FOLDER,STUDIES,SIZE,SEED): phantom studies and their manifest; made again when a setting or the code that draws them changed.
+# $(call draw,STUDIES,SIZE,SEED): phantom studies and their manifest; drawn again when the code that draws and lists them changed.
+# What comes out the same is left as it is; a cohort that comes out otherwise is kept beside the new one, since a run may still read it.
 define draw
-	@want="$(2) $(3) $(4) $(TEST) $$(cat neural/phantom.py neural/study.py | cksum)"; \
-	if [ "$$(cat $(1).made 2>/dev/null || true)" != "$$want" ]; then \
-	  rm -rf $(1) $(1).made; mkdir -p build; \
-	  $(KEEP) $(BIN)/neural phantom $(1) --studies $(2) --size $(3) --seed $(4) --test $(TEST); \
-	  $(BIN)/neural index mimic-cxr $(1) -o $(1)/manifest.csv --labels $(1)/truth/labels.csv; \
-	  echo "$$want" > $(1).made; \
+	@cohort=$(call folder,$(1),$(2),$(3)); want="$$(cat neural/phantom.py neural/study.py neural/layouts.py | cksum)"; \
+	if [ "$$(cat $$cohort.made 2>/dev/null || true)" != "$$want" ]; then \
+	  rm -rf $$cohort.part $$cohort.index; mkdir -p build; \
+	  $(KEEP) $(BIN)/neural phantom $$cohort.part --studies $(1) --size $(2) --seed $(3) --test $(TEST) | sed 's/\.part:/:/'; \
+	  if [ -d $$cohort ] && diff -rq -x manifest.csv -x manifest.json -x exclusions.csv $$cohort $$cohort.part >/dev/null; then rm -rf $$cohort.part; \
+	  elif [ -e $$cohort ]; then n=1; while [ -e $$cohort.before-$$n ]; do n=$$((n + 1)); done; mv $$cohort $$cohort.before-$$n; echo "the studies as they were drawn before are kept in $$cohort.before-$$n"; fi; \
+	  if [ -d $$cohort.part ]; then mv $$cohort.part $$cohort; fi; \
+	  $(BIN)/neural index mimic-cxr $$cohort -o $$cohort.index/manifest.csv --labels $$cohort/truth/labels.csv | sed 's/\.index//'; \
+	  mv $$cohort.index/* $$cohort; rmdir $$cohort.index; echo "$$want" > $$cohort.made; \
 	fi
 endef
 
 cohort: install
-	$(call draw,build/phantom,$(STUDIES),$(SIZE),$(SEED))
+	$(call draw,$(STUDIES),$(SIZE),$(SEED))
 
 fine: install
-	$(call draw,build/phantom-1024,$(STUDIES),1024,$(SEED))
+	$(call draw,$(STUDIES),1024,$(SEED))
 
 elsewhere: install
-	$(call draw,build/elsewhere,400,$(SIZE),$$(($(SEED) + 1000)))
+	$(call draw,400,$(SIZE),$$(($(SEED) + 1000)))
 
+# Each part says how long it took.
 test: install
 	@$(MAKE) --no-print-directory drift
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/api --n_workers 2
-	$(BIN)/python -m pytest -q
-	@$(MAKE) --no-print-directory smoke
-	@$(MAKE) --no-print-directory docs
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/api --n_workers 2; echo "chapters: $$SECONDS s"
+	@$(BIN)/python -m pytest -q; echo "tests: $$SECONDS s"
+	@$(MAKE) --no-print-directory smoke; echo "smoke run: $$SECONDS s"
+	@$(MAKE) --no-print-directory docs; echo "pages: $$SECONDS s"
 
 # A fresh export and clean must change nothing. Told only from a clean checkout; elsewhere tests/test_house.py compares modules with notebooks.
 drift:
@@ -98,6 +113,12 @@ lab: install
 hooks: install
 	@$(BIN)/nbdev_install_hooks
 
+# Of build/ only what was made here goes: a cohort that a run still reads stays, and so does whatever else was put there.
 clean:
-	@rm -rf build _proc _docs _site_src .pytest_cache .last_checked
+	@rm -rf build/smoke build/nbs build/site build/phantom-*.part build/phantom-*.index _proc _docs _site_src .pytest_cache .last_checked
+	@for made in build/phantom-*.made; do cohort="$${made%.made}"; \
+	  if [ ! -e "$$made" ]; then continue; \
+	  elif grep -qs -- "/$${cohort##*/}/" runs/*/*.json; then echo "kept: $$cohort, which a run still reads"; \
+	  else rm -rf "$$cohort" "$$made"; fi; done
+	@rmdir build 2>/dev/null || true
 	@find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print0 | xargs -0 rm -rf

@@ -17,7 +17,8 @@ __all__ = ['SCHEMA', 'RECORD', 'HEAD', 'PACKAGES', 'PACKAGE', 'METRICS_MIME', 'K
            'kept_values', 'setting_changes', 'change_words', 'out_of_date', 'Plan', 'preset_note', 'given_now',
            'told_before', 'plan_run', 'stages_note', 'start_note', 'add_settings', 'run_pipeline', 'checkout',
            'hand_run', 'published', 'need', 'files_read', 'stale', 'typed_settings', 'begin', 'save_notebook', 'stamp',
-           'is_fresh', 'machine_paths', 'slim_output', 'clean_outputs', 'publish_stage', 'publish']
+           'is_fresh', 'machine_paths', 'slim_output', 'clean_outputs', 'with_outputs', 'published_files',
+           'refuse_foreign', 'copy_whole', 'publish']
 
 # %% ../nbs/api/40_pipeline.ipynb #edba623f
 import ast, contextlib, difflib, hashlib, json, math, os, re, shlex, shutil, subprocess, sys, tempfile, time
@@ -1207,9 +1208,7 @@ def save_notebook(
     from execnb.nbio import dict2nb, nb2str
     tidy = dict2nb(json.loads(nbformat.writes(nb)))
     clean_nb(tidy, allowed_metadata_keys=["neural"], allowed_cell_metadata_keys=["tags"])
-    draft = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-    draft.write_text(nb2str(tidy), encoding="utf-8")
-    os.replace(draft, path)
+    with whole_file(path) as f: f.write(nb2str(tidy))
 
 # %% ../nbs/api/40_pipeline.ipynb #3e9dac74
 def stamp(
@@ -1271,11 +1270,11 @@ def clean_outputs(
     return kept
 
 # %% ../nbs/api/40_pipeline.ipynb #a15ecf46
-def publish_stage(
+def with_outputs(
     stage: Stage,  # the stage, in its folder
     run,           # run folder with its executed copy
-):
-    "Put a stage's executed outputs back into its notebook, cleaned and stamped."
+):                 # the stage's notebook with the outputs of the run
+    "A stage's notebook with its executed outputs, cleaned and stamped; nothing is written yet."
     nb, executed = read_notebook(stage.path), read_notebook(Path(run)/f"{stage.name}.ipynb")
     if code_hash(nb) != code_hash(executed): raise NeuralError(f"{stage.name} was edited after it ran; run it again before publishing")
     outputs = {c.get("id"): c.get("outputs", []) for c in executed.cells}
@@ -1283,9 +1282,47 @@ def publish_stage(
         if cell.cell_type != "code": continue
         cell.outputs, cell.execution_count = clean_outputs(outputs.get(cell.get("id"), []), f"{stage.name}, cell {i}"), None
     nb.metadata["neural"] = {"code": code_hash(nb)}
-    save_notebook(nb, stage.path)
+    return nb
 
 # %% ../nbs/api/40_pipeline.ipynb #0199daf4
+def published_files(
+    run,        # run folder
+    done: list, # its finished stages
+) -> dict[str, Path]:  # name in the published folder -> file of the run
+    "What of a run is published: figures, tables, the results and the records."
+    files = {n: Path(run)/n for n in run_files(run) if n.split("/")[0] in ("figures", "tables") or n == "results.json"}
+    return {n.removeprefix("figures/"): p for n, p in files.items()} | {f"records/{s.name}.json": Path(run)/f"{s.name}.json" for s in done}
+
+# %% ../nbs/api/40_pipeline.ipynb #publish3
+def refuse_foreign(
+    figures,      # folder to publish into
+    files: dict,  # name there -> file of the run
+    old: dict,    # name -> SHA-256 values that were published, or were about to be when a publication was stopped
+):
+    "Refuse to replace what was not published from a run, or was changed since (this companion's choice)."
+    foreign = []
+    for name in sorted({*files, *old}):
+        target, known = Path(figures)/check_relative(name, "published.json"), {*old.get(name, ())}
+        outside = not target.parent.resolve().is_relative_to(Path(figures).resolve())
+        if outside or target.is_symlink() or target.is_dir(): foreign.append(name)
+        elif target.is_file() and sha256_of(target) not in known | ({sha256_of(files[name])} if name in files else set()): foreign.append(name)
+    more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+    if foreign: raise NeuralError(f"{foreign[0]}{more} in {figures} was not published from a run, or changed since; move it away, or name another folder with --figures")
+
+# %% ../nbs/api/40_pipeline.ipynb #publish5
+def copy_whole(
+    source,  # file of the run
+    target,  # file of the published folder
+):
+    "Copy a file in one step: it is there whole, or as it was."
+    draft = make_folder(Path(target).parent)/f".{Path(target).name[:60]}.{os.getpid()}.part"
+    try:
+        shutil.copyfile(source, draft)
+        os.replace(draft, target)
+    except OSError as e: raise NeuralError(f"{target}: cannot be written, {system_reason(e)}") from e
+    finally: draft.unlink(missing_ok=True)
+
+# %% ../nbs/api/40_pipeline.ipynb #publish7
 def publish(
     run,      # run folder
     folder,   # folder of stage notebooks
@@ -1293,16 +1330,20 @@ def publish(
     notebooks=True,  # give the notebooks their outputs; False publishes the numbers alone
 ) -> list[str]:  # names of the stages published
     "Publish a finished run: outputs into the notebooks, figures and tables into one folder (this companion's choice)."
-    run, figures = Path(run), Path(figures)
+    run, figures, head = Path(run), Path(figures), Path(figures)/"published.json"
+    a, b = run.resolve(), figures.resolve()
+    if a.is_relative_to(b) or b.is_relative_to(a): raise NeuralError(f"{figures} and the run {run} lie in each other; publish into a folder of its own, such as figures")
     done = [s for s in find_stages(folder) if read_record(run, s.name).get("inputs")]
     if not done: raise NeuralError(f"{run} has no finished stage; run one first")
     for s in done:
         if hit := machine_paths((run/f"{s.name}.json").read_text("utf-8")): raise NeuralError(f"the record of {s.name} names a path of this machine ({hit[0]}); run the stage again with a path relative to the run folder")
-    for stage in done if notebooks else []: publish_stage(stage, run)
-    files = {n: run/n for n in run_files(run) if n.split("/")[0] in ("figures", "tables") or n == "results.json"}
-    files = {n.removeprefix("figures/"): p for n, p in files.items()} | {f"records/{s.name}.json": run/f"{s.name}.json" for s in done}
-    old = read_json(figures/"published.json")["files"] if (figures/"published.json").is_file() else {}
-    for name in set(old) - set(files): (figures/name).unlink(missing_ok=True)
-    for name, path in files.items(): (figures/name).parent.mkdir(parents=True, exist_ok=True); shutil.copyfile(path, figures/name)
-    write_json(figures/"published.json", {"run": run.resolve().name, "stages": [s.name for s in done], "files": {n: sha256_of(figures/n) for n in sorted(files)}})
+    books, files = [(with_outputs(s, run), s.path) for s in done] if notebooks else [], published_files(run, done)
+    said = read_json(head, "move it away, and all that was published beside it", files=dict, next=dict) if head.is_file() else {}
+    old, mine = said.get("files", {}), {n: sha256_of(p) for n, p in sorted(files.items())}
+    refuse_foreign(figures, files, {n: [part[n] for part in (old, said.get("next", {})) if n in part] for n in {*old, *said.get("next", {})}})
+    write_json(head, {**said, "files": old, "next": mine})          # should this be stopped half-way, the next one knows what is ours
+    for nb, path in books: save_notebook(nb, path)
+    for name, path in files.items(): copy_whole(path, figures/name)
+    for name in {*old, *said.get("next", {})} - {*files}: (figures/name).unlink(missing_ok=True)
+    write_json(head, {"run": a.name, "stages": [s.name for s in done], "files": mine})
     return [s.name for s in done]
