@@ -141,6 +141,7 @@ def index_summary(
     for split in ("train", "validate", "test"):
         mine = manifest.of(split)
         lines.append(f"  {split:9} {len(mine):6} studies of {len({s.patient_id for s in mine})} patients")
+    lines += [f"  noted     {n:6} {what}" for what, n in manifest.notes.items()]
     return lines + [f"  left out  {n:6} {reason}" for reason, n in excluded.counts().items()]
 
 # %% ../nbs/api/42_cli.ipynb #ed8a5f99
@@ -148,24 +149,26 @@ def index_summary(
 def index(
     layout: Annotated[Literal["mimic-cxr", "chexpert-plus", "open-i", "folder"], typer.Argument(help="How the dataset is laid out.")],
     root: Annotated[Path, typer.Argument(help="Its folder, or the file that lists it (a CSV, a .tgz of XML).", exists=True)],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Manifest to write; exclusions.csv goes beside it.")] = Path("manifest.csv"),
+    out: Annotated[Optional[Path], typer.Option("-o", "--out", help="Manifest to write, manifest.csv if left out; exclusions.csv goes beside it.", dir_okay=False)] = None,
     labels: Annotated[Optional[Path], typer.Option(help="Take the labels from this CSV, not the dataset's own.", exists=True, dir_okay=False)] = None,
     images: Annotated[Optional[Path], typer.Option(help="Folder of the images, if it is not ROOT.", exists=True, file_okay=False)] = None,
     views: Annotated[Optional[Path], typer.Option(help="Open-i: a table that says which image is frontal.", exists=True, dir_okay=False)] = None,
     allow_no_report: Annotated[bool, typer.Option("--allow-no-report", help="Keep studies without a report.")] = False,
     hash_files: Annotated[bool, typer.Option("--hash", help="Read every image and write its SHA-256 into the manifest.")] = False,
     limit: Annotated[float, typer.Option(min=0, max=1, help="Stop if a larger share of the studies is left out.")] = 0.05,
+    force: Annotated[bool, typer.Option("--force", help="Replace a manifest that was edited since it was written.")] = False,
 ):
     "Read a dataset folder and write its manifest."
-    from neural.layouts import index_dataset
-    if layout == "folder" and root.is_file(): root = root.parent  # a folder may be named by its CSV
-    manifest, excluded = index_dataset(layout, root, labels=labels, images=images, views=views, need_report=not allow_no_report, hash_files=hash_files, progress=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    excluded.save(out.with_name("exclusions.csv"))
-    typer.echo("\n".join(index_summary(manifest, excluded)))
-    excluded.check(len(manifest) + len(excluded), limit)
-    manifest.save(out)
-    typer.echo(f"manifest: {out}")
+    from neural.layouts import free_manifest, index_dataset, index_files, write_index
+    from neural.study import NeuralError
+    inputs = (labels, views, root if root.is_file() else None)
+    goal = free_manifest(inputs) if out is None else index_files(out, inputs)[0]
+    named = {name: path and path.absolute() for name, path in (("labels", labels), ("images", images), ("views", views))}    # as typed, seen from here
+    manifest, excluded = index_dataset(layout, root.absolute(), **named, need_report=not allow_no_report, hash_files=hash_files, progress=True)
+    try: excluded.check(len(manifest) + len({study for study, *_ in excluded}), limit)
+    except NeuralError as e: raise NeuralError(f"{e}; nothing was written, with --limit 1 all of them are listed in exclusions.csv") from e
+    before = write_index(manifest, excluded, goal, inputs, force)
+    typer.echo("\n".join([*index_summary(manifest, excluded), f"manifest: {goal}" + (f", in place of {before}" if before else "")]))
 
 # %% ../nbs/api/42_cli.ipynb #2075c948
 def stage_folder(
@@ -224,6 +227,8 @@ def build(
     manifest: Annotated[Path, typer.Argument(help="Manifest of the studies.", exists=True, dir_okay=False)],
     store: Annotated[Path, typer.Argument(help="Store to make, or to go on with.")],
     vlm: Annotated[Path, typer.Option(help="Folder of the fine-tuned network, such as runs/quickstart/vlm.", exists=True, file_okay=False)],
+    root: Annotated[Optional[Path], typer.Option("--root", help="Folder of the data set, if it has moved since it was indexed.", exists=True, file_okay=False)] = None,
+    images: Annotated[Optional[Path], typer.Option(help="Folder of the images, if they have moved, too.", exists=True, file_okay=False)] = None,
     keep: Annotated[Optional[float], typer.Option(help="Share of the patches to retain, such as 0.023; as in the network's run if left out.")] = None,
     track: Annotated[Literal["image+report", "image-only"], typer.Option(help="What is known: the report, or the film alone.")] = "image+report",
     codec: Annotated[Literal["int8", "f16", "f32", "pca", "pq"], typer.Option(help="How patch features are written.")] = "int8",
@@ -246,7 +251,7 @@ def build(
     from neural.study import Manifest
     from neural.vlm import load_vlm
     if device == "cuda" and not cuda.is_available(): raise typer.BadParameter("this machine has no GPU that PyTorch can use; leave --device out", param_hint="--device")
-    studies = Manifest.load(manifest)
+    studies = Manifest.load(manifest, root, images)
     packing = Packing(codec, read_book(codebook) if codebook else None, thumbnail, pixels, key_file.read_bytes()[:4096] if key_file else b"", corners(load_vlm(vlm).grid) if hide_corners else ())
     make = {"local": build_store, "ray": build_on_cluster}[engine]
     made, excluded = make(studies, store, vlm, track, keep, packing=packing, workers=workers, precision=precision, device=("cuda" if cuda.is_available() else "cpu") if device == "auto" else device)

@@ -13,10 +13,11 @@ __all__ = ['IMAGE_SUFFIXES', 'ALIASES', 'TORN', 'NO_REPORTS', 'MESH', 'MESH_PARE
            'mesh_labels', 'openi_documents', 'read_views', 'openi_reports', 'index_openi', 'nih_labels',
            'folder_labels', 'folder_table', 'folder_rows', 'plain_path', 'Films', 'folder_views', 'nih_lists',
            'folder_split', 'FolderRow', 'read_folder', 'folder_study', 'index_folder', 'admit', 'file_hash',
-           'file_hashes', 'hashed', 'resting_collector', 'nothing_found', 'index_dataset']
+           'file_hashes', 'hashed', 'resting_collector', 'nothing_found', 'index_dataset', 'index_files',
+           'free_manifest', 'write_index']
 
 # %% ../nbs/api/01_layouts.ipynb #layoutimports
-import csv, gc, hashlib, json, os, re, sys
+import csv, gc, hashlib, json, os, re, sys, tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from .study import (LABELS, SPLITS, MAX_REPORT, EVIDENCE_COLUMNS, NeuralError, label_value, Box, View, Study,
-                          view_of, split_of, Exclusions, readable, bounded, check_columns, read_table,
+                          view_of, split_of, Exclusions, readable, refuse_overwrite, make_folder, read_side, digest_of, bounded, check_columns, read_table,
                           check_relative, inside, Manifest, made_here, as_folder, refuse_links, read_xml,
                           xml_sections, tar_xml, said, row_text, report_text)
 
@@ -1016,3 +1017,48 @@ def index_dataset(
     if hash_files: studies = hashed(studies, src.image_root, progress, (src.root,))
     notes = {k: n for k, n in (src.notes + Counter(p[1] for p in src.exclusions.parts)).items() if n}
     return Manifest(studies, src.root, layout, src.label_source, src.image_root, notes), src.exclusions
+
+# %% ../nbs/api/01_layouts.ipynb #wifun
+def index_files(
+    out: str|Path,       # the manifest
+    inputs: tuple=(),    # files that the user named and that are read; None is passed over
+) -> tuple:              # the three files: manifest, the JSON beside it, exclusions.csv
+    "The files that an index writes; refused where one is read here, or was written by somebody else."
+    out = Path(out)
+    if out.suffix != '.csv' or out.name == 'exclusions.csv': raise NeuralError(f'{out}: no name for a manifest; name a .csv file, other than exclusions.csv')
+    files = out, out.with_suffix('.json'), out.with_name('exclusions.csv')
+    for f in files: refuse_overwrite(f, [i for i in inputs if i is not None], made_here, force=True)
+    return files
+
+def free_manifest(
+    inputs: tuple=(),                                  # as above
+    names: tuple=('manifest.csv', 'neural-manifest.csv'),  # in order of preference
+) -> Path:                                             # the first that may be written
+    "Where a manifest goes that nobody named: `manifest.csv` here, unless that is somebody's."
+    for name in names[:-1]:
+        try: return index_files(name, inputs)[0]
+        except NeuralError: continue                   # not ours: the next name
+    return index_files(names[-1], inputs)[0]
+
+def write_index(
+    manifest: Manifest,        # from `index_dataset`
+    exclusions: Exclusions,    # of the same call
+    out: str|Path,             # the manifest to write
+    inputs: tuple=(),          # files that the user named and that were read
+    force: bool=False,         # True: replace a manifest of ours that was edited
+) -> str:                      # what was there before; '' for nothing
+    "Writes a manifest, the JSON beside it and the list of exclusions, or nothing."
+    files = index_files(out, inputs)
+    with tempfile.TemporaryDirectory() as draft:
+        drafts = [Path(draft)/f.name for f in files]
+        exclusions.save(drafts[2]); listed = dict(exclusions_sha256=digest_of(drafts[2]))
+        there = [f for f in files if os.path.lexists(f)]
+        if there: manifest.save(drafts[0], **listed)
+        if there and all(f in there and f.read_bytes() == d.read_bytes() for f, d in zip(files, drafts)): return 'the same'
+    side = read_side(files[0])
+    for f, known in ((files[0], side.get('sha256')), (files[2], side.get('exclusions_sha256'))):
+        if f in there and not force and digest_of(f) != known:
+            raise NeuralError(f'{f}: is there already, and not as an index of this name wrote it; name another file to write, or replace it with --force')
+    make_folder(files[0].parent)
+    exclusions.save(files[2]); manifest.save(files[0], **listed)
+    return f'a manifest of {side.get("counts", {}).get("studies", "some")} studies of {Path(side.get("root", "")).name}' if there else ''

@@ -557,12 +557,13 @@ def above(
 @patch
 def save(self: Manifest,
     path: str|Path,  # CSV file to write; a .json of the same name goes beside it
+    **beside,        # more for the JSON
 ):
     "Writes the manifest, and beside it where its files are and who made its labels; never over a file of somebody else."
-    path = Path(path); beside = path.with_suffix('.json')
+    path = Path(path); other = path.with_suffix('.json')
     if path.suffix != '.csv': raise NeuralError(f'{path.name}: a manifest is a CSV; name a file that ends in .csv')
-    for p in (path, beside): refuse_overwrite(p, ours=made_here, force=True)
-    side = dict(root=str(self.root.resolve()), layout=self.layout, label_source=self.label_source, notes=self.notes, counts=self.counts())
+    for p in (path, other): refuse_overwrite(p, ours=made_here, force=True)
+    side = dict(root=str(self.root.resolve()), layout=self.layout, label_source=self.label_source, notes=self.notes, counts=self.counts(), **beside)
     if self.image_root != self.root: side['image_root'] = str(self.image_root.resolve())
     before = dict(before=dict(sha256=digest_of(path), side=read_side(path))) if path.is_file() else {}
     with publish(path) as f:
@@ -570,8 +571,9 @@ def save(self: Manifest,
         out.writerow((*COLUMNS, *self.label_names))
         for study in self: out.writerows(to_rows(study))
         f.flush(); os.fsync(f.fileno())                               # a full disk is told before anything is replaced
-        write_side(beside, side | before)
-    if before: write_side(beside, side)
+        side['sha256'] = digest_of(f.name)
+        write_side(other, side | before)
+    if before: write_side(other, side)
 
 def write_side(
     beside: Path,  # the JSON
