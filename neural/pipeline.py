@@ -1173,7 +1173,8 @@ def typed_settings(
     for name, declared in settings.get("__annotations__", {}).items():
         kind = declared.__name__ if isinstance(declared, type) else str(declared)
         if name not in settings or not re.fullmatch(r"list|(list\[)?(str|int|float|bool)\]?", kind): continue
-        settings[name] = typed_value(Parameter(name, kind, None, ""), settings[name])
+        value = str(settings[name]) if isinstance(settings[name], Path) else settings[name]    # a path, where the cell runs a second time
+        settings[name] = typed_value(Parameter(name, kind, None, ""), value)
         if name != "run": mine[name] = settings[name]
     return mine
 

@@ -86,7 +86,7 @@ for path, cwd, typed in json.load(sys.stdin):
     cells = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"][:2]
     with contextlib.redirect_stdout(heard):
         try:
-            for source in (cells[0], typed, cells[1]): exec(compile(source, path, "exec"), names)
+            for source in (cells[0], typed, cells[1], cells[1]): exec(compile(source, path, "exec"), names)
             end = "begun"
         except NeuralError as e: end = str(e)
     said.append([end, heard.getvalue(), os.path.realpath(names.get("run") or names.get("figures") or ".")])
@@ -95,7 +95,7 @@ print(json.dumps(said))
 
 
 def set_up(jobs, library=None):
-    "Run the first two code cells of notebooks, each given with a working directory and what was typed: how each ended, what it printed, its folder."
+    "Run the first two code cells of notebooks, the second twice as people do, each given with a working directory and what was typed: how each ended, what it printed, its folder."
     env = {**os.environ, "PYTHONPATH": str(library or os.environ["PYTHONPATH"])}
     asked = json.dumps([[str(path), str(cwd), typed] for path, cwd, typed in jobs])
     done = subprocess.run([sys.executable, "-c", SETUP], input=asked, env=env, capture_output=True, text=True)
