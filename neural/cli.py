@@ -173,9 +173,12 @@ def index(
 # %% ../nbs/api/42_cli.ipynb #2075c948
 def stage_folder(
     named=None,  # folder given by the user, if any
+    run=None,    # run folder, if there is one: it remembers where its stages are
 ) -> Path:       # folder of the stage notebooks
-    "Where the stage notebooks are: the folder named, `nbs/paper` here, or `nbs/paper` of the library's checkout."
-    if named: return Path(named)
+    "Where the stage notebooks are: the folder named, that of the run, `nbs/paper` here, or `nbs/paper` of the library's checkout."
+    from neural.pipeline import run_notes
+    if named is not None: return Path(named)
+    if run is not None and (own := run_notes(run).get("stages")): return Path(run).resolve()/own
     here, checkout = Path("nbs/paper"), Path(__file__).resolve().parents[1]/"nbs/paper"
     return here if here.is_dir() else checkout
 
@@ -183,30 +186,34 @@ def stage_folder(
 def read_assignments(
     pairs,   # `name=value` as typed after -p
 ) -> dict:   # name -> value, still text
-    "The `-p name=value` options of a command line."
+    "The `-p name=value` options of a command line; a name twice is refused."
+    found = {}
     for pair in pairs:
-        if not pair.partition("=")[0].isidentifier() or "=" not in pair: raise typer.BadParameter(f"write -p name=value, got {pair!r}", param_hint="-p")
-    return {name: value for name, _, value in (p.partition("=") for p in pairs)}
+        name, equals, value = pair.partition("=")
+        if not name.isidentifier() or not equals: raise typer.BadParameter(f"write -p name=value, got {pair!r}", param_hint="-p")
+        if name in found: raise typer.BadParameter(f"{name} is given twice, as {found[name]!r} and {value!r}; keep one", param_hint="-p")
+        found[name] = value
+    return found
 
 # %% ../nbs/api/42_cli.ipynb #fc14445a
 @app.command()
 def run(
     stages: Annotated[Optional[list[str]], typer.Argument(metavar="[STAGE]...", help="Stages by number, name, word or range, such as 20, prune or 51-58; none means those the preset lists, or all.")] = None,
-    preset: Annotated[Optional[str], typer.Option(help="smoke, quickstart, paper, or a YAML file of parameters.")] = None,
+    preset: Annotated[Optional[str], typer.Option(help="smoke, quickstart, paper, or a YAML file of parameters; a run remembers its own.")] = None,
     manifest: Annotated[Optional[Path], typer.Option(help="Manifest of the studies; a run remembers its own.")] = None,
     folder: Annotated[Optional[Path], typer.Option("--run", help="Run folder; runs/<preset> if left out.")] = None,
     notebooks: Annotated[Optional[Path], typer.Option("--stages", help="Folder of stage notebooks; nbs/paper if left out.")] = None,
-    assign: Annotated[Optional[list[str]], typer.Option("-p", metavar="NAME=VALUE", help="Set one parameter; may be repeated.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Run stages even if nothing changed.")] = False,
+    assign: Annotated[Optional[list[str]], typer.Option("-p", metavar="NAME=VALUE", help="Set one parameter; may be repeated. A run remembers it.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Run stages even if nothing changed, and replace those that another preset or other studies made.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show what the cells print.")] = False,
     time_limit: Annotated[Optional[int], typer.Option(min=1, help="Seconds a single cell may take.")] = None,
 ):
     "Run the stages in order; skip those nothing changed for."
     from neural.pipeline import run_pipeline
     place = folder or Path("runs")/(Path(preset).stem if preset else "default")
-    run_pipeline(stage_folder(notebooks), place, stages or (), preset, read_assignments(assign or ()), manifest, force, tell=typer.echo, verbose=verbose, time_limit=time_limit)
+    run_pipeline(stage_folder(notebooks, place), place, stages or (), preset, read_assignments(assign or ()), manifest, force, tell=typer.echo, verbose=verbose, time_limit=time_limit)
     results = place/"tables/results.md"
-    typer.echo(f"run: {place}" + (f"\n\n{results.read_text(encoding='utf-8').strip()}" if results.is_file() else ""))
+    typer.echo(f"run: {place}" + (f"\n\n{results.read_text(encoding='utf-8', errors='replace').strip()}" if results.is_file() else ""))
 
 # %% ../nbs/api/42_cli.ipynb #217530cb
 @app.command(hidden=True)
@@ -218,7 +225,7 @@ def publish(
 ):
     "Put a finished run's outputs back into the notebooks, and its figures, tables and records into a folder."
     from neural.pipeline import publish as publish_run
-    done = publish_run(folder, stage_folder(notebooks), figures, not numbers)
+    done = publish_run(folder, stage_folder(notebooks, folder), figures, not numbers)
     typer.echo(f"published: {', '.join(done)}")
 
 # %% ../nbs/api/42_cli.ipynb #d3afc7ac
