@@ -31,6 +31,7 @@ def encode_picture(
 ) -> bytes:  # a whole file, headers counted
     "One film as an 8-bit grey picture of a common codec."
     if codec not in PICTURE_CODECS: raise NeuralError(f"codec must be one of {', '.join(PICTURE_CODECS)}, got {codec!r}")
+    if not 1 <= quality <= 95: raise NeuralError(f"quality lies in 1 to 95, got {quality}")
     name, options = PICTURE_CODECS[codec]
     plane, out = np.round(np.asarray(film)[0] * 255).astype(np.uint8), io.BytesIO()
     if codec == "jxl": return imagecodecs.jpegxl_encode(plane, level=quality, **options)  # Pillow writes the others
@@ -72,12 +73,15 @@ def picture_shape(
     "What the header of a picture says; no pixel is decoded (this companion's choice)."
     if not len(data): raise NeuralError("a picture of 0 bytes; copy the file again")
     try:
-        if data[:2] == b"\xff\x0a": codec, frames, (rows, columns) = "jxl", 1, jxl_shape(data)
+        if data[:2] == b"\xff\x0a": codec, frames, turned, (rows, columns) = "jxl", 1, False, jxl_shape(data)
         else:
-            with _opened(data) as picture: codec, frames, (columns, rows) = picture.format.lower(), getattr(picture, "n_frames", 1), picture.size
+            with _opened(data) as picture:
+                codec, frames, (columns, rows) = picture.format.lower(), getattr(picture, "n_frames", 1), picture.size
+                turned = picture.format != "PNG" and picture.getexif().get(0x112, 1) != 1  # a PNG may keep it behind its pixels
     except NeuralError: raise
     except Image.DecompressionBombError: raise NeuralError(f"a picture of more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; sides up to {most} are read") from None
     except LIBRARY_ERRORS as e: raise NeuralError(f"{len(data)} bytes that are no picture of {', '.join(PICTURE_CODECS)} or png, or a damaged one ({type(e).__name__})") from None
+    if turned: raise NeuralError("a picture that its EXIF data turn; save it as it shall be seen")
     if frames != 1: raise NeuralError(f"a picture of {frames} frames; save it as one plain picture")
     if not 1 <= min(rows, columns) <= max(rows, columns) <= most: raise NeuralError(f"a picture of {columns}x{rows} pixels; sides up to {most} are read")
     if codec in ("png", "jpeg"): check_density(data, codec.upper(), rows, columns, "a picture")
@@ -136,6 +140,7 @@ def thumbnail(
     side: int = 64,  # from `thumbnail_side`; halved while the film does not fit
 ) -> bytes:  # at most `budget`
     "A film as a small picture of at most so many bytes: the codec control (answers defect A8)."
+    if side < 8: raise NeuralError(f"a thumbnail of {side} pixels shows nothing; name at least 8")
     while side >= 8:
         if found := within_budget(fit_square(film, side), budget, codec): return found
         side //= 2
@@ -150,6 +155,7 @@ def mosaic(
     "Some patches of a film as one picture (this companion's choice)."
     film, k = np.asarray(film, np.float32), len(patches)
     if film.ndim != 3 or film.shape[1] % grid[0] or film.shape[2] % grid[1] or not k: raise NeuralError(f"a mosaic needs a film (1, S, S) that {grid[0]}x{grid[1]} patches divide and at least one patch, got {film.shape} and {k}")
+    if min(patches) < 0 or max(patches) >= grid[0] * grid[1]: raise NeuralError(f"patches of a mosaic lie in 0 to {grid[0] * grid[1] - 1}, got {min(patches)} to {max(patches)}")
     h, w, columns = film.shape[1] // grid[0], film.shape[2] // grid[1], int(np.ceil(np.sqrt(k)))
     out = np.zeros((-(-k // columns), columns, h, w), np.float32)
     for n, p in enumerate(np.asarray(patches)): out[n // columns, n % columns] = film[0, p // grid[1] * h : (p // grid[1] + 1) * h, p % grid[1] * w : (p % grid[1] + 1) * w]

@@ -88,6 +88,29 @@ def test_a_mosaic_holds_exactly_its_patches(k):
     with pytest.raises(NeuralError): mosaic(film[:, :47], patches)
 
 
+@pytest.mark.parametrize("quality", [0, -1, 96, 100])
+def test_a_quality_that_does_not_exist_is_refused(film, quality):
+    refused(lambda: encode_picture(film, "webp", quality), "1 to 95")
+
+
+@pytest.mark.parametrize("side", [0, 7, -64])
+def test_a_side_of_nothing_is_no_default(film, side): refused(lambda: thumbnail(film, 500, "webp", side), f"a thumbnail of {side} pixels")
+
+
+@pytest.mark.parametrize("patches", [[-1], [144], [0, 143, 9000]])
+def test_a_mosaic_of_patches_that_are_not_there_is_refused(patches):
+    refused(lambda: mosaic(np.zeros((1, 48, 48), np.float32), patches), "0 to 143")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+@pytest.mark.parametrize("orientation", [2, 3, 6, 8])
+def test_a_picture_that_is_to_be_turned_is_refused(kind, orientation):
+    exif = Image.Exif(); exif[0x112] = orientation
+    data = saved(Image.new("L", (30, 70), 9), kind, exif=exif)
+    for attempt in (lambda: picture_shape(data), lambda: decode_picture(data, 32)): refused(attempt, "EXIF")
+    exif[0x112] = 1; assert picture_shape(saved(Image.new("L", (30, 70), 9), kind, exif=exif))[1:] == (70, 30)
+
+
 @pytest.fixture
 def nothing_decoded(monkeypatch):
     "Any attempt to read pixels fails the test."
