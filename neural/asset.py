@@ -6,8 +6,8 @@
 __all__ = ['SCHEMA_VERSION', 'TRACKS', 'PROVENANCE', 'SETTINGS', 'SHARD_SCHEMA', 'MAX_SHARD', 'MAX_FOOTER', 'MAX_ROWS',
            'MAX_UNFOLDED', 'MAX_VALUES', 'HEAD', 'AssetError', 'check_key', 'check_secret', 'keyed_id', 'key_check',
            'is_keyed', 'check_provenance', 'vocabulary_hash', 'check_settings', 'StudyAsset', 'Codes', 'describe',
-           'asset_svg', 'asset_html', 'to_table', 'told', 'publish_bytes', 'AssetStore', 'check_new', 'is_named',
-           'in_words']
+           'asset_svg', 'asset_html', 'to_table', 'told', 'publish_bytes', 'AssetStore', 'check_new', 'is_store',
+           'is_named', 'in_words']
 
 # %% ../nbs/api/20_asset.ipynb #56fbb191
 import errno, fcntl, hashlib, hmac, html, json, os, re, struct
@@ -687,6 +687,13 @@ def check_new(
         if os.path.lexists(folder) and (not folder.is_dir() or any(p.name != '.lock' and not _DRAFT.fullmatch(p.name) for p in folder.iterdir())): raise AssetError(f"{folder.name} exists and is not empty: a new store needs a new folder")
     return folder
 
+def is_store(
+    folder,    # anything
+) -> bool:     # True if a head is there; whether it is a sound one shows when it is opened
+    "Whether a folder says that it is a store."
+    with told(f"{Path(folder).name} cannot be read"): return any((Path(folder)/name).is_file() for name in (HEAD, _OLD_HEAD))
+
+# %% ../nbs/api/20_asset.ipynb #create01
 @patch(cls_method=True)
 def create(
     cls: AssetStore,

@@ -6,7 +6,8 @@
 from __future__ import annotations
 import hashlib
 import json
-from contextlib import nullcontext
+import re
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from .asset import AssetStore, StudyAsset, keyed_id
+from .asset import AssetStore, StudyAsset, check_new, check_secret, is_store, key_check, keyed_id, told, vocabulary_hash
 from .codec import Codebook
 from .finetune import pad_rows, report_ids
 from .graph import concept_looks, concept_nodes, fuse, grounding_links, knowledge_graph, visual_graph
@@ -27,7 +28,7 @@ from .prune import keep_count, retain
 from .radiograph import load_radiograph, open_pool, read_radiograph
 from .relevance import all_tokens, finding_tokens, lift, mean_relevance, mention_relevance, pick_layer, relevance, with_fallback
 from .report import Annotation, Mention, Relation, ReportReader, evidence, labels_of, split_sections
-from .study import Exclusions, Manifest, NeuralError, report_text
+from .study import Exclusions, Manifest, NeuralError, publish, readable, report_text
 from .vlm import ReportVLM, kept_memory, load_vlm, pack
 
 # %% auto #0
@@ -35,8 +36,8 @@ __all__ = ['TRACKS', 'ZONES', 'SIDES', 'TABLES', 'SCHEMAS', 'Aggregation', 'Read
            'region', 'mention_regions', 'finding_places', 'read_batch', 'wanted_findings', 'by_activation', 'look',
            'habit', 'write_reports', 'Packing', 'corners', 'hide', 'reading_rows', 'save_readings', 'load_readings',
            'save_aggregation', 'load_aggregation', 'lead', 'close_calls', 'settle', 'in_groups', 'shard_of',
-           'read_groups', 'decode_films', 'ahead', 'usable', 'hash_of', 'open_store', 'packed_shard', 'fill_store',
-           'build_store']
+           'read_groups', 'decode_films', 'film_paths', 'ahead', 'usable', 'unnamed', 'hash_of', 'reading_settings',
+           'dataset_name', 'open_store', 'begin', 'packed_shard', 'fill_store', 'build_store', 'kept']
 
 # %% ../nbs/api/21_build.ipynb #c9a646cf
 TRACKS = ("image+report", "image-only")
@@ -175,6 +176,8 @@ def read_batch(
     "Read a batch of films with their reports: relevance, retained patches, looks of each mention (NEURAL, sec. 2.2)."
     if track not in TRACKS: raise NeuralError(f"track must be one of {', '.join(TRACKS)}, got {track!r}")
     if (how.lift or how.guide == "activation") and mean is None: raise NeuralError("this aggregation needs the mean relevance of the training reports; compute it with habit()")
+    if how.guide == "activation" and not model.config.label_names: raise NeuralError("the activation guide follows the findings of a label head, and this network has none; use guide='attention'")
+    if len(never) and not 0 <= min(never) <= max(never) < model.grid[0] * model.grid[1]: raise NeuralError(f"patches to leave out must be indices 0..{model.grid[0] * model.grid[1] - 1}, got {min(never)} to {max(never)}")
     pairs, notes = [report_ids(tokenizer, t, max_tokens) for t in texts], list(reader.pipe(texts))
     labels = pad_rows([p[0] for p in pairs], -100).to(films.device)
     tokens, layers = look(model, films, labels, how.layer, grids, lower)
@@ -295,9 +298,21 @@ class Packing:
     book: Codebook | None = None  # of a fitted codec
     thumbnail: int = 0  # bytes of a context thumbnail, WebP of 96 pixels, or 64 below 400 bytes; 0: none
     pixels: bool = False  # keep the retained patches at the radiograph's full resolution
-    secret: bytes = b""  # of keyed study ids; empty: ids as they are
+    secret: bytes | None = None  # of keyed study ids, at least 16 bytes; None: ids as they are
     never: tuple = ()  # patches that are neither retained nor shown, such as `corners(grid)`
 
+    def __post_init__(self):
+        if isinstance(self.thumbnail, bool) or not isinstance(self.thumbnail, int) or not 0 <= self.thumbnail <= 65535: raise NeuralError(f"a thumbnail takes 1 to 65535 bytes, and 0 is none; got {self.thumbnail!r}")
+        if any(not isinstance(p, (int, np.integer)) or p < 0 for p in self.never): raise NeuralError(f"patches that are never retained are indices from 0, got {tuple(self.never)[:8]}")
+        if self.secret is not None: check_secret(self.secret)
+
+    def name(self, study_id: str) -> str:  # the id that the study has in the store
+        return study_id if self.secret is None else keyed_id(study_id, self.secret)
+
+    def settings(self) -> dict:  # what a store remembers of it
+        return dict(key=key_check(self.secret), thumbnail=self.thumbnail, pixels=bool(self.pixels), hidden=sorted({int(p) for p in self.never}))
+
+# %% ../nbs/api/21_build.ipynb #asset001
 @patch
 def asset(
     self: Reading,
@@ -313,8 +328,7 @@ def asset(
     ties = grounding_links(self.grounding(vocabulary)) if len(joined.knowledge.concepts) else None
     small = thumbnail(hide(film, packing.never, self.grid), packing.thumbnail, "webp", 96 if packing.thumbnail >= 400 else 64) if packing.thumbnail else b""
     tiles = encode_tiles(pad_square(full, self.grid[0]), self.patches, self.grid) if packing.pixels else b""
-    key = keyed_id(self.study_id, packing.secret) if packing.secret else self.study_id
-    return StudyAsset.from_graphs(key, self.track, joined.visual, joined.knowledge, ties, {**(provenance or {}), "fusion": fusion}, packing.codec, packing.book, small, tiles)
+    return StudyAsset.from_graphs(packing.name(self.study_id), self.track, joined.visual, joined.knowledge, ties, {**(provenance or {}), "fusion": fusion}, packing.codec, packing.book, small, tiles)
 
 # %% ../nbs/api/21_build.ipynb #372ea8e9
 def corners(
@@ -369,8 +383,11 @@ def save_readings(
     for name, rows in reading_rows(readings).items():
         columns = [_column([r[f.name] for r in rows], f.type) for f in SCHEMAS[name]]
         target = Path(run) / f"{name}.parquet"
-        pq.write_table(pa.Table.from_arrays(columns, schema=SCHEMAS[name]), target.with_suffix(".tmp"), compression="zstd")
-        target.with_suffix(".tmp").replace(target)
+        draft = target.with_suffix(".tmp")
+        try:
+            with told(f"{target.name} cannot be written"): pq.write_table(pa.Table.from_arrays(columns, schema=SCHEMAS[name]), draft, compression="zstd"); draft.replace(target)
+        finally:
+            with suppress(OSError): draft.unlink(missing_ok=True)  # what failed first is what is told
 
 def _column(values, kind):
     "One column; lists of numbers go in as one array instead of number by number."
@@ -386,11 +403,17 @@ def load_readings(
     "Read back what `save_readings` wrote for one track."
     missing = [t for t in TABLES if not (Path(run) / f"{t}.parquet").is_file()]
     if missing: raise NeuralError(f"{missing[0]}.parquet is missing in the run folder: run the pruning stage first")
-    tables = {t: _rows(pq.read_table(Path(run) / f"{t}.parquet", filters=[("track", "=", track)])) for t in TABLES}
+    tables = {t: _rows(_table(Path(run) / f"{t}.parquet", SCHEMAS[t], track)) for t in TABLES}
     mentions, relations = {}, {}
     for m in tables["mentions"]: mentions.setdefault(m["study_id"], []).append((Mention(0, 0, "", m["concept"], m["kind"], m["assertion"]), m["relevance"]))
     for x in tables["relations"]: relations.setdefault(x["study_id"], []).append(Relation(x["head"], x["tail"], x["type"]))
     return [_reading(r, mentions.get(r["study_id"], []), relations.get(r["study_id"], [])) for r in tables["relevance"]]
+
+def _table(path, schema, track):
+    "The rows of one track."
+    with told(f"{path.name} cannot be read"):
+        try: return pq.read_table(path, columns=schema.names, filters=[("track", "=", track)]).cast(schema)
+        except pa.ArrowException as e: raise NeuralError(f"{path.name} is damaged or no table of readings ({type(e).__name__}): run the pruning stage again") from None
 
 def _rows(table):
     "Rows of a table, their lists as arrays."
@@ -415,7 +438,7 @@ def save_aggregation(
 ) -> None:
     "Write `relevance.json` beside a network: how its attention becomes relevance."
     about = dict(**vars(how), mean=None if mean is None else mean.tolist(), k=k, max_tokens=max_tokens)
-    (Path(folder) / "relevance.json").write_text(json.dumps(about))
+    with publish(Path(folder) / "relevance.json") as f: json.dump(about, f)
 
 def load_aggregation(
     folder: str | Path,  # of the saved network
@@ -423,8 +446,9 @@ def load_aggregation(
     "Read back what `save_aggregation` wrote."
     path = Path(folder) / "relevance.json"
     if not path.is_file(): raise NeuralError(f"{Path(folder).name} has no relevance.json: run the pruning stage for this network first")
-    about = json.loads(path.read_text()); mean = about.pop("mean"); k, most = about.pop("k"), about.pop("max_tokens")
-    return Aggregation(**about), None if mean is None else torch.tensor(mean), k, most
+    with readable(path.name): about = json.loads(path.read_text(encoding="utf-8"))
+    try: mean, k, most = about.pop("mean"), int(about.pop("k")), int(about.pop("max_tokens")); return Aggregation(**about), None if mean is None else torch.tensor(mean), k, most
+    except (KeyError, TypeError, AttributeError, ValueError) as e: raise NeuralError(f"{path.name} does not say how the network is to be read ({e}): run the pruning stage for this network again") from None
 
 # %% ../nbs/api/21_build.ipynb #4fccc1eb
 def lead(
@@ -452,6 +476,7 @@ def settle(
     step: int = 6,  # studies that are read again at a time
 ) -> list[Reading]:  # the same studies
     "Read close calls again, closest first, until a lead is more than the precision moves it."
+    if step < 1: raise NeuralError(f"studies are read again one or more at a time, got step={step}")
     close, settled, moves = close_calls(readings, np.inf), list(readings), []
     usual = lambda: np.sqrt(np.mean(np.square(moves))) * (1 + 2 / len(moves))  # a few say less than many
     while close and (not moves or lead(readings[close[0]]) < doubt * usual()):
@@ -515,7 +540,7 @@ def _read_group(model, tokenizer, reader, studies, track, settings, never, lower
 
 # %% ../nbs/api/21_build.ipynb #51fb1591
 def decode_films(
-    paths: list,  # of the frontal radiographs
+    paths: list,  # of the frontal radiographs; a `NeuralError` in place of one says why there is none
     size: int,  # side of the fitted films
     pool=None,  # an executor that decodes in parallel
 ):  # yields float32 [1, S, S], or the reason it cannot be read
@@ -524,8 +549,19 @@ def decode_films(
 
 def _film(path, size):
     "One film, or why not."
+    if isinstance(path, NeuralError): return str(path)
     try: return load_radiograph(path, size)
     except NeuralError as e: return str(e)
+
+def film_paths(
+    manifest: Manifest,  # of the dataset
+    studies: list,  # of that manifest
+) -> list:  # where each frontal radiograph is, or a `NeuralError` that says why there is none
+    "Where the films of some studies are; one that has none does not stop the others."
+    def where(s):
+        try: return manifest.image_path(s.frontal)
+        except NeuralError as e: return e
+    return [where(s) for s in studies]
 
 def ahead(
     parts: list,  # lists of studies
@@ -539,27 +575,99 @@ def ahead(
     yield from ((part, list(results)) for part, results in waiting)
 
 # %% ../nbs/api/21_build.ipynb #63ab5dce
-def usable(manifest: Manifest, studies: list, found: list, track: str, excluded: Exclusions) -> list:
+def usable(
+    manifest: Manifest,  # of the dataset
+    studies: list,  # of that manifest
+    found: list,  # the film of each, or why there is none, from `decode_films`
+    track: str,  # one of TRACKS
+    excluded: Exclusions,  # takes those that are left out
+) -> list:  # (id, film, evidence) of the others
     "The studies of a batch that have what their track needs; the others are excluded with a reason."
     out = []
     for s, film in zip(studies, found):
-        text = evidence(split_sections(report_text(manifest, s))) if track == "image+report" else ""
+        try: text = evidence(split_sections(report_text(manifest, s))) if track == "image+report" else ""
+        except NeuralError as e: excluded.add(s.study_id, "report not readable", str(e)); continue
         if isinstance(film, str): excluded.add(s.study_id, "film not readable", film)
         elif track == "image+report" and not text: excluded.add(s.study_id, "no findings and no impression")
         else: out.append((s.study_id, film, text))
     return out
 
+def unnamed(
+    excluded: Exclusions,  # of a build
+    manifest: Manifest,  # of the same studies
+    packing: Packing,  # with a key or without
+) -> Exclusions:  # under the ids of the store; with a key no word of a row of the manifest is left in the details
+    "What was left out, under the ids that the store would have given it (this companion's choice)."
+    def row(study_id, reason, detail):
+        s = manifest[study_id]; paths = [*(v.image for v in s.views), s.report]
+        words = {s.study_id, s.patient_id} | {w for p in paths for w in (*re.split("[/#]", p), Path(p.partition("#")[0]).stem)} - {"", "."}
+        clean = lambda text: not re.search("|".join(rf"(?<!\w){re.escape(w)}(?!\w)" for w in words), text)
+        return packing.name(study_id), reason, next((t for t in (detail, detail.partition(": ")[2]) if clean(t)), "")
+    return excluded if packing.secret is None else Exclusions(row(*r) for r in excluded)
+
 def hash_of(vlm: str | Path) -> str:
     "Sixteen hexadecimal digits that name a network's weights."
-    return hashlib.sha256((Path(vlm) / "model.safetensors").read_bytes()).hexdigest()[:16]
+    with readable(f"{Path(vlm).name}/model.safetensors"), open(Path(vlm) / "model.safetensors", "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
-def open_store(folder: str | Path, reader, model: ReportVLM, track: str, provenance: dict, packing: Packing = Packing()) -> AssetStore:
-    "An existing store of the same network, track and codec to go on with, or a new one."
-    if not (Path(folder) / "store.json").is_file(): return AssetStore.create(folder, reader.vocabulary, reader.kinds, model.encoder.num_features, model.grid, track, packing.codec, provenance, packing.book)
+# %% ../nbs/api/21_build.ipynb #settin01
+def reading_settings(
+    settings: tuple,  # aggregation, habit, patches to retain, longest report, from `load_aggregation`
+    precision: str = "float32",  # or "bfloat16"
+) -> dict:  # what a store remembers of it
+    "How studies are read, in the words of a store's settings."
+    how, mean, k, most = settings
+    if precision not in ("float32", "bfloat16"): raise NeuralError(f"precision must be 'float32' or 'bfloat16', got {precision!r}")
+    habit = "none" if mean is None else hashlib.blake2b(np.asarray(mean, "<f4").tobytes(), digest_size=8).hexdigest()
+    return dict(keep=k, guide=how.guide, tokens=how.tokens, heads=how.heads, layer=str(how.layer), lift=bool(how.lift), places=bool(how.places), habit=habit, longest=most, precision=precision)
+
+def dataset_name(
+    manifest: Manifest,  # of the dataset
+    secret: bytes | None = None,  # keys the hash, so that the folder cannot be guessed
+) -> str:  # such as "mimic-cxr 0f3a9c11"
+    "A data set by its layout and its folder's hash (this companion's choice)."
+    layout = manifest.layout if re.fullmatch("[a-z][a-z0-9-]{0,31}", manifest.layout or "") else "unnamed"
+    return f"{layout} {hashlib.blake2b(str(Path(manifest.root).resolve()).encode(), key=(secret or b'')[:64], digest_size=4).hexdigest()}"
+
+# %% ../nbs/api/21_build.ipynb #begin001
+def open_store(
+    folder: str | Path,  # store to go on with, or to make
+    reader,  # a `ReportReader`
+    model: ReportVLM,  # trained
+    track: str,  # one of TRACKS
+    provenance: dict,  # model_hash, fusion
+    packing: Packing = Packing(),  # codec, pictures, keys
+    settings: dict | None = None,  # what else the store is to remember, such as `reading_settings`
+) -> AssetStore:
+    "An existing store to go on with as it was begun, or a new one."
+    settings = {**packing.settings(), **(settings or {})}
+    if not is_store(folder): return AssetStore.create(folder, reader.vocabulary, reader.kinds, model.encoder.num_features, model.grid, track, packing.codec, provenance, packing.book, settings=settings)
     store = AssetStore(folder)
-    if (store.codec, store.meta["codebook"]) != (packing.codec, packing.book.hash if packing.book else ""): raise NeuralError(f"{Path(folder).name}: a store of codec {store.codec}; go on with that codec and its codebook, or name a new folder")
-    if store.meta["track"] != track or store.meta["provenance"].get("model_hash") != provenance["model_hash"]: raise NeuralError(f"{Path(folder).name}: a store of another network or track; name a new folder")
+    made = dict(track=track, codec=packing.codec, codebook=packing.book.hash if packing.book else "none", network=provenance.get("model_hash"), fusion=provenance.get("fusion"), vocabulary=vocabulary_hash(reader.vocabulary))
+    store.check({**made, **settings})
     return store
+
+def begin(
+    manifest: Manifest,  # of the dataset
+    folder: str | Path,  # store to make, or to go on with
+    vlm: str | Path,  # folder of the network
+    network: tuple,  # model, tokenizer, reader, settings from `load_aggregation`
+    track: str,  # one of TRACKS
+    fusion: str,  # "betweenness", "grounding" or "none"
+    packing: Packing,  # codec, pictures, keys
+    precision: str = "float32",  # or "bfloat16"
+    force: bool = False,  # go on with a codebook of another network, or with another data set
+) -> tuple[AssetStore, list]:  # the store, and the studies it lacks
+    "What a build starts from: the store, everything compared that it remembers (this companion's choice)."
+    if fusion not in ("betweenness", "grounding", "none"): raise NeuralError(f"fusion must be 'betweenness', 'grounding' or 'none', got {fusion!r}")
+    model, _, reader, settings = network; mine, data = hash_of(vlm), dataset_name(manifest, packing.secret)
+    if packing.book and packing.book.network not in ("", mine) and not force: raise NeuralError(f"the codebook was fitted on features of network {packing.book.network}, and {Path(vlm).name} is network {mine}: fit one with `neural codebook`, or go on with --force")
+    store = open_store(folder, reader, model, track, {"model_hash": mine, "fusion": fusion}, packing, {**reading_settings(settings, precision), "datasets": [data]})
+    known = store.settings["datasets"]
+    if known is not None and data not in known:
+        if not force: raise NeuralError(f"{store.folder.name} holds studies of {' and '.join(known)}, and this manifest is of {data}: name a new folder, or, where the data set was only moved or is to join, go on with --force")
+        store.add_dataset(data)
+    done = set(store.ids)
+    return store, [s for s in manifest if packing.name(s.study_id) not in done]
 
 # %% ../nbs/api/21_build.ipynb #98ff3f6c
 def packed_shard(
@@ -569,10 +677,16 @@ def packed_shard(
     vocabulary: tuple,  # concept names of the reader
     fusion: str,  # "betweenness", "grounding" or "none"
     packing: Packing = Packing(),  # codec, pictures, keys
+    excluded: Exclusions | None = None,  # takes those that cannot be packed; None: the first of them is an error
 ) -> list[StudyAsset]:
     "Assets of a batch; full films are decoded again, one at a time, only where their pixels are kept."
-    full = lambda i: read_radiograph(manifest.image_path(manifest[i].frontal)) if packing.pixels else None
-    return [r.asset(vocabulary, fusion, None, packing, film, full(i)) for r, (i, film, _) in zip(readings, studies)]
+    out, full = [], lambda i: read_radiograph(manifest.image_path(manifest[i].frontal)) if packing.pixels else None
+    for r, (i, film, _) in zip(readings, studies):
+        try: out.append(r.asset(vocabulary, fusion, None, packing, film, full(i)))
+        except NeuralError as e:
+            if excluded is None: raise
+            excluded.add(i, "cannot be packed", str(e))
+    return out
 
 # %% ../nbs/api/21_build.ipynb #b081bcc8
 def fill_store(
@@ -588,15 +702,17 @@ def fill_store(
     progress: bool | None = None,  # bar; None: on a terminal only
 ) -> Exclusions:  # what was left out
     "Read some studies and append them, shard by shard; what a stopped run has appended stays."
-    (model, tokenizer, reader, settings), track, excluded = network, store.meta["track"], Exclusions()
+    (model, tokenizer, reader, settings), track, excluded = network, store.track, Exclusions()
+    if batch_size < 1 or workers < 0: raise NeuralError(f"a shard holds at least one study, and processes are counted from 0; got batch_size={batch_size}, workers={workers}")
+    store.check({**packing.settings(), **reading_settings(settings, precision), "fusion": fusion})
     parts, size = [studies[n : n + batch_size] for n in range(0, len(studies), batch_size)], model.encoder.config.image_size
     with open_pool(workers) if workers and len(studies) > 4 else nullcontext() as pool, tqdm(total=len(studies), desc=track, unit="study", disable=None if progress is None else not progress) as bar:
-        for part, found in ahead(parts, lambda p: decode_films([manifest.image_path(s.frontal) for s in p], size, pool)):
+        for part, found in ahead(parts, lambda p: decode_films(film_paths(manifest, p), size, pool)):
             ready = usable(manifest, part, found, track, excluded)
             readings = shard_of(model, tokenizer, reader, ready, track, settings, packing.never, precision)
-            if ready: store.append(packed_shard(manifest, ready, readings, reader.vocabulary, fusion, packing), again="skip")
+            if made := packed_shard(manifest, ready, readings, reader.vocabulary, fusion, packing, excluded): store.append(made, again="skip")
             bar.update(len(part))
-    return excluded
+    return unnamed(excluded, manifest, packing)
 
 # %% ../nbs/api/21_build.ipynb #1dab3974
 def build_store(
@@ -612,12 +728,19 @@ def build_store(
     device: str = "cpu",  # "cpu" or "cuda"
     progress: bool | None = None,  # bar; None: on a terminal only
     precision: str = "float32",  # or "bfloat16", with close calls read again in float32 (`settle`)
+    force: bool = False,  # go on with a codebook of another network, or with another data set
 ) -> tuple[AssetStore, Exclusions]:  # the store, and what was left out
     "Build, or go on building, the store of a manifest (NEURAL, stage 2)."
-    model, reader, settings = pack(load_vlm(vlm, device), precision == "bfloat16"), ReportReader(), load_aggregation(vlm)
-    tokenizer = AutoTokenizer.from_pretrained(vlm, local_files_only=True)
-    if keep: settings = (*settings[:2], keep_count(model.grid[0] * model.grid[1], keep), settings[3])
-    store = open_store(folder, reader, model, track, {"model_hash": hash_of(vlm), "fusion": fusion}, packing)
-    done = set(store.ids)
-    todo = [s for s in manifest if (keyed_id(s.study_id, packing.secret) if packing.secret else s.study_id) not in done]
-    return store, fill_store(store, manifest, todo, (model, tokenizer, reader, settings), fusion, packing, batch_size, workers, precision, progress)
+    if not is_store(folder): check_new(folder)
+    model, reader = pack(load_vlm(vlm, device), precision == "bfloat16"), ReportReader()
+    network = model, AutoTokenizer.from_pretrained(vlm, local_files_only=True), reader, kept(load_aggregation(vlm), model.grid, keep)
+    store, todo = begin(manifest, folder, vlm, network, track, fusion, packing, precision, force)
+    return store, fill_store(store, manifest, todo, network, fusion, packing, batch_size, workers, precision, progress)
+
+def kept(
+    settings: tuple,  # from `load_aggregation`
+    grid: tuple,  # rows, columns of the token grid
+    keep: float | None = None,  # share of the patches to retain, in (0, 1]; None: as the network was read in its run
+) -> tuple:  # the same settings with that share
+    "How a network is read, with another share of the patches."
+    return settings if keep is None else (*settings[:2], keep_count(grid[0] * grid[1], keep), settings[3])

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['NUMBER', 'SPOKEN', 'DAMAGED', 'UsageError', 'app', 'QUIET', 'system_error', 'plain_line', 'PlainErrors',
            'no_empty_words', 'one_line', 'show_version', 'start', 'phantom', 'index_summary', 'index', 'stage_folder',
-           'read_assignments', 'run', 'publish', 'build', 'codebook', 'outside', 'predict', 'refuse_store', 'verify',
-           'compact', 'describe', 'bench', 'asset_lines', 'find_asset', 'inspect', 'main']
+           'read_assignments', 'run', 'publish', 'tell_exclusions', 'build', 'codebook', 'outside', 'predict',
+           'refuse_store', 'settings_lines', 'verify', 'compact', 'describe', 'bench', 'asset_lines', 'find_asset',
+           'inspect', 'main']
 
 # %% ../nbs/api/42_cli.ipynb #12d6d536
 import contextlib, os, re, sys
@@ -228,6 +229,19 @@ def publish(
     done = publish_run(folder, stage_folder(notebooks, folder), figures, not numbers)
     typer.echo(f"published: {', '.join(done)}")
 
+# %% ../nbs/api/42_cli.ipynb #tellexcl1
+def tell_exclusions(
+    excluded,  # Exclusions of a build
+    path,      # list to write; none is begun where nothing was left out
+    most=5,    # studies of each reason that are named here
+):
+    "Say what was left out and why, by name, and list all of it in a file."
+    if len(excluded) or path.exists(): excluded.save(path)
+    for reason, n in excluded.counts().items():
+        typer.echo(f"left out: {n} {reason}")
+        for study, _, detail in [r for r in excluded if r[1] == reason][:most]: typer.echo(f"  {study}" + (f": {' '.join(detail.split())}" if detail else ""))
+    if len(excluded): typer.echo(f"listed in {path.name}")
+
 # %% ../nbs/api/42_cli.ipynb #d3afc7ac
 @app.command()
 def build(
@@ -249,22 +263,29 @@ def build(
     precision: Annotated[Literal["float32", "bfloat16"], typer.Option(help="bfloat16 reads close calls again in float32: faster where the network's choices are clear, slower where most are close.")] = "float32",
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the network runs; auto takes a GPU where there is one.")] = "auto",
     limit: Annotated[float, typer.Option(min=0, max=1, help="Stop if a larger share of the studies is left out.")] = 0.05,
+    force: Annotated[bool, typer.Option("--force", help="Go on with the codebook of another network, or with another data set than the store's.")] = False,
 ):
     "Build the store of a manifest with a fine-tuned network."
     from torch import cuda
+    from neural.asset import check_new, is_store
     from neural.build import Packing, build_store, corners
     from neural.cluster import build_on_cluster
     from neural.codec import read_book
-    from neural.study import Manifest
+    from neural.study import Manifest, made_here, readable, refuse_overwrite
     from neural.vlm import load_vlm
     if device == "cuda" and not cuda.is_available(): raise typer.BadParameter("this machine has no GPU that PyTorch can use; leave --device out", param_hint="--device")
-    studies = Manifest.load(manifest, root, images)
-    packing = Packing(codec, read_book(codebook) if codebook else None, thumbnail, pixels, key_file.read_bytes()[:4096] if key_file else b"", corners(load_vlm(vlm).grid) if hide_corners else ())
+    if limit != limit: raise typer.BadParameter("give a share from 0 to 1", param_hint="--limit")
+    if not is_store(store): check_new(store)
+    listed = refuse_overwrite(Path(os.path.abspath(store) + "-exclusions.csv"), [manifest, vlm, *([codebook] if codebook else [])], made_here, force=True)
+    studies, secret = Manifest.load(manifest, root, images), None
+    if key_file:
+        with readable(key_file.name): secret = key_file.read_bytes()[:4096]
+    packing = Packing(codec, read_book(codebook) if codebook else None, thumbnail, pixels, secret, corners(load_vlm(vlm).grid) if hide_corners else ())
     make = {"local": build_store, "ray": build_on_cluster}[engine]
-    made, excluded = make(studies, store, vlm, track, keep, packing=packing, workers=workers, precision=precision, device=("cuda" if cuda.is_available() else "cpu") if device == "auto" else device)
-    for reason, n in excluded.counts().items(): typer.echo(f"left out: {n} {reason}")
+    made, excluded = make(studies, store, vlm, track, keep, packing=packing, workers=workers, precision=precision, device=("cuda" if cuda.is_available() else "cpu") if device == "auto" else device, force=force)
+    tell_exclusions(excluded, listed)
     excluded.check(len(studies), limit)
-    typer.echo(f"store: {store}, {len(made)} assets, {made.bytes_per_study():.0f} bytes a study")
+    typer.echo(f"store: {store}, {len(made)} assets" + (f", {made.bytes_per_study():.0f} bytes a study" if len(made) else ""))
 
 # %% ../nbs/api/42_cli.ipynb #5d75d8f8
 @app.command()
@@ -273,17 +294,25 @@ def codebook(
     out: Annotated[Path, typer.Option("-o", "--out", help="Codebook to write.", dir_okay=False)] = Path("codebook.safetensors"),
     codec: Annotated[Literal["pca", "pq"], typer.Option(help="Principal components, or product quantisation.")] = "pq",
     size: Annotated[int, typer.Option("--bytes", min=1, help="Bytes per retained patch.")] = 64,
+    force: Annotated[bool, typer.Option("--force", help="Replace a codebook that is there already.")] = False,
 ):
     "Fit the codebook of a codec on the train patches of a run; its loss is measured on validate."
     import numpy as np
-    from neural.build import TRACKS, load_readings
-    from neural.codec import book_bytes, fit_pca, fit_pq, loss_of_codec
-    from neural.study import Manifest
+    from dataclasses import replace
+    from neural.asset import publish_bytes
+    from neural.build import TABLES, TRACKS, hash_of, load_readings
+    from neural.codec import book_bytes, fit_pca, fit_pq, is_book, loss_of_codec
+    from neural.study import Manifest, NeuralError, refuse_overwrite
+    refuse_overwrite(out, [folder / "manifest.csv", *(folder / f"{t}.parquet" for t in TABLES), folder / "vlm/model.safetensors"], is_book, force)
     split = {s.study_id: s.split for s in Manifest.load(folder / "manifest.csv")}
-    x = {part: np.concatenate([r.features for t in TRACKS for r in load_readings(folder, t) if split.get(r.study_id) == part]) for part in ("train", "validate")}
-    book = {"pca": fit_pca, "pq": fit_pq}[codec](x["train"], size)
-    out.write_bytes(book_bytes(book))
-    typer.echo(f"codebook: {out}, {codec}, {book.width} bytes a patch instead of {4 * book.dim}, fitted on {len(x['train'])} train patches; share of the variance lost on {len(x['validate'])} validate patches: {loss_of_codec(x['validate'], codec, book):.4f}")
+    read = [r for t in TRACKS for r in load_readings(folder, t)]
+    x = {part: [r.features for r in read if split.get(r.study_id) == part] for part in ("train", "validate")}
+    if not all(x.values()): raise NeuralError(f"{folder.name}: no readings of {' and '.join(p for p in x if not x[p])} studies; run the pruning stage on a manifest that has both splits")
+    train, unseen = map(np.concatenate, x.values())
+    book = replace({"pca": fit_pca, "pq": fit_pq}[codec](train, size), network=hash_of(folder / "vlm"))
+    lost = loss_of_codec(unseen, codec, book)
+    publish_bytes(out, book_bytes(book), "nothing was written")
+    typer.echo(f"codebook: {out}, {codec}, {book.width} bytes a patch instead of {4 * book.dim}, fitted on {len(train)} train patches of network {book.network}; share of the variance lost on {len(unseen)} validate patches: {lost:.4f}")
 
 # %% ../nbs/api/42_cli.ipynb #9ce26f45
 def outside(
@@ -326,18 +355,27 @@ def refuse_store(model, assets, anyway):
     refuse_strangers(known_origin(model), origin(assets), model.config["parts"], anyway, "--anyway")
 
 # %% ../nbs/api/42_cli.ipynb #50181496
+def settings_lines(
+    store,       # an AssetStore
+) -> list[str]:  # lines for a person
+    "What a store remembers of how it was made, and what it does not know."
+    from neural.asset import in_words
+    known = {name: in_words(value) for name, value in store.settings.items() if value is not None}
+    unknown = [name for name, value in store.settings.items() if value is None]
+    return [*(f"  {name:10} {value}" for name, value in known.items()), *([f"  unknown    {', '.join(unknown)}"] if unknown else [])]
+
 @app.command()
 def verify(
     store: Annotated[Path, typer.Argument(help="Folder of an asset store.", exists=True, file_okay=False)],
 ):
-    "Check every asset of a store against its checksum."
+    "Check every asset of a store against its checksum, and say with which settings it was made."
     from neural.asset import AssetStore
     from neural.study import NeuralError
     assets = AssetStore(store.resolve())
     damaged = assets.verify()
     for where, reason in damaged: typer.echo(reason if reason.startswith(str(where)) else f"{where}: {reason}")
-    if damaged: raise NeuralError(f"{store} is damaged in {len(damaged)} place{'s' * (len(damaged) > 1)}; fetch it again or build it again")
-    typer.echo(f"assets: {len(assets)}, all whole")
+    if damaged: raise NeuralError(f"{store} is damaged, or cannot be read, in {len(damaged)} place{'s' * (len(damaged) > 1)}, named above; fetch it again or build it again")
+    typer.echo("\n".join([f"assets: {len(assets)}, all whole", *settings_lines(assets)]))
 
 # %% ../nbs/api/42_cli.ipynb #54b3ebcf
 @app.command()

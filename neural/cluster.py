@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
-from .asset import AssetStore, StudyAsset, keyed_id
-from .build import Packing, decode_films, hash_of, load_aggregation, open_store, packed_shard, shard_of, usable
-from .prune import keep_count
+from .asset import AssetStore, StudyAsset, check_new, is_store
+from .build import Packing, begin, decode_films, film_paths, kept, load_aggregation, packed_shard, shard_of, unnamed, usable
 from .report import ReportReader
 from .study import Exclusions, Manifest, NeuralError
 from .vlm import load_vlm, pack
@@ -40,16 +39,15 @@ class Worker:
         torch.set_num_threads(threads)
         self.manifest, self.batches, self.track, self.fusion, self.packing, self.precision = manifest, batches, track, fusion, packing, precision
         self.model, self.reader, self.tokenizer = pack(load_vlm(vlm, device), precision == "bfloat16"), ReportReader(), AutoTokenizer.from_pretrained(vlm, local_files_only=True)
-        how, mean, k, most = load_aggregation(vlm)
-        self.settings = how, mean, keep_count(self.model.grid[0] * self.model.grid[1], keep) if keep else k, most
+        self.settings = kept(load_aggregation(vlm), self.model.grid, keep)
 
     def __call__(self, row):
         part, left = [self.manifest[i] for i in self.batches[row["id"]]], Exclusions()
-        found = decode_films([self.manifest.image_path(s.frontal) for s in part], self.model.encoder.config.image_size)
+        found = decode_films(film_paths(self.manifest, part), self.model.encoder.config.image_size)
         studies = usable(self.manifest, part, found, self.track, left)
         read = shard_of(self.model, self.tokenizer, self.reader, studies, self.track, self.settings, self.packing.never, self.precision)
-        assets = packed_shard(self.manifest, studies, read, self.reader.vocabulary, self.fusion, self.packing)
-        made = [(i, a.to_bytes(), "", "") for (i, *_), a in zip(studies, assets)]
+        assets = packed_shard(self.manifest, studies, read, self.reader.vocabulary, self.fusion, self.packing, left)
+        made = [(a.study_id, a.to_bytes(), "", "") for a in assets]
         return [dict(batch=row["id"], study=i, data=data, reason=reason, detail=detail) for i, data, reason, detail in [*made, *((i, b"", reason, detail) for i, reason, detail in left)]]
 
 # %% ../nbs/api/29_cluster.ipynb #39a8907a
@@ -84,15 +82,17 @@ def build_on_cluster(
     device: str = "cpu",  # "cpu" or "cuda"; one GPU per worker
     progress: bool | None = None,  # bar; None: on a terminal only
     precision: str = "float32",  # or "bfloat16", as in `build_store`
+    force: bool = False,  # go on with a codebook of another network, or with another data set
 ) -> tuple[AssetStore, Exclusions]:  # the store, and what was left out
     "The store that `build_store` makes, by Ray's workers (this companion's choice)."
-    store = open_store(folder, ReportReader(), load_vlm(vlm), track, {"model_hash": hash_of(vlm), "fusion": fusion}, packing)
-    done, excluded = set(store.ids), Exclusions()
-    todo = [s.study_id for s in manifest if (keyed_id(s.study_id, packing.secret) if packing.secret else s.study_id) not in done]
+    if workers < 1 or batch_size < 1: raise NeuralError(f"the ray engine needs at least one process that holds the network, and one study per pass; got workers={workers}, batch_size={batch_size}")
+    if not is_store(folder): check_new(folder)
+    model, excluded = load_vlm(vlm), Exclusions()
+    store, todo = begin(manifest, folder, vlm, (model, None, ReportReader(), kept(load_aggregation(vlm), model.grid, keep)), track, fusion, packing, precision, force)
+    todo = [s.study_id for s in todo]
     batches = [todo[n : n + batch_size] for n in range(0, len(todo), batch_size)]
     if not batches: return store, excluded
     settings = (manifest, batches, str(Path(vlm).resolve()), track, keep, fusion, packing, device, torch.get_num_threads(), precision)
-    workers = max(1, workers)
     with ray_session(workers) as ray:
         data = ray.data.range(len(batches), override_num_blocks=len(batches))
         data.context.enable_progress_bars, data.context.execution_options.preserve_order = False, True
@@ -102,4 +102,4 @@ def build_on_cluster(
             for r in part:
                 if r["reason"]: excluded.add(r["study"], r["reason"], r["detail"])
             if made := [StudyAsset.from_bytes(r["data"], packing.book) for r in part if r["data"]]: store.append(made, again="skip")
-    return store, excluded
+    return store, unnamed(excluded, manifest, packing)

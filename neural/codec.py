@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CODECS', 'FITTED', 'TABLES', 'MAX_BOOK', 'finite', 'quantise', 'dequantise', 'Codebook', 'checked_tables', 'fit_pca',
            'fit_pq', 'check_codec', 'encode', 'nearest', 'decode', 'canonical', 'loss_of_codec', 'book_bytes',
-           'book_from', 'read_book']
+           'book_from', 'read_book', 'is_book']
 
 # %% ../nbs/api/19_codec.ipynb #c8e48008
 import hashlib, json, re
@@ -232,3 +232,9 @@ def read_book(
         if path.stat().st_size > MAX_BOOK: raise NeuralError(f"{path.name} is larger than {MAX_BOOK:,} bytes: no codebook")
         data = path.read_bytes()
     return book_from(data, path.name)
+def is_book(
+    path,   # any file
+) -> bool:  # True if it is a codebook
+    "Whether a file is a codebook, and may be replaced by another one."
+    try: return read_book(path) is not None
+    except NeuralError: return False
