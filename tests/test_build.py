@@ -1,18 +1,40 @@
 """What guides the pruning must be able to find what was hidden: labels say whether, the head must learn where."""
+import contextlib
 import copy
+import errno
+import os
+import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoTokenizer
+from transformers.utils import logging as hub
+from typer.testing import CliRunner
 
-from neural.build import Aggregation, ahead, by_activation, close_calls, finding_places, guided, habit, named_findings, read_batch, region, settle, shard_of
+from neural.asset import AssetStore, keyed_id, vocabulary_hash
+from neural.build import (TRACKS, Aggregation, Packing, ahead, build_store, by_activation, close_calls, finding_places, guided, habit, hash_of, load_aggregation, load_readings, named_findings, open_store, read_batch, region,
+                          save_aggregation, save_readings, settle, shard_of)
+from neural.cli import app
+from neural.codec import book_bytes, read_book
 from neural.finetune import stem_logits
+from neural.layouts import index_dataset
 from neural.prune import top_k
 from neural.race import step_network
+from neural.radiograph import load_radiograph
 from neural.report import ReportReader, train_tokenizer
-from neural.vlm import ReportVLM, label_loss, pack, small_config
+from neural.study import Manifest, NeuralError
+from neural.vlm import ReportVLM, label_loss, load_vlm, pack, small_config
 
+hub.disable_progress_bar(); hub.set_verbosity_error()       # the command says so before transformers is imported; here it is already
 NAMES = ("Lung Lesion", "Edema")
 
 
@@ -169,3 +191,233 @@ def test_films_are_asked_for_before_the_network_is_busy_with_the_last():
     events = []
     for part, found in ahead([[0], [1], [2]], lambda p: (events.append(("begun", p[0])), iter(p))[1]): events.append(("read", part[0]))
     assert events == [("begun", 0), ("begun", 1), ("read", 0), ("begun", 2), ("read", 1), ("read", 2)]
+
+
+# `neural build`, from the command and from Python
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    "Six films with reports in a folder, their manifest, and a network that has seen nothing."
+    home = tmp_path_factory.mktemp("build"); films = home / "films"; films.mkdir()
+    rows = []
+    for i in range(6):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (96, 80), dtype=np.uint8)).save(films / f"f{i}.png")
+        rows.append(dict(image=f"f{i}.png", report_text=f"FINDINGS: The heart is {'enlarged' if i % 2 else 'normal'}. No effusion.", patient_id=f"p{i}", study_id=f"study{i}"))
+    pd.DataFrame(rows).to_csv(films / "manifest.csv", index=False)
+    tokenizer = train_tokenizer([r["report_text"] for r in rows] * 5, vocab_size=90)
+    for name, seed in (("vlm", 0), ("other", 1)):
+        torch.manual_seed(seed); ReportVLM(small_config(len(tokenizer), 96, width=64, d_model=64, layers=1)).save_pretrained(home / name); tokenizer.save_pretrained(home / name)
+        save_aggregation(home / name, Aggregation(lift=False), None, 4, 40)
+    index_dataset("folder", films)[0].save(home / "m.csv")
+    return home
+
+
+@pytest.fixture
+def place(small, tmp_path, monkeypatch):
+    "A working folder of one test, with the films, the manifest and the networks in it."
+    for name in ("films", "vlm", "other"): shutil.copytree(small / name, tmp_path / name)
+    index_dataset("folder", tmp_path / "films")[0].save(tmp_path / "m.csv")
+    monkeypatch.chdir(tmp_path); return tmp_path
+
+
+def neural(*words):
+    "A command, in this process: exit status and everything it said."
+    said = CliRunner().invoke(app, [str(w) for w in words])
+    return said.exit_code, said.output
+
+
+def build(*more, store="st", manifest="m.csv", vlm="vlm"): return neural("build", manifest, store, "--vlm", vlm, "--workers", "0", *more)
+
+
+def held(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
+
+
+@pytest.mark.parametrize("wrong, said", [(("--keep", "0"), "keep ratio"), (("--keep", "5"), "keep ratio"), (("--keep", "nan"), "keep ratio"), (("--keep", "-0.1"), "keep ratio"), (("--limit", "nan"), "share from 0 to 1"), (("--limit", "2"), "--limit"), (("--thumbnail", "-1"), "--thumbnail"),
+                                         (("--workers", "-1"), "--workers"), (("--engine", "ray", "--workers", "0"), "at least one process"), (("--key-file", "empty"), "at least 16 bytes"), (("--key-file", "short"), "at least 16 bytes"), (("--codec", "pq"), "needs a codebook"), (("--codebook", "m.csv"), "no codebook")])
+def test_zero_empty_and_impossible_are_not_taken_for_left_out(place, wrong, said):
+    (place / "empty").touch(); (place / "short").write_bytes(b"0123456789")
+    before = held(place)
+    status, output = build(*wrong)
+    assert status in (1, 2) and said in output and len(output.strip().splitlines()) == 1 and held(place) == before
+
+
+def test_limit_zero_and_workers_zero_are_what_they_say(place):
+    (place / "films" / "f2.png").write_bytes(b"\x89PNG")
+    status, output = build("--limit", "0")
+    assert status == 1 and "1 of 6 studies left out" in output and "study2: f2.png" in output and len(AssetStore("st")) == 5
+    assert build("--limit", "0.5")[0] == 0 and build("--limit", "1", "--thumbnail", "0")[0] == 0
+
+
+KEYS = {"k1": b"1" * 32, "k2": b"2" * 32}
+
+
+@pytest.mark.parametrize("first, then, said", [(("--key-file", "k1"), (), "key [0-9a-f]{16}, now none"), (("--key-file", "k1"), ("--key-file", "k2"), "key [0-9a-f]{16}, now [0-9a-f]{16}"), ((), ("--key-file", "k1"), "key none, now [0-9a-f]{16}"),
+                                               (("--hide-corners", "--thumbnail", "450"), (), "thumbnail 450, now 0; hidden 0, 11, 132, 143, now none"), ((), ("--pixels",), "pixels no, now yes"), ((), ("--keep", "0.1"), "keep 4, now 15"), ((), ("--track", "image-only"), "track image.report, now image-only"),
+                                               ((), ("--codec", "f16"), "codec int8, now f16"), ((), ("--precision", "bfloat16"), "precision float32, now bfloat16")])
+def test_a_store_is_gone_on_with_as_it_was_begun_or_not_at_all(place, first, then, said):
+    for name, key in KEYS.items(): (place / name).write_bytes(key)
+    whole = (place / "m.csv").read_text().splitlines(True); (place / "part.csv").write_text("".join(whole[:4])); shutil.copy("m.json", "part.json")
+    assert build(*first, manifest="part.csv")[0] == 0
+    before = held(place / "st")
+    status, output = build(*then)
+    assert status == 1 and re.search(said, output) and len(output.strip().splitlines()) == 1 and held(place / "st") == before
+    assert build(*first)[0] == 0 and len(AssetStore("st")) == 6 and AssetStore("st").verify() == []
+    status, told = neural("verify", "st")
+    assert status == 0 and "assets: 6, all whole" in told and re.search(rf"\n  {said.split()[0]} +\S", told)
+
+
+def test_another_network_or_guide_is_refused_by_name(place):
+    assert build()[0] == 0
+    status, output = build(vlm="other")
+    assert status == 1 and f"network {hash_of('vlm')}, now {hash_of('other')}" in output
+    save_aggregation(place / "vlm", Aggregation("activation", tokens="all"), torch.ones(144, 14), 4, 40)
+    status, output = build()
+    assert status == 1 and "guide attention, now activation" in output and "tokens finding, now all" in output and "habit none, now" in output
+
+
+def test_another_vocabulary_is_refused(place, small):
+    reader, model = ReportReader(), load_vlm(place / "vlm")
+    AssetStore.create(place / "st", ["lung", "heart"], {}, model.encoder.num_features, model.grid)
+    with pytest.raises(NeuralError, match=f"vocabulary {vocabulary_hash(['lung', 'heart'])}, now {vocabulary_hash(reader.vocabulary)}"): open_store(place / "st", reader, model, "image+report", {})
+
+
+def test_a_manifest_of_another_data_set_asks_first(place):
+    assert build()[0] == 0
+    shutil.copytree("films", "more")
+    table = pd.read_csv("more/manifest.csv").assign(study_id=[f"new{i}" for i in range(6)], patient_id=[f"q{i}" for i in range(6)]); table.to_csv("more/manifest.csv", index=False)
+    index_dataset("folder", place / "more")[0].save(place / "n.csv")
+    before = held(place / "st")
+    status, output = build(manifest="n.csv")
+    assert status == 1 and len(set(re.findall("folder [0-9a-f]{8}", output))) == 2 and "--force" in output and held(place / "st") == before
+    assert build("--force", manifest="n.csv")[0] == 0 and len(AssetStore("st").settings["datasets"]) == 2
+    assert build(manifest="n.csv")[0] == build()[0] == 0 and len(AssetStore("st")) == 12
+
+
+@pytest.mark.parametrize("key", [None, b"0123456789abcdef"])
+def test_a_bad_film_and_a_bad_report_are_left_out_by_name(place, key):
+    texts = place / "films" / "reports"; texts.mkdir()
+    m = Manifest.load("m.csv"); studies = list(m)
+    for i, s in enumerate(studies): (texts / f"r{i}.txt").write_text("FINDINGS: No effusion."); studies[i] = replace(s, report=f"reports/r{i}.txt")
+    (texts / "r1.txt").unlink(); (texts / "r2.txt").write_bytes(b"x" * (2**20 + 1)); (place / "films" / "f3.png").unlink(); (place / "films" / "f4.png").write_bytes(b"not a film")
+    studies[5] = replace(studies[5], views=(replace(studies[5].views[0], view="lateral"),))
+    manifest = Manifest(studies, m.root, m.layout)
+    store, left = build_store(manifest, "st", "vlm", packing=Packing(secret=key), workers=0, progress=False)
+    name = lambda i: keyed_id(f"study{i}", key) if key else f"study{i}"
+    assert store.ids == [name(0)] and {(i, why) for i, why, _ in left} == {(name(1), "report not readable"), (name(2), "report not readable"), (name(3), "film not readable"), (name(4), "film not readable"), (name(5), "film not readable")}
+    details = " ".join(d for *_, d in left)
+    assert all((w in details) != bool(key) for w in ("r1.txt", "f3.png", "f4.png")) and "study" not in (details if key else "")
+
+
+def test_what_was_left_out_is_listed_beside_the_store(place):
+    (place / "films" / "f2.png").write_bytes(b"")
+    status, output = build("--limit", "1")
+    assert status == 0 and "left out: 1 film not readable\n  study2: f2.png" in output and pd.read_csv("st-exclusions.csv")["study_id"].tolist() == ["study2"]
+    shutil.copy("films/f3.png", "films/f2.png")
+    assert build()[0] == 0 and len(pd.read_csv("st-exclusions.csv")) == 0 and len(AssetStore("st")) == 6
+    (place / "su-exclusions.csv").write_text("my own notes\n")
+    status, output = build(store="su")
+    assert status == 1 and "not made by this" in output and (place / "su-exclusions.csv").read_text() == "my own notes\n" and not (place / "su").exists()
+
+
+def test_places_that_are_no_store_are_left_as_they_are(place):
+    (place / "notes").mkdir(); (place / "notes" / "mine.txt").write_text("mine")
+    before = held(place)
+    for where in ("m.csv", "notes", "vlm", "films", "films/f1.png"):
+        status, output = build(store=where)
+        assert status == 1 and "not empty" in output and len(output.strip().splitlines()) == 1 and held(place) == before
+    for command in ("verify", "compact"):
+        for where in ("notes", "vlm", "m.csv", "nowhere"): assert neural(command, where)[0] in (1, 2) and held(place) == before
+
+
+def test_an_asset_that_cannot_be_packed_stops_no_other(place):
+    m = Manifest.load("m.csv"); studies = [replace(s, study_id="1.2.840.113619.2.55.3") if i == 2 else s for i, s in enumerate(m)]
+    store, left = build_store(Manifest(studies, m.root, m.layout), "st", "vlm", workers=0, progress=False)
+    assert len(store) == 5 and left.counts() == {"cannot be packed": 1}
+
+
+def test_a_build_that_is_killed_goes_on(place, monkeypatch):
+    "After the store was begun, after the first shard, while a shard is written: the next start ends with what one start gives."
+    assert build()[0] == 0
+    for stop in range(4):
+        calls, real = [], os.replace
+        def replace_or_die(*paths):
+            calls.append(paths)
+            if len(calls) > stop: raise KeyboardInterrupt
+            return real(*paths)
+        with monkeypatch.context() as m:
+            m.setattr(os, "replace", replace_or_die)
+            with contextlib.suppress(KeyboardInterrupt): build_store(Manifest.load("m.csv"), f"s{stop}", "vlm", batch_size=2, workers=0, progress=False)
+        store, _ = build_store(Manifest.load("m.csv"), f"s{stop}", "vlm", batch_size=2, workers=0, progress=False)
+        assert list(store) == list(AssetStore("st")) and store.verify() == []
+
+
+def test_the_command_is_quiet_in_a_pipe(place):
+    done = subprocess.run([sys.executable, "-c", "from neural.cli import main; main()", "build", "m.csv", "st", "--vlm", "vlm", "--workers", "0"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and len(done.stdout.splitlines()) == 1 and done.stdout.startswith("store: st, 6 assets")
+
+
+# codebooks
+
+@pytest.fixture
+def run_folder(place):
+    "What stage 20 leaves behind, as far as a codebook needs it."
+    run = place / "run"; run.mkdir(); shutil.copytree("vlm", run / "vlm")
+    m = Manifest.load("m.csv"); studies = [replace(s, split="train" if i < 4 else "validate") for i, s in enumerate(m)]
+    manifest = Manifest(studies, m.root, m.layout); manifest.save(run / "manifest.csv")
+    network = load_vlm("vlm"), AutoTokenizer.from_pretrained("vlm"), ReportReader(), load_aggregation("vlm")
+    films = [(s.study_id, load_radiograph(manifest.image_path(s.frontal), 96), "The heart is normal.") for s in studies]
+    save_readings([r for t in TRACKS for r in shard_of(*network[:3], films, t, network[3])], run)
+    return run
+
+
+def test_a_codebook_knows_its_network(run_folder, place):
+    assert neural("codebook", "run", "-o", "b", "--bytes", "8")[0] == 0
+    assert read_book("b").network == hash_of("vlm")
+    assert build("--codec", "pq", "--codebook", "b")[0] == 0 and AssetStore("st").book.network == hash_of("vlm")
+    status, output = build("--codec", "pq", "--codebook", "b", store="su", vlm="other")
+    assert status == 1 and hash_of("vlm") in output and hash_of("other") in output and "--force" in output and not (place / "su").exists()
+    assert build("--codec", "pq", "--codebook", "b", "--force", store="su", vlm="other")[0] == 0
+    unknown = replace(read_book("b"), network=""); Path("c").write_bytes(book_bytes(unknown))                  # of before: nothing is known, nothing is refused
+    assert build("--codec", "pq", "--codebook", "c", store="sv", vlm="other")[0] == 0
+
+
+def test_a_codebook_is_written_over_nothing_but_a_codebook(run_folder, place):
+    before = held(place)
+    for out in ("run/manifest.csv", "run/relevance.parquet", "run/vlm/model.safetensors", "vlm/config.json", "films/f1.png", "run"):
+        status, output = neural("codebook", "run", "-o", out, "--bytes", "8")
+        assert status in (1, 2) and len(output.strip().splitlines()) == 1 and held(place) == before, out
+    assert neural("codebook", "run", "-o", "b", "--bytes", "8")[0] == 0
+    first = Path("b").read_bytes()
+    status, output = neural("codebook", "run", "-o", "b", "--bytes", "4")
+    assert status == 1 and "--force" in output and Path("b").read_bytes() == first
+    assert neural("codebook", "run", "-o", "b", "--bytes", "4", "--force")[0] == 0 and read_book("b").width == 4
+    status, output = neural("codebook", "run", "-o", "nowhere/b", "--bytes", "4")
+    assert status == 1 and os.strerror(errno.ENOENT) in output
+
+
+def test_readings_that_are_damaged_or_cannot_be_written_are_one_line(run_folder, place, monkeypatch):
+    readings = load_readings("run", TRACKS[0])
+    path = Path("run/mentions.parquet"); whole = path.read_bytes(); before = held(place / "run")
+    def full(*_, **__): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with monkeypatch.context() as m:
+        m.setattr(pq, "write_table", full)
+        with pytest.raises(NeuralError, match="relevance.parquet cannot be written, No space left"): save_readings(readings, "run")
+    assert held(place / "run") == before
+    for damage in (whole[:-9], b"", b"PAR1"):
+        path.write_bytes(damage)
+        with pytest.raises(NeuralError, match="mentions.parquet") as e: load_readings("run", TRACKS[0])
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"mean": null, "k": "x", "max_tokens": 4}', '{"mean": null, "k": 4, "max_tokens": 40, "colour": 1}', '{"mean": null, "k": 4, "max_tokens": 40, "guide": "none"}'])
+def test_a_damaged_relevance_file_is_one_line(tmp_path, text):
+    (tmp_path / "relevance.json").write_text(text)
+    with pytest.raises(NeuralError) as e: load_aggregation(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_a_guide_that_has_nothing_to_follow_is_refused(taught):
+    films, _, _ = planted(1, 3)
+    model = copy.deepcopy(taught); model.config.label_names = []
+    with pytest.raises(NeuralError, match="label head"): read_batch(model, None, ReportReader(), ["a"], films, ["No effusion."], "image+report", 4, Aggregation("activation"), torch.zeros(144, 0))
+    with pytest.raises(NeuralError, match="indices 0..143"): read_batch(taught, None, ReportReader(), ["a"], films, ["No effusion."], "image+report", 4, Aggregation(lift=False), never=(144,))
