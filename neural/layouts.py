@@ -397,9 +397,9 @@ def mimic_agrees(
     refuse_apart('films of the split file', films, 'rows of the metadata', position)
     refuse_apart('films of the split file', films, 'films on disk', pictures.found)
     if notes: refuse_apart('studies of the split file', table, 'reports on disk', notes)
-    out = {s for s, *_ in src.exclusions}
+    out, claimed = {s for s, *_ in src.exclusions}, {p[2] for p in src.exclusions.parts}
     lost = notes - table.keys() - out
-    for d in sorted(pictures.found.keys() - films.keys()):
+    for d in sorted(pictures.found.keys() - films.keys() - claimed):
         study = mimic_id(PurePosixPath(pictures.found[d][1]).parent.name)
         if study in table: src.exclusions.add(study, 'radiograph not in the split file', d, 'radiograph')
         elif study.isdigit(): lost.add(study)
@@ -870,7 +870,7 @@ def read_folder(
     src.notes['boxes of no radiograph'] += len(boxes.keys() - {PurePosixPath(r.image.strip()).as_posix() for rows in studies.values() for r in rows})
     if not any(len(rows) > 1 for rows in studies.values()) or 'study_id' in row: return studies
     for study, rows in list(studies.items()):
-        if len({r.text for r in rows} - {0}) > 1: del studies[study]; src.exclusions.add(study, 'one image name, two reports', f'{rows[1].where}: add a column study_id')
+        if len({r.text for r in rows} - {0}) > 1 and len({r.patient for r in rows}) == 1: del studies[study]; src.exclusions.add(study, 'one image name, two reports', f'{rows[1].where}: add a column study_id')
     return studies
 
 # %% ../nbs/api/01_layouts.ipynb #folderstudy

@@ -10,7 +10,7 @@ __all__ = ['LABELS', 'SPLITS', 'POLICIES', 'LABEL_VALUES', 'LABEL_CELLS', 'FRONT
            'check_relative', 'inside', 'check_study', 'check_studies', 'Manifest', 'to_rows', 'umask', 'publish',
            'make_folder', 'refuse_overwrite', 'made_here', 'read_side', 'digest_of', 'at_least', 'above', 'write_side',
            'from_rows', 'read_boxes', 'as_folder', 'refuse_links', 'read_xml', 'xml_sections', 'tar_xml', 'plain_text',
-           'row_starts', 'read_row', 'said', 'row_text', 'report_text', 'archived']
+           'row_starts', 'read_row', 'said', 'whole_report', 'row_text', 'report_text', 'archived']
 
 # %% ../nbs/api/00_study.ipynb #cc3ed7c5
 import csv, errno, gzip, hashlib, json, math, numbers, os, re, tarfile, tempfile, zlib
@@ -737,6 +737,14 @@ def said(
     text = (cell or '').strip()
     return '' if text.lower() in ('', 'nan', 'none', 'null') or CODE.fullmatch(text) else text
 
+def whole_report(
+    text: str,  # of the column `report`
+) -> str:       # without code, remainder and identifier
+    "A whole report, less the sections that are not handed on either where a table keeps them apart; a summary in words stays."
+    parts = re.split(r'(?m)^(?=[ \t]*[A-Z][A-Z /]+:)', text)
+    name = lambda part: part.partition(':')[0].strip().lower().replace(' ', '_')
+    return ''.join(p for p in parts if name(p) not in NOT_HANDED_ON or (name(p) == 'summary' and said(p.partition(':')[2]))).strip()
+
 def row_text(
     row: dict,  # a row of a CheXpert Plus table (`section_*`, `report`) or of a folder table (`report_text`)
 ) -> str:       # sections with headers; '' if the row has no words
@@ -744,7 +752,7 @@ def row_text(
     if 'report_text' in row: return said(row['report_text'])
     parts = {k[8:]: said(v) for k, v in row.items() if k.startswith('section_') and k[8:] not in NOT_HANDED_ON}
     last = {k: parts.pop(k) for k in EVIDENCE_COLUMNS if k in parts}
-    if not any(last.values()) and (whole := said(row.get('report'))): return whole
+    if not any(last.values()) and (whole := whole_report(said(row.get('report')))): return whole
     return '\n'.join(f'{k.replace("_", " ").upper()}: {v}' for k, v in (parts | last).items() if v)
 
 # %% ../nbs/api/00_study.ipynb #145da2bd
