@@ -24,7 +24,7 @@ from .classify import GraphClassifier, as_columns, edge_shares, one_thread, stan
 from .finetune import StudyDataset, label_epoch
 from .graph import EDGE_TYPES, visual_graph
 from .prune import top_k
-from .study import NeuralError
+from .study import NeuralError, above, at_least
 from .vlm import ReportVLM, ReportVLMConfig, conv_stem, label_loss, pool_patches, start_convolutions
 
 # %% auto #0
@@ -63,6 +63,8 @@ def film_logits(
     bf16: bool = False,  # autocast to bfloat16
 ) -> torch.Tensor:  # float32 (n, L), before the sigmoid
     "The control's score of each finding."
+    at_least(1, batch_size=batch_size)
+    if not len(data): return torch.zeros(0, model.head.out_features)
     model.eval(); device = next(model.parameters()).device
     films = lambda start: torch.as_tensor(np.asarray(data.films.batch(data.ids[start : start + batch_size]))).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16): return torch.cat([model(films(start)).float().cpu() for start in range(0, len(data), batch_size)])
@@ -90,6 +92,7 @@ def train_film_cnn(
 ) -> tuple[FilmCNN, list[dict]]:  # the best network, and one dict per epoch
     "Train the raw-film control on masked binary cross-entropy."
     if not len(train) or not len(validate): raise NeuralError(f"the film control needs studies in train and validate, got {len(train)} and {len(validate)}")
+    at_least(1, epochs=epochs, batch_size=batch_size, width=width); above(0, lr=lr)
     torch.manual_seed(seed)
     model, generator = FilmCNN(train.targets.shape[1], width).to(device), torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
@@ -101,6 +104,7 @@ def train_film_cnn(
         known = label_loss(film_logits(model, validate, bf16=bf16), torch.as_tensor(validate.targets)).item()
         history.append(dict(epoch=epoch + 1, loss=loss, eval_loss=known))
         if known < best[0]: best = known, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+    if best[1] is None: raise NeuralError("the loss on validate is not finite from the first epoch: lower lr, or look for extreme films")
     model.load_state_dict(best[1])
     return model.eval(), history
 
@@ -114,6 +118,7 @@ def length_control(
     x, y = np.log1p(np.asarray(lengths, float))[:, None], np.asarray(y, float)
     known = ~np.isnan(y)
     if len(set(y[known])) < 2: raise NeuralError(f"the length control needs both classes in train, got {int((y == 1).sum())} positive and {int((y == 0).sum())} negative of {len(y)}")
+    if not len(others): return np.zeros(0)
     return LogisticRegression().fit(x[known], y[known]).predict_proba(np.log1p(np.asarray(others, float))[:, None])[:, 1]
 
 # %% ../nbs/api/26_baseline.ipynb #42757ff5
@@ -122,6 +127,7 @@ def centre_prior(
     k: int,  # patches to keep
 ) -> np.ndarray:  # int64 (k), ascending: the same for every study
     "The patches that are most relevant on average over training studies (centre-prior control, this companion's choice)."
+    if not len(relevance): raise NeuralError("a centre prior is a mean over training studies: give at least one relevance map")
     return top_k(torch.as_tensor(np.asarray(relevance, np.float64).mean(0)), k).numpy()
 
 def film_contrast(
@@ -141,8 +147,9 @@ def random_map(
     seed: int = 0,  # another seed, another draw
 ) -> np.ndarray:  # float32 (n, N), in [0, 1)
     "A relevance that knows nothing: random-k for every k, fixed by study and seed (control of this companion)."
+    at_least(1, patches=patches)
     own = lambda i: int.from_bytes(hashlib.blake2b(f"{seed}/{i}".encode(), digest_size=8).digest(), "big")
-    return np.stack([np.random.default_rng(own(i)).random(patches, np.float32) for i in ids])
+    return np.array([np.random.default_rng(own(i)).random(patches, np.float32) for i in ids], np.float32).reshape(-1, patches)
 
 # %% ../nbs/api/26_baseline.ipynb #5003dcbf
 @torch.no_grad()
@@ -155,8 +162,10 @@ def patch_tokens(
 ) -> np.ndarray:  # float16 (n, N, d)
     "Every patch of many films, encoded once (answers defect A7)."
     if depth not in ("mixed", "stem"): raise NeuralError(f"depth must be 'mixed' or 'stem', got {depth!r}")
+    at_least(1, batch_size=batch_size)
     stem = lambda x: model.encoder.embeddings(model.normalise(x))[0]
     encode, ids = model.encode if depth == "mixed" else stem, list(ids)
+    if not ids: return np.zeros((0, model.grid[0] * model.grid[1], model.encoder.num_features), np.float16)
     films_of = lambda start: torch.as_tensor(np.asarray(films.batch(ids[start : start + batch_size]))).to(model.device)
     return np.concatenate([encode(films_of(start)).float().cpu().numpy().astype(np.float16) for start in range(0, len(ids), batch_size)])
 
@@ -241,6 +250,8 @@ def read_graphs(
     batch_size: int = 512,  # graphs per pass
 ) -> np.ndarray:  # float32 (n, L) scores before the sigmoid
     "Scores of all findings for many graphs."
+    at_least(1, batch_size=batch_size)
+    if not len(graphs): return np.zeros((0, model.last.out_features), np.float32)
     model.eval(); graphs = as_columns(graphs); rows = np.arange(len(graphs))
     with one_thread(): return torch.cat([model(graphs.batch(rows[i : i + batch_size])).reshape(-1, model.last.out_features) for i in range(0, len(graphs), batch_size)]).numpy()
 
@@ -260,6 +271,8 @@ def train_graphs(
     patience: int = 8,  # epochs without a better one before it stops
 ) -> GraphClassifier:  # best on validate, in eval mode; reads L findings
     "The typed classifier of chapter 22 for all findings at once (this companion's choice)."
+    at_least(1, epochs=epochs, batch_size=batch_size, patience=patience); at_least(0, seed=seed); above(0, lr=lr)
+    if not len(train) or not len(validate): raise NeuralError(f"graphs are needed in train and validate, got {len(train)} and {len(validate)}")
     train, validate, y = as_columns(train), as_columns(validate), torch.as_tensor(np.asarray(y_train, np.float32))
     model, rng = _finder(train, y.shape[1], parts, vocabulary_size, hidden, seed), np.random.default_rng(seed)
     packs = np.array_split(rng.permutation(len(train)), -(-len(train) // batch_size))
@@ -281,6 +294,7 @@ def pool_cells(
     grid: tuple[int, int] = (12, 12),  # rows, columns of the token grid; cells divide both
 ) -> np.ndarray:  # float32 (n, cells, d), rounded to eight bits as in an asset
     "Means over the cells of a film: the pooled-embedding control (this companion's choice)."
+    at_least(1, **{"rows of cells": cells[0], "columns of cells": cells[1]})
     if grid[0] % cells[0] or grid[1] % cells[1]: raise NeuralError(f"{cells[0]}x{cells[1]} cells do not divide a grid of {grid[0]}x{grid[1]}")
     n, d = len(tokens), tokens.shape[-1]
     x = np.asarray(tokens).reshape(n, cells[0], grid[0] // cells[0], cells[1], grid[1] // cells[1], d).mean((2, 4), dtype=np.float32)
@@ -302,9 +316,10 @@ def linear_reader(
     strengths: tuple = (1e-3, 1e-2, 1e-1, 1.0),  # inverse penalties that are tried
 ) -> np.ndarray:  # (q) probabilities in [0, 1]
     "Logistic regression on standardised features, its penalty chosen on validate: the linear probe (this companion's choice)."
+    if not len(strengths) or not min(strengths) > 0: raise NeuralError(f"strengths must be one number above 0 or more, got {strengths}")
     y, held = np.asarray(y_train, float), np.asarray(y_validate, float)
     known, usable = ~np.isnan(y), ~np.isnan(held)
     if len(set(y[known])) < 2 or not usable.any(): raise NeuralError(f"the linear reader needs both classes in train and a known study in validate, got {int((y == 1).sum())} positive, {int((y == 0).sum())} negative and {int(usable.sum())} known in validate")
     fits = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)).fit(np.asarray(x_train)[known], y[known]) for c in strengths]
     right = lambda m: np.log(np.clip(m.predict_proba(np.asarray(x_validate)[usable])[np.arange(usable.sum()), held[usable].astype(int)], 1e-9, 1)).mean()
-    return max(fits, key=right).predict_proba(np.asarray(others))[:, 1]
+    return max(fits, key=right).predict_proba(np.asarray(others))[:, 1] if len(others) else np.zeros(0)

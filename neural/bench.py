@@ -34,7 +34,7 @@ from .phantom import toy_study
 from .picture import thumbnail
 from .report import ReportReader
 from .layouts import index_dataset, walk
-from .study import LABELS, NeuralError
+from .study import LABELS, NeuralError, at_least
 from .yardstick import alternated, aside, matrix_peak, peak_memory, seconds_of
 
 # %% ../nbs/api/41_bench.ipynb #88ac6d1a
@@ -101,6 +101,7 @@ def bytes_growth(
     rounds=5,             # of each; the median counts
 ) -> pd.DataFrame:        # one row per multiple
     "Bytes a study, studies written a second and memory, as a store grows."
+    at_least(1, rounds=rounds, studies=len(assets), **{"number of sizes": len(growth)})
     rows = []
     for times in growth:
         some, sizes = assets[:len(assets)*times//max(growth)], []
@@ -118,6 +119,7 @@ def bench_bytes(
     side=1024,        # pixels of the films that are weighed beside
 ) -> dict:            # tables: bytes per study, one row per form, and its ratio to the released graph; the growth of one form
     "What a study takes, form by form (answers defect A8)."
+    at_least(1, studies=studies, size=size, picture=picture, side=side, **{"number of counts": len(counts)})
     if dim % size: raise NeuralError(f"{size} bytes a patch do not divide {dim} numbers; product quantisation needs that")
     reader, toys = ReportReader(), [toy_study(FINDINGS[s % 6], size=128, seed=s) for s in range(studies)]      # no study twice: compression must not find a copy
     notes = [reader(t.report) for t in toys]
@@ -160,6 +162,7 @@ def bench_store(
     batch=10_000,     # studies per shard
 ) -> pd.DataFrame:    # one row
     "Opening, drawing from and walking through a large store, by a fresh process."
+    at_least(1, studies=studies, batch=batch)
     reader, toys = ReportReader(), [toy_study(FINDINGS[s % 6], size=128, seed=s) for s in range(100)]
     notes, book = [reader(t.report) for t in toys], fit_pq(drawn_features(4096, dim, seed=10**6), size)
     some = [sized_asset(i, 4, dim, toys, notes, reader.vocabulary, 'pq', book) for i in range(100)]
@@ -239,6 +242,7 @@ def bench_read(
     kinds=('gcn', 'typed'),  # the classifiers
 ) -> pd.DataFrame:           # one row per kind and size
     "Graphs per second, read and learned from, beside torch-geometric's way (this companion's choice)."
+    at_least(2, studies=studies); at_least(1, rounds=rounds, batch=batch, k=k, **{"number of sizes": len(growth), "number of kinds": len(kinds)})
     reader, toys = ReportReader(), [toy_study(FINDINGS[s % 6], size=64, seed=s) for s in range(60)]
     notes, rows = [reader(t.report) for t in toys], []
     few = [to_data(sized_asset(i, k, dim, toys, notes, reader.vocabulary)) for i in range(min(studies, 500))]
@@ -312,6 +316,7 @@ def bench_index(
     folder=None,             # where the trees are written; None: a temporary folder
 ) -> pd.DataFrame:           # one row per size
     "Seconds to index a tree, beside the reference that walks every path for every study (answers the released look-up)."
+    at_least(1, studies=studies, rounds=rounds, size=size, **{"number of sizes": len(growth)})
     rows = []
     with tempfile.TemporaryDirectory(dir=folder) as home:
         for n in sorted({*beside, *(studies*g for g in growth)}):

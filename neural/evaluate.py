@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PREDICTION_KEY', 'PREDICTION_COLUMNS', 'ANATOMY', 'FINDINGS', 'known', 'check_scores', 'target_counts',
-           'check_target', 'target_verdicts', 'auc', 'patient_weights', 'weighted_auc', 'separated_bound',
+           'check_target', 'target_verdicts', 'auc', 'patient_weights', 'ends', 'weighted_auc', 'separated_bound',
            'patients_or_studies', 'auc_interval', 'check_predictions', 'read_predictions', 'seed_summary',
            'seed_scores', 'auc_difference', 'delong', 'paired_summary', 'auprc', 'brier', 'reliability', 'ece',
            'reliability_plot', 'roc_band', 'roc_plot', 'finding_patches', 'patches_hit', 'lesion_mask',
@@ -24,7 +24,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from .radiograph import box_mask, fit_mask, patch_coverage, read_radiograph
 from .report import labels_of
-from .study import LABELS, SPLITS, Manifest, NeuralError, Study, apply_policy, targets
+from .study import LABELS, SPLITS, Manifest, NeuralError, Study, above, apply_policy, at_least, system_reason, targets
 
 # %% ../nbs/api/24_evaluate.ipynb #1b173b9d
 def known(
@@ -86,6 +86,7 @@ def check_target(
     each=5,           # patients of each class needed in test, the `least` of `auc_interval`
 ) -> pd.DataFrame:    # its `target_counts`
     "Refuses a target that cannot be learnt, chosen or tested, with the counts of every split (this companion's choice)."
+    at_least(0, least=least, each=each)
     t = target_counts(studies, label, policy)
     why, do = _shortcoming(t, least, each)
     if why: raise NeuralError(f"target {label!r} {why} ({'; '.join(f'{s} {r.positive} positive, {r.negative} negative, {r.unknown} unknown' for s, r in t.iterrows())}): {do}")
@@ -122,11 +123,19 @@ def patient_weights(
     seed=0,        # of the draws; two models given the same seed meet the same patients
 ) -> np.ndarray:   # (S, n) how often each study was drawn, float64
     "Draws patients with replacement; each draw carries all the studies of its patient (this companion's choice)."
-    if samples < 1: raise NeuralError(f"samples must be at least 1, got {samples}")
+    at_least(1, samples=samples)
     names, of = np.unique(np.asarray(patients).astype(str), return_inverse=True)
     m = len(names)
     drawn = np.random.default_rng(seed).integers(m, size=(samples, m)) + m*np.arange(samples)[:, None]
     return np.bincount(drawn.ravel(), minlength=samples*m).reshape(samples, m)[:, of].astype(float)
+
+# %% ../nbs/api/24_evaluate.ipynb #2525f950
+def ends(
+    level: float,     # confidence level, between 0 and 1
+) -> tuple:           # lower and upper quantile
+    "The quantiles of a two-sided interval; 95 is refused, it is .95 (this companion's choice)."
+    if not 0 < level < 1: raise NeuralError(f"level must lie between 0 and 1, such as 0.95; got {level}")
+    return (1-level)/2, (1+level)/2
 
 # %% ../nbs/api/24_evaluate.ipynb #1f015c30
 def weighted_auc(
@@ -153,7 +162,7 @@ def separated_bound(
     y, who = np.asarray(y), np.asarray(patients).astype(str)
     pos, neg = set(who[y == 1]), set(who[y == 0])
     m = min(len(pos), len(neg), len(pos | neg)//2)
-    return ((1-level)/2)**(1/m) if m else 0.0
+    return ends(level)[0]**(1/m) if m else 0.0
 
 # %% ../nbs/api/24_evaluate.ipynb #85671573
 def patients_or_studies(
@@ -162,6 +171,7 @@ def patients_or_studies(
     least=5,         # patients that each class must have at least
 ) -> np.ndarray:     # patient of each study, shape [n], as text
     "The unit of resampling, one patient per study where none is named, refused when too few (this companion's choice)."
+    at_least(0, least=least)
     y = np.asarray(y)
     who = np.arange(len(y)).astype(str) if patients is None else np.asarray(patients).astype(str)
     if who.shape != y.shape: raise NeuralError(f"{len(y)} studies but {len(who)} patients: give one patient per study")
@@ -188,12 +198,14 @@ def auc_interval(
         bound = separated_bound(y, who, level)
         return (1., bound, 1.) if point else (0., 0., 1-bound)
     draws = _bootstrap(lambda w: np.mean([weighted_auc(y, s, w) for s in p], 0), who, samples, seed)
-    low, high = np.quantile(draws, ((1-level)/2, (1+level)/2))
+    low, high = np.quantile(draws, ends(level))
     return point, float(low), float(high)
 
 # %% ../nbs/api/24_evaluate.ipynb #0ccb99cb
 def _bootstrap(statistic, who, samples, seed, cells=4_000_000):
     "Values of `statistic(weights [s, n]) -> [s]` over resampled patients; samples without a value are left out."
+    at_least(1, samples=samples)
+    if not len(who): raise NeuralError("an interval needs at least one study")
     block, out = max(1, cells//len(who)), []
     for i, start in enumerate(range(0, samples, block)):
         out.append(statistic(patient_weights(who, min(block, samples-start), seed=[seed, i])))
@@ -222,7 +234,7 @@ def check_predictions(
     if missing := [c for c in PREDICTION_COLUMNS if c not in table]: raise NeuralError(f"predictions without the column {', '.join(missing)}: write {', '.join(PREDICTION_COLUMNS)}")
     if not len(table): raise NeuralError("a table of predictions without a row: run the stage that writes it again")
     split = {s.study_id: s.split for s in manifest}
-    _refuse_rows(table, ~table.study_id.isin(split), "are of studies that the manifest does not know", "predict for this manifest, or name the manifest they were made for")
+    _refuse_rows(table, ~table.study_id.isin(split), "are of studies that the manifest does not know", f"predict for this manifest of {len(split)} studies, such as {', '.join(list(split)[:3]) or 'none'}, or name the manifest they were made for")
     _refuse_rows(table, ~table.target.isin(manifest.label_names), "are of targets that are no label of the manifest", f"use one of {', '.join(manifest.label_names)}")
     _refuse_rows(table, table.duplicated(list(PREDICTION_KEY)), "repeat a study for the same target, track, variant and seed", "keep one prediction of each")
     _refuse_rows(table, table.split != table.study_id.map(split), "name another split than the manifest", "predict again with the split of the manifest; a study that moved may have been trained on")
@@ -245,7 +257,8 @@ def read_predictions(
     try:
         if (rows := pq.ParquetFile(path).metadata.num_rows) > most: raise NeuralError(f"{path.name} claims {rows:,} predictions, more than {most:,}: raise the limit on purpose")
         table = pq.read_table(path).to_pandas()
-    except (pa.ArrowException, OSError) as e: raise NeuralError(f"{path.name} is no readable Parquet file ({type(e).__name__}): run the stage that writes it again") from None
+    except pa.ArrowException as e: raise NeuralError(f"{path.name} is no readable Parquet file ({type(e).__name__}): run the stage that writes it again") from None
+    except OSError as e: raise NeuralError(f"{path.name}: cannot be read, {system_reason(e)}") from None
     return check_predictions(table, manifest, policy)
 
 # %% ../nbs/api/24_evaluate.ipynb #e8aaea25
@@ -296,7 +309,7 @@ def auc_difference(
     who = patients_or_studies(y, patients, least)
     mean = lambda m, w: np.mean([weighted_auc(y, s, w) for s in m], 0)
     gap = lambda w: mean(a, w) - mean(b, w)
-    low, high = np.quantile(_bootstrap(gap, who, samples, seed), ((1-level)/2, (1+level)/2))
+    low, high = np.quantile(_bootstrap(gap, who, samples, seed), ends(level))
     return float(gap(np.ones((1, len(who))))[0]), float(low), float(high)
 
 # %% ../nbs/api/24_evaluate.ipynb #3fccf06e
@@ -314,7 +327,7 @@ def delong(
         shares.append(((every[y == 1] - ill) / len(well), 1 - (every[y == 0] - well) / len(ill)))
     (ia, wa), (ib, wb) = shares
     gap, spread = ia.mean() - ib.mean(), math.sqrt(np.var(ia - ib, ddof=1) / len(ia) + np.var(wa - wb, ddof=1) / len(wa))
-    reach = norm.ppf((1 + level) / 2) * spread
+    reach = norm.ppf(ends(level)[1]) * spread
     return float(gap), float(gap - reach), float(gap + reach), float(2 * norm.sf(abs(gap) / spread)) if spread else float(gap == 0)
 
 # %% ../nbs/api/24_evaluate.ipynb #6d8fd3f4
@@ -365,7 +378,7 @@ def reliability(
 ) -> pd.DataFrame: # one row per bin that holds a study: said (mean p), happened (mean y), studies
     "What was said against what happened, bin by bin (protocol of this companion)."
     y, p = _probabilities(y, p)
-    if bins < 1: raise NeuralError(f"bins must be at least 1, got {bins}")
+    at_least(1, bins=bins)
     table = pd.DataFrame(dict(bin=np.minimum((p*bins).astype(int), bins-1), said=p, happened=y))
     return table.groupby('bin').agg(said=('said', 'mean'), happened=('happened', 'mean'), studies=('said', 'size'))
 
@@ -408,6 +421,7 @@ def roc_band(
     points=101,      # false positive rates from 0 to 1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: # false positive rate, sensitivity, low, high; each [points]
     "ROC curve with a pointwise 95 % band over resampled patients (this companion's choice)."
+    at_least(1, samples=samples); at_least(2, points=points)
     y, p = check_scores(y, p)
     who, grid = patients_or_studies(y, patients, least), np.linspace(0, 1, points)
     curve = lambda w: np.interp(grid, *roc_curve(y, p, sample_weight=w, drop_intermediate=False)[:2])
@@ -441,6 +455,7 @@ def finding_patches(
     threshold=0.25,   # coverage from which a patch is on the finding
 ) -> np.ndarray:      # bool (..., N), at least one True in each row
     "Which patches are on the finding; at least the most covered one is (this companion's choice)."
+    above(0, threshold=threshold)                          # 0 would put every patch on the finding
     c = np.asarray(coverage, float)
     if not np.isfinite(c).all() or c.min(initial=0) < 0 or c.max(initial=0) > 1+1e-6: raise NeuralError("coverage must lie in [0, 1]")
     if empty := int((c.max(-1) <= 0).sum()): raise NeuralError(f"{empty} of {c[..., 0].size} coverages are empty: leave studies without a mask out of localisation")
@@ -475,7 +490,7 @@ def _read_mask(
         with Image.open(path) as im:
             if im.width*im.height > 100_000_000: raise NeuralError(f"mask {Path(path).name} is larger than 100 million pixels")
             return np.asarray(im.convert('L')) > 127
-    except (OSError, Image.DecompressionBombError) as e: raise NeuralError(f"mask {Path(path).name} cannot be read ({type(e).__name__})") from None
+    except (OSError, Image.DecompressionBombError) as e: raise NeuralError(f"mask {Path(path).name} cannot be read ({system_reason(e) if getattr(e, 'errno', None) else type(e).__name__})") from None
 
 # %% ../nbs/api/24_evaluate.ipynb #9a8a88b2
 def lesion_mask(
@@ -582,7 +597,7 @@ def mean_interval(
     who = np.arange(len(v)).astype(str) if patients is None else np.asarray(patients)
     if who.shape != v.shape: raise NeuralError(f"{len(v)} values but {len(who)} patients: give one patient per study")
     draws = _bootstrap(lambda w: w@v/w.sum(1), who, samples, seed)
-    return float(v.mean()), *map(float, np.quantile(draws, ((1-level)/2, (1+level)/2)))
+    return float(v.mean()), *map(float, np.quantile(draws, ends(level)))
 
 # %% ../nbs/api/24_evaluate.ipynb #b80efbe5
 FINDINGS = LABELS[1:]   # without 'No Finding'
@@ -596,6 +611,7 @@ def finding_counts(
 ) -> np.ndarray:       # int64 (4, n, L): right, false alarm, missed, rightly not named
     "Study by study and finding by finding, what was said against what is so (this companion's choice)."
     if len(truth) != len(said) or not len(truth): raise NeuralError(f"labels of {len(truth)} studies against {len(said)}: one of each per study, at least one")
+    if not len(labels): raise NeuralError("no finding to compare: name at least one label")
     value = lambda rows, none: np.array([[none if r.get(l) is None else apply_policy(r[l], policy) for l in labels] for r in rows], float).reshape(len(rows), len(labels))
     t, s = value(truth, silent), value(said, 0.) == 1
     return np.stack([(t == 1) & s, (t == 0) & s, (t == 1) & ~s, (t == 0) & ~s]).astype(np.int64)
@@ -751,6 +767,7 @@ def image_bytes(
     codec = str(codec).lower()
     if codec not in ('png', 'jpeg', 'webp'): raise NeuralError(f"codec must be png, jpeg or webp, got {codec}")
     if x.ndim != 2 or not np.isfinite(x).all() or x.min() < 0 or x.max() > 1: raise NeuralError(f"an image [1, H, W] in [0, 1] is needed, got shape {np.shape(image)}")
+    if not 1 <= quality <= 100: raise NeuralError(f"quality must lie between 1 and 100, got {quality}")
     out = io.BytesIO()
     Image.fromarray((x*255).round().astype(np.uint8)).save(out, codec, **({'optimize': True} if codec == 'png' else {'quality': quality}))
     return out.tell()

@@ -4,6 +4,8 @@
 
 # %% ../nbs/api/12_finetune.ipynb #1e4bfde4
 from __future__ import annotations
+import hashlib
+import json
 import math
 import signal
 import threading
@@ -22,14 +24,15 @@ from transformers.models.swin.modeling_swin import SwinAttention, SwinMLP
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .report import swap_laterality
-from .study import NeuralError
-from .vlm import ReportVLM, kept_memory, label_loss, load_vlm
+from .study import NeuralError, above, at_least, make_folder, publish, readable
+from .vlm import ReportVLM, kept_memory, label_loss, load_vlm, quiet, writable
 
 # %% auto #0
 __all__ = ['HEALTHY', 'StudyDataset', 'mirror', 'poses', 'moved', 'augment', 'report_ids', 'Collator', 'pad_rows', 'focus_batch',
            'parameter_groups', 'stem_logits', 'warm_start', 'label_epoch', 'draw_weights', 'focus_loss', 'WindowLook',
            'GeluLinear', 'learnt_bias', 'WindowAttention', 'GeluMLP', 'thrifty', 'freeze_stages', 'ReportTrainer',
-           'training_arguments', 'Stop', 'interrupts', 'last_checkpoint', 'finetune', 'read_labels']
+           'training_arguments', 'Stop', 'interrupts', 'last_checkpoint', 'digest', 'data_name', 'network_name',
+           'refuse_other_run', 'finetune', 'read_labels']
 
 # %% ../nbs/api/12_finetune.ipynb #31d8fa23
 class StudyDataset(Dataset):
@@ -45,12 +48,14 @@ class StudyDataset(Dataset):
         focus: list | None = None,  # per study, None or (coverage (N,), bool (T,)): where a mark lies, which tokens should look there
     ):
         if not len(ids) == len(texts) == len(targets): raise NeuralError(f"{len(ids)} studies, {len(texts)} texts and {len(targets)} targets do not belong together")
+        for name, values in dict(weights=weights, focus=focus).items():
+            if values is not None and len(values) != len(ids): raise NeuralError(f"{len(values)} {name} for {len(ids)} studies: give one of each, or leave {name} out")
         self.films, self.ids, self.texts, self.weights, self.focus = films, list(ids), list(texts), weights, focus
         self.targets = np.asarray(targets, np.float32)
 
     def __len__(self): return len(self.ids)
     def __getitem__(self, i: int) -> dict:
-        return dict(film=np.asarray(self.films.batch([self.ids[i]])[0]), text=self.texts[i], targets=self.targets[i], weights=self.weights[i] if self.weights else None, focus=self.focus[i] if self.focus else None)
+        return dict(film=np.asarray(self.films.batch([self.ids[i]])[0]), text=self.texts[i], targets=self.targets[i], weights=None if self.weights is None else self.weights[i], focus=None if self.focus is None else self.focus[i])
 
 # %% ../nbs/api/12_finetune.ipynb #66d45e06
 def mirror(
@@ -119,6 +124,7 @@ class Collator:
         max_tokens: int = 96,  # longest report kept, end token included
         generator: torch.Generator | None = None,  # augments films when given
     ):
+        at_least(2, max_tokens=max_tokens)  # a word and the end token
         self.tokenizer, self.max_tokens, self.generator = tokenizer, max_tokens, generator
         self.cut = 0  # reports that were too long so far
 
@@ -173,11 +179,12 @@ def parameter_groups(
     weight_decay: float = 0.05,  # of matrices; norms, biases and embeddings have none
 ) -> list[dict]:  # for an optimiser
     "Optimiser groups: new or pre-trained, with decay or without."
+    above(0, lr=lr); at_least(0, weight_decay=weight_decay, **{n: v for n, v in dict(lr_pretrained=lr_pretrained, lr_words=lr_words).items() if v is not None})  # a rate of 0 leaves a part as it is
     groups = {}
     for name, p in model.named_parameters():
         if not p.requires_grad: continue
         words, fresh = name.startswith(("decoder.", "projection.")), lr_pretrained is None or name.startswith(("head.", "projection."))
-        rate = (lr_words if words and lr_words else lr) if fresh else lr_pretrained
+        rate = (lr_words if words and lr_words is not None else lr) if fresh else lr_pretrained
         decay = weight_decay if p.ndim > 1 and not any(w in name for w in ("shared", "position", "bias")) else 0.0
         groups.setdefault((rate, decay), []).append(p)
     return [dict(params=ps, lr=rate, weight_decay=decay) for (rate, decay), ps in groups.items()]
@@ -203,6 +210,8 @@ def warm_start(
 ) -> list[float]:  # mean loss of each pass, nats per known label
     "Show a new convolutional stem the findings before it must serve the words (this companion's choice)."
     if model.config.stem != "conv" or len(model.config.swin["depths"]) != 1: raise NeuralError("only a new convolutional stem before a single Swin stage is warmed up; a checkpoint encoder has learnt already")
+    at_least(1, epochs=epochs, batch_size=batch_size); at_least(0, seed=seed); above(0, lr=lr)
+    if not len(data): raise NeuralError("a warm start needs training studies, got none; look at the split column of the manifest")
     torch.manual_seed(seed); generator = torch.Generator().manual_seed(seed)
     model.to(device).train()
     weights = [*model.encoder.embeddings.parameters(), *model.encoder.layernorm.parameters(), *model.head.parameters()]
@@ -241,7 +250,7 @@ def draw_weights(
     oversample: float = 1.0,  # how often an abnormal study is drawn for one draw of a normal one
 ) -> np.ndarray | None:  # (n,) weight of each study in the draw; None where all are drawn once
     "How often each training study is drawn (this companion's choice)."
-    if not oversample > 0: raise NeuralError(f"oversample must be above 0, got {oversample}; 1 draws every study once a pass")
+    if not 0 < oversample < math.inf: raise NeuralError(f"oversample must be above 0, got {oversample}; 1 draws every study once a pass")
     if oversample == 1: return None
     ill = [j for j, n in enumerate(names) if n.lower() not in HEALTHY]
     return np.where((np.nan_to_num(np.asarray(targets, float))[:, ill] >= 0.5).any(1), float(oversample), 1.0)
@@ -406,6 +415,7 @@ def training_arguments(
     bucket: bool = False,  # put reports of like length into one batch
 ) -> TrainingArguments:
     "The settings every fine-tuning run shares: cosine schedule, clipping, a checkpoint an epoch, best on validate."
+    above(0, epochs=epochs); at_least(1, batch_size=batch_size, accumulate=accumulate); at_least(0, seed=seed, warmup=warmup, workers=workers)
     return TrainingArguments(
         output_dir=str(folder), num_train_epochs=epochs, per_device_train_batch_size=batch_size, per_device_eval_batch_size=2 * batch_size,
         gradient_accumulation_steps=accumulate, use_cpu=device == "cpu", bf16=bf16, seed=seed, data_seed=seed, max_grad_norm=1.0,
@@ -442,6 +452,43 @@ def last_checkpoint(
     done = [p for p in Path(folder).glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
     return str(max(done, key=lambda p: int(p.name.rpartition("-")[2]))) if done else None
 
+# %% ../nbs/api/12_finetune.ipynb #a6bc9460
+def digest(
+    *parts,  # anything with a text of its own, arrays by their bytes
+) -> str:  # 16 hex characters
+    "Names data by their content."
+    found = hashlib.sha256()
+    for p in parts: found.update(p.tobytes() if isinstance(p, np.ndarray) else repr(p).encode()); found.update(b"\0")
+    return found.hexdigest()[:16]
+
+def data_name(
+    data: StudyDataset,
+) -> str:  # such as "12 studies 3f2a..."
+    "A split by its size and its content: ids, words, targets, weights, marks; the films are taken to be those of the ids."
+    extra = [None if v is None else [None if x is None else digest(*(np.asarray(y) for y in (x if isinstance(x, tuple) else (x,)))) for x in v] for v in (data.weights, data.focus)]
+    return f"{len(data)} studies {digest(data.ids, data.texts, data.targets, extra)}"
+
+def network_name(
+    model: ReportVLM,
+) -> str:  # 16 hex characters
+    "Names a network by its configuration, wherever its checkpoints lay."
+    plainly = lambda c: {k: plainly(v) if isinstance(v, dict) else v for k, v in c.items() if k not in ("_name_or_path", "transformers_version", "dtype")}
+    return digest(sorted(plainly(model.config.to_dict()).items(), key=lambda x: x[0]))
+
+def refuse_other_run(
+    folder: str | Path,  # of checkpoints
+    settings: dict,  # of this run: numbers and texts
+    anyway: bool = False,  # go on with other settings, too
+) -> None:
+    "Refuse to go on with checkpoints of other settings or data; write down those of a new run."
+    path = Path(folder) / "settings.json"
+    with readable(f"{path.parent.name}/settings.json"): made = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    made = made if isinstance(made, dict) else {}
+    odd = [f"{k} {made[k]}, now {v}" for k, v in settings.items() if k in made and made[k] != v]
+    if odd and last_checkpoint(folder) and not anyway: raise NeuralError(f"the checkpoints in {path.parent.name} were made with {'; '.join(odd)}: go on with those settings, name another folder, or go on with anyway=True")
+    if made != settings:
+        with publish(path) as f: json.dump(settings, f, indent=1)
+
 # %% ../nbs/api/12_finetune.ipynb #638d809a
 def finetune(
     model: ReportVLM,  # new, or from checkpoints; left with the weights that were best on validate
@@ -458,13 +505,19 @@ def finetune(
     focus_weight: float = 0.0,  # weight of the focus loss, for studies whose `focus` is given
     checkpointing: int = 0,  # 1: compute the inner values of every encoder layer again on the way back instead of keeping them, for less memory; 3: of every third; 0: of none
     trainer: type = ReportTrainer,  # the trainer class, for a run with a different loop
+    anyway: bool = False,  # go on with checkpoints of other settings or data, too
     **kwargs,  # passed on to `training_arguments`
 ) -> list[dict]:  # one dict per log: epoch, losses, learning rate
     "Fine-tune on report and findings, keep the best epoch on validate, resume after a kill (NEURAL, sec. 2.1)."
     if not len(train) or not len(validate): raise NeuralError(f"fine-tuning needs studies in train and validate, got {len(train)} and {len(validate)}; look at the split column of the manifest")
     if draw is not None and len(draw) != len(train): raise NeuralError(f"{len(draw)} draw weights for {len(train)} training studies; make them with draw_weights from the same targets")
+    if draw is not None and not (np.isfinite(draw).all() and np.min(draw) >= 0 and np.sum(draw) > 0): raise NeuralError("draw weights must be finite, none negative, and not all 0")
+    at_least(0, focus_weight=focus_weight, checkpointing=checkpointing, seed=seed)
+    args = training_arguments(make_folder(folder), seed=seed, **kwargs)
+    kept = {k: v for k, v in kwargs.items() if k not in ("device", "progress", "workers")}
+    refuse_other_run(folder, dict(lr=lr, lr_pretrained=lr_pretrained, lr_words=lr_words, max_tokens=max_tokens, seed=seed, focus_weight=focus_weight, **kept, network=network_name(model),
+                                  tokenizer=digest(sorted(tokenizer.get_vocab().items())), train=data_name(train), validate=data_name(validate), draw=None if draw is None else digest(np.asarray(draw))), anyway)
     set_seed(seed)
-    args = training_arguments(folder, seed=seed, **kwargs)
     collators = Collator(tokenizer, max_tokens, torch.Generator().manual_seed(seed)), Collator(tokenizer, max_tokens)
     optimiser = torch.optim.AdamW(parameter_groups(model, lr, lr_pretrained, lr_words), lr=lr, betas=(0.9, 0.98), fused=True)
     if checkpointing: model.encoder.activation_checkpointing_enable(dict(use_reentrant=False), every_n_layers=checkpointing)
@@ -472,7 +525,7 @@ def finetune(
     loop.parts, loop.draw, loop.focus_weight = {True: {}, False: {}}, draw, focus_weight
     loop.remove_callback(PrinterCallback)  # it would print whole dictionaries
     loop.get_eval_dataloader = lambda *a, **k: torch.utils.data.DataLoader(validate, batch_size=args.eval_batch_size, collate_fn=collators[1])
-    with interrupts(Stop()) as stop, kept_memory(), thrifty(model) if args.use_cpu else nullcontext():
+    with interrupts(Stop()) as stop, kept_memory(), quiet(), writable(str(folder)), thrifty(model) if args.use_cpu else nullcontext():
         loop.add_callback(stop)
         loop.train(resume_from_checkpoint=last_checkpoint(folder))
     if stop.asked: raise KeyboardInterrupt
@@ -488,6 +541,7 @@ def read_labels(
     batch_size: int = 64,  # films per pass
 ) -> np.ndarray:  # (n, L) probabilities in [0, 1]
     "The label head's probability of each finding, from the film alone."
+    at_least(1, batch_size=batch_size)
     model.eval(); out = []
     for start in range(0, len(data), batch_size):
         films = torch.as_tensor(np.asarray(data.films.batch(data.ids[start : start + batch_size]))).to(model.device)

@@ -5,7 +5,13 @@
 # %% ../nbs/api/10_vlm.ipynb #81cebc5b
 from __future__ import annotations
 import ctypes
+import hashlib
+import json
 import math
+import os
+import re
+import shutil
+import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +20,20 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel, SwinConfig, SwinModel, T5Config, T5ForConditionalGeneration
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, SwinConfig, SwinModel, T5Config, T5ForConditionalGeneration
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from transformers.models.t5.modeling_t5 import T5Attention
+from transformers.utils import logging
 
-from .study import LABELS, NeuralError
+from .study import LABELS, NeuralError, at_least, make_folder, readable, system_reason
 
 # %% auto #0
 __all__ = ['MALLOPT', 'ReportVLMConfig', 'small_config', 'Residual', 'conv_stem', 'build_encoder', 'build_decoder',
            'ReportVLMOutput', 'ReportVLM', 'start_convolutions', 'pool_patches', 'text_loss', 'label_loss', 'by_heads',
-           'mix', 'causal_bias', 'Packed', 'pack', 'kept_memory', 'load_vlm', 'checkpoint_folder', 'read_checkpoint']
+           'mix', 'causal_bias', 'Packed', 'pack', 'kept_memory', 'quiet', 'writable', 'hash_of_file', 'save_vlm',
+           'read_config', 'load_vlm', 'load_tokenizer', 'checkpoint_folder', 'read_checkpoint']
 
 # %% ../nbs/api/10_vlm.ipynb #5bf4efa2
 class ReportVLMConfig(PreTrainedConfig):
@@ -61,6 +70,8 @@ def small_config(
 ) -> ReportVLMConfig:  # about 2.5 million parameters at the defaults
     "A network small enough for two CPU cores, with the paper's 12×12 token grid."
     if image_size not in (96, 192, 384): raise NeuralError(f"image_size must be 96, 192 or 384 for a 12x12 grid, got {image_size}")
+    at_least(1, vocab_size=vocab_size, layers=layers)
+    if odd := [n for n, v in dict(width=width, d_model=d_model).items() if v < 32 or v % 32]: raise NeuralError(f"{odd[0]} must be a multiple of 32, at least 32, got {dict(width=width, d_model=d_model)[odd[0]]}")
     swin = dict(image_size=image_size, patch_size=image_size // 12, num_channels=1, embed_dim=width, depths=[2], num_heads=[width // 32],
                 window_size=12, mlp_ratio=2.0, drop_path_rate=0.0, use_absolute_embeddings=True)
     decoder = dict(vocab_size=vocab_size, d_model=d_model, d_kv=32, d_ff=2 * d_model, num_layers=0, num_decoder_layers=layers,
@@ -298,6 +309,7 @@ def write(
     tokens: torch.Tensor | None = None,  # (B, N, d) from `encode`, where the films have been looked at already
 ) -> torch.Tensor:  # (B, T) token ids, padded with 0 after the end
     "Write the report of each film (image-only track); stops when all have ended."
+    at_least(1, max_new_tokens=max_new_tokens, num_beams=num_beams)
     memory = BaseModelOutput(last_hidden_state=self.projection(self.encode(pixel_values) if tokens is None else tokens))
     ids = self.decoder.generate(encoder_outputs=memory, max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False)
     return ids[:, 1:]  # without the start token
@@ -407,19 +419,102 @@ def kept_memory():
         adjust(trim=2**26, mmap_size=2**25, mmap_count=2**16)    # where glibc's own adjusting ends
         getattr(libc, "malloc_trim", lambda _: 0)(0)
 
+# %% ../nbs/api/10_vlm.ipynb #0d6e7528
+@contextmanager
+def quiet():
+    "Inside the block, transformers draws no bars and tells errors only."
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error(); logging.disable_progress_bar()
+    try: yield
+    finally: logging.set_verbosity(before); (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+
+@contextmanager
+def writable(
+    name: str,  # of the folder, for the message
+):
+    "Turns the ways in which weights cannot be written into one `NeuralError` with the system's reason."
+    try: yield
+    except OSError as e: raise NeuralError(f"{name}: cannot be written, {system_reason(e)}") from e
+    except (SafetensorError, RuntimeError) as e:
+        code = re.search(r"os error (\d+)", str(e))
+        if isinstance(e, RuntimeError) and not re.search(r"PytorchStreamWriter|iostream error", str(e)): raise
+        raise NeuralError(f"{name}: cannot be written, {system_reason(OSError(int(code[1]), os.strerror(int(code[1])))) if code else 'the disk is full or failed; free some space there, or name another place'}") from e
+
+# %% ../nbs/api/10_vlm.ipynb #66bdca2f
+def hash_of_file(
+    path: str | Path,  # of weights or a tokenizer
+) -> str:  # 16 hex characters
+    "The hash by which weights and tokenizers are named."
+    with readable(Path(path).name), open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+
+def save_vlm(
+    model: ReportVLM,
+    folder: str | Path,  # made if needed; a network that is there is replaced, anything else is not
+    tokenizer=None,  # saved with it; None: the one that is there stays
+    **kwargs,  # passed on to transformers
+):
+    "Write a network, and its tokenizer, each file whole; the configuration comes last and names the others."
+    folder = make_folder(folder)
+    if (folder / "config.json").exists() and read_config(folder).get("model_type") != model.config.model_type: raise NeuralError(f"{folder.name} holds something else that has a config.json: name another folder")
+    for left in folder.glob(".part-*"): shutil.rmtree(left, ignore_errors=True)  # of a save that was killed
+    with writable(folder.name), quiet(), tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as draft:
+        if tokenizer is not None: tokenizer.save_pretrained(draft)
+        PreTrainedModel.save_pretrained(model, draft, **kwargs)
+        draft = Path(draft)
+        if not (draft / "config.json").is_file(): return  # another process writes
+        parts = {"weights_hash": "model.safetensors", "tokenizer_hash": "tokenizer.json"}
+        about = json.loads((draft / "config.json").read_text()) | {k: hash_of_file(draft / n) for k, n in parts.items() if (draft / n).is_file()}
+        (draft / "config.json").write_text(json.dumps(about, indent=2))
+        for path in sorted(draft.iterdir(), key=lambda p: p.name == "config.json"): os.replace(path, folder / path.name)
+
+@patch
+def save_pretrained(self: ReportVLM, save_directory: str | Path, **kwargs):
+    "As transformers', but each file whole: see `save_vlm`."
+    save_vlm(self, save_directory, **kwargs)
+
+# %% ../nbs/api/10_vlm.ipynb #b11e2bed
+def read_config(
+    folder: str | Path,  # of a network
+) -> dict:  # its config.json
+    "The configuration of a saved network, or why there is none."
+    path = Path(folder) / "config.json"
+    if not path.is_file(): raise NeuralError(f"no network in {Path(folder).name!r}: config.json is missing; run the fine-tuning stage or name its vlm/ folder")
+    with readable(f"{Path(folder).name}/config.json"): about = json.loads(path.read_text(encoding="utf-8"))
+    return about if isinstance(about, dict) else {}
+
 # %% ../nbs/api/10_vlm.ipynb #928ee5ee
 def load_vlm(
-    folder: str | Path,  # what `save_pretrained` wrote
+    folder: str | Path,  # of `save_vlm`
     device: str = "cpu",  # where to put it
 ) -> ReportVLM:  # in eval mode, float32
     "A saved `ReportVLM`, complete or refused."
-    folder = Path(folder)
-    if not (folder / "config.json").is_file(): raise NeuralError(f"no network in {folder.name!r}: config.json is missing; run the fine-tuning stage or name its vlm/ folder")
+    folder, about = Path(folder), read_config(folder)
+    if about.get("model_type") != ReportVLMConfig.model_type: raise NeuralError(f"no network of ours in {folder.name!r}: its config.json is of {str(about.get('model_type', 'something else'))[:40]!r}; name the vlm/ folder of a run")
     if not (folder / "model.safetensors").is_file(): raise NeuralError(f"no weights in {folder.name!r}: model.safetensors is missing; copy the whole folder")
-    try: model, info = ReportVLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
-    except RuntimeError: raise NeuralError(f"the weights in {folder.name!r} do not fit the network of this version: fine-tune again") from None  # sizes differ
+    wanted, there = about.get("weights_hash"), hash_of_file(folder / "model.safetensors")
+    if wanted not in (None, there): raise NeuralError(f"the weights in {folder.name!r} are {there}, its config.json was written with {wanted}: a save was cut short, or a file exchanged; save it again, or copy the whole folder")
+    try:
+        with quiet(), readable(f"{folder.name}/model.safetensors"): model, info = ReportVLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
+    except SafetensorError as e: raise NeuralError(f"the weights in {folder.name!r} are damaged ({' '.join(str(e).split())[:60]}): copy the folder again") from None
+    except (RuntimeError, TypeError, ZeroDivisionError): raise NeuralError(f"the weights in {folder.name!r} do not fit the network of this version: fine-tune again") from None  # sizes differ
     if info["missing_keys"]: raise NeuralError(f"{folder.name!r} lacks {len(info['missing_keys'])} weights, first {sorted(info['missing_keys'])[0]}; it was saved by another version")
     return model.to(device).eval()
+
+# %% ../nbs/api/10_vlm.ipynb #e1d87765
+def load_tokenizer(
+    folder: str | Path,  # of `save_vlm`
+    model: ReportVLM | None = None,  # that will read with it; its table of words must fit
+):  # the tokenizer
+    "The tokenizer of a saved network, or why it is not its own."
+    folder, path = Path(folder), Path(folder) / "tokenizer.json"
+    wanted = read_config(folder).get("tokenizer_hash")
+    if wanted and (not path.is_file() or hash_of_file(path) != wanted): raise NeuralError(f"the tokenizer in {folder.name!r} is {'missing' if not path.is_file() else hash_of_file(path)}, its network was saved with {wanted}: copy the whole folder again")
+    try:
+        with quiet(): tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as e: raise NeuralError(f"no tokenizer in {folder.name!r} ({type(e).__name__}): copy the whole folder, or fine-tune again") from None
+    words, table = len(tokenizer), model.decoder.config.vocab_size if model is not None else len(tokenizer)
+    if not 0 <= table - words < 128: raise NeuralError(f"the tokenizer in {folder.name!r} has {words} pieces, its network {table}: they do not belong together")  # tables are filled up to a round number
+    return tokenizer
 
 # %% ../nbs/api/10_vlm.ipynb #a46fae48
 def checkpoint_folder(
@@ -436,7 +531,7 @@ def read_checkpoint(
     **kwargs,  # passed on to `from_pretrained`
 ) -> PreTrainedModel:  # float32
     "A hub model from a folder on disk, complete or refused; never from the network, never from a pickle."
-    model, info = cls.from_pretrained(checkpoint_folder(folder), dtype=torch.float32, output_loading_info=True, local_files_only=True, use_safetensors=True, **kwargs)
+    with quiet(), readable(Path(folder).name): model, info = cls.from_pretrained(checkpoint_folder(folder), dtype=torch.float32, output_loading_info=True, local_files_only=True, use_safetensors=True, **kwargs)
     missing = [k for k in info["missing_keys"] if "relative_position_index" not in k and not k.startswith("encoder.final_layer_norm")]
     if missing: raise NeuralError(f"checkpoint {Path(folder).name!r} lacks {len(missing)} weights, first {missing[0]}; is it a {cls.__name__}?")
     return model

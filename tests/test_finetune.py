@@ -189,7 +189,8 @@ def test_a_half_written_checkpoint_is_passed_over(cohort, tmp_path):
     data = StudyDataset(films, list(films), texts, targets)
     finetune(small(tokenizer), tokenizer, data, data, tmp_path, epochs=1, batch_size=4)
     (tmp_path / "checkpoint-99").mkdir(); (tmp_path / "checkpoint-99" / "config.json").write_text("{")
-    history = finetune(small(tokenizer), tokenizer, data, data, tmp_path, epochs=2, batch_size=4)
+    with pytest.raises(NeuralError, match="made with epochs 1, now 2: go on with"): finetune(small(tokenizer), tokenizer, data, data, tmp_path, epochs=2, batch_size=4)
+    history = finetune(small(tokenizer), tokenizer, data, data, tmp_path, epochs=2, batch_size=4, anyway=True)
     assert [h["epoch"] for h in history if "eval_loss" in h] == [1, 2]
 
 
