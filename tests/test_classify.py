@@ -299,3 +299,183 @@ def test_foreign_or_damaged_classifier_is_refused(tmp_path):
         with pytest.raises(NeuralError): load_classifier(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(NeuralError, match="config.json: cannot be read, it is damaged"): load_classifier(tmp_path)
+
+
+# where a classifier comes from, and what it is given to read
+
+VOCABULARY = [f"word {i}" for i in range(10)]
+
+
+def a_store(folder, n=12, track="image+report", codec="int8", grid=(12, 12), words=VOCABULARY, network="aa" * 8, fusion="grounding", k=4, parts=1):
+    "A store of planted studies, in one shard or more."
+    from dataclasses import replace
+    from neural.asset import AssetStore
+    store = AssetStore.create(folder, words, dim=6, grid=grid, track=track, codec=codec, provenance=dict(model_hash=network, fusion=fusion), settings=dict(keep=k))
+    made = [replace(a, track=track, codec=codec, grid=grid, patches=np.arange(k) if grid != (12, 12) else a.patches) for a in planted(n, "patch", 3, k=k)[0]]
+    for part in np.array_split(np.arange(n), parts): store.append([made[i] for i in part])
+    return store
+
+
+def a_classifier(store, folder, **about):
+    "A classifier that saw one epoch of a store."
+    assets, y = list(store), np.arange(len(store)) % 2.
+    model, _ = train_classifier(assets, y, assets, y, vocabulary_size=len(store.vocabulary), hidden=8, epochs=1)
+    save_classifier(model, folder, **about)
+    return model
+
+
+def neural(*words):
+    from typer.testing import CliRunner
+    from neural.cli import app
+    said = CliRunner().invoke(app, [str(w) for w in words])
+    assert said.exit_code != 1 or said.stderr.count("\n") == 1, said.output
+    return said
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    home = tmp_path_factory.mktemp("trained")
+    return a_store(home / "store"), a_classifier(a_store(home / "again"), home / "gcn", target="Edema", policy="zeros"), home
+
+
+OTHER = dict(network=dict(network="bb" * 8), track=dict(track="image-only"), vocabulary=dict(words=VOCABULARY[::-1]), words=dict(words=[*VOCABULARY, "new"]), codec=dict(codec="f16"), fusion=dict(fusion="betweenness"),
+             grid=dict(grid=(10, 14)), patches=dict(k=5))
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_a_store_of_another_kind_is_refused_with_both_names(trained, tmp_path, what):
+    store, _, home = trained
+    other = a_store(tmp_path / "other", **OTHER[what])
+    refused = neural("predict", other.folder, "--classifier", home / "gcn", "-o", tmp_path / "p.csv")
+    both = {"network": ("aa" * 8, "bb" * 8), "track": ("image+report", "image-only"), "codec": ("int8", "f16"), "fusion": ("grounding", "betweenness"), "grid": ("12 x 12", "10 x 14"), "words": ("10", "11"), "patches": ("4", "5")}
+    assert refused.exit_code == 1 and "--anyway" in refused.output and all(name in refused.output for name in both.get(what, ("vocabulary",))), refused.output
+    assert not (tmp_path / "p.csv").exists()
+    told = neural("predict", other.folder, "--classifier", home / "gcn", "-o", tmp_path / "p.csv", "--anyway")
+    assert told.exit_code == (1 if what == "words" and "not in the vocabulary" in told.output else 0), told.output
+
+
+@pytest.mark.parametrize("what", ["network", "track", "vocabulary", "codec", "fusion"])
+def test_python_refuses_the_same(trained, tmp_path, what):
+    _, model, _ = trained
+    assets = list(a_store(tmp_path / "other", **OTHER[what]))
+    with pytest.raises(NeuralError, match="this classifier was trained on .* and not .*anyway=True"): predict(model, assets)
+    assert predict(model, assets, anyway=True).shape == (12,)
+    y = np.arange(12) % 2.
+    with pytest.raises(NeuralError, match="trained on"): train_classifier(list(trained[0]), y, assets, y, vocabulary_size=10, hidden=8, epochs=1)
+
+
+def test_a_saved_classifier_says_what_it_was_trained_on(trained):
+    known = load_classifier(trained[2] / "gcn").trained_on
+    assert known["network"] == ["aa" * 8] and known["track"] == ["image+report"] and known["codec"] == ["int8"] and known["grid"] == ["12 x 12"] and known["fusion"] == ["grounding"]
+    assert known["target"] == "Edema" and known["policy"] == "zeros" and known["vocabulary"] == [trained[0].provenance["vocabulary_hash"]]
+
+
+def test_a_classifier_of_patches_alone_needs_no_vocabulary(tmp_path):
+    store, other = a_store(tmp_path / "a"), a_store(tmp_path / "b", words=VOCABULARY[::-1])
+    y = np.arange(12) % 2.
+    model, _ = train_classifier(list(store), y, list(store), y, hidden=8, epochs=1, parts=("visual",))
+    assert predict(model, list(other)).shape == (12,)
+
+
+def test_a_classifier_of_an_earlier_version_opens_and_says_what_is_unknown(trained, tmp_path):
+    import shutil
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(trained[2] / "gcn", tmp_path / "old")
+    about = json.loads((tmp_path / "old/config.json").read_text())
+    (tmp_path / "old/config.json").write_text(json.dumps({k: v for k, v in about.items() if k not in ("trained_on", "weights")}))
+    save_file(load_file(tmp_path / "old/model.safetensors"), tmp_path / "old/model.safetensors")                      # without its head
+    told = neural("predict", trained[0].folder, "--classifier", tmp_path / "old", "-o", tmp_path / "p.csv")
+    assert told.exit_code == 0 and "not recorded by this classifier, so not compared: network, track, vocabulary, codec, fusion, grid" in told.output
+    other = a_store(tmp_path / "other", words=[*VOCABULARY, "new"])
+    assert "words in the vocabulary 10 and not 11" in neural("predict", other.folder, "--classifier", tmp_path / "old", "-o", tmp_path / "q.csv").output
+
+
+def test_predictions_are_written_over_nothing_that_is_not_ours(trained, tmp_path):
+    store, _, home = trained
+    run = lambda out, *more: neural("predict", store.folder, "--classifier", home / "gcn", "-o", out, *more)
+    (tmp_path / "mine.csv").write_text("study_id,p\ns1,0.5\n"); (tmp_path / "link.csv").symlink_to(tmp_path / "mine.csv")
+    before = {p: p.read_bytes() for folder in (store.folder, home / "gcn", tmp_path) for p in folder.iterdir() if p.is_file()}
+    for out in ("mine.csv", "link.csv", store.folder / "new.csv", home / "gcn/config.json", home / "gcn/model.safetensors", store.shards[0]):
+        for flag in ([], ["--force"]): assert run(tmp_path / out, *flag).exit_code == 1, out
+    assert {p: p.read_bytes() for p in before} == before and not (store.folder / "new.csv").exists()
+    assert run(tmp_path / "deep/p.csv").exit_code == 0
+    assert "replace it with --force" in run(tmp_path / "deep/p.csv").output and run(tmp_path / "deep/p.csv", "--force").exit_code == 0
+    assert (tmp_path / "deep/p.csv").read_text().splitlines()[0] == "study_id,p,classifier" and run(tmp_path).exit_code == 2
+
+
+def test_one_bad_asset_among_many_is_left_out_and_counted(trained, tmp_path):
+    import csv
+    store = a_store(tmp_path / "store", n=40, parts=8)
+    shard = store.shards[5]; data = shard.read_bytes()
+    shard.write_bytes(data[:400] + bytes([data[400] ^ 255]) + data[401:])
+    run = lambda *more: neural("predict", store.folder, "--classifier", trained[2] / "gcn", "-o", tmp_path / "p.csv", *more)
+    stopped = run()
+    assert stopped.exit_code == 1 and "5 of 40 studies left out" in stopped.output and not (tmp_path / "p.csv").exists()
+    told = run("--limit", 0.2)
+    rows = list(csv.DictReader((tmp_path / "p.csv").open()))
+    assert told.exit_code == 0 and "left out: " in told.output and len(rows) == 40 and sum(r["p"] == "" for r in rows) == 5
+
+
+def test_an_empty_store_and_studies_that_a_store_lacks_are_refused(trained, tmp_path):
+    from neural.asset import AssetStore
+    from neural.classify import StoreDataset
+    empty = AssetStore.create(tmp_path / "empty", VOCABULARY, dim=6, provenance=dict(model_hash="aa" * 8, fusion="grounding"))
+    assert "holds no study yet" in neural("predict", empty.folder, "--classifier", trained[2] / "gcn", "-o", tmp_path / "p.csv").output
+    with pytest.raises(NeuralError, match="lacks 2 of 3 studies, such as 'x1', 'x2'; it holds 12, such as 's0'"): StoreDataset(trained[0], ["s1", "x1", "x2"])
+    assert len(StoreDataset(trained[0], [])) == 0                                   # none is none, not all
+
+
+# kept whole
+
+@pytest.mark.parametrize("when", [0, 1])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_kill_between_two_files_leaves_the_old_classifier_or_the_new_one(tmp_path, monkeypatch, when, first):
+    import os
+    old, new = (GraphClassifier("gcn", 6, 10, hidden=8) for _ in range(2))
+    new.trained_on = {"network": ["cc" * 8]}
+    if not first: save_classifier(old, tmp_path / "c")
+    true, seen = os.replace, []
+    def replace(a, b):
+        seen.append(b)
+        if len(seen) > when: raise KeyboardInterrupt
+        true(a, b)
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt): save_classifier(new, tmp_path / "c")
+    monkeypatch.undo()
+    if first and when == 0:
+        with pytest.raises(NeuralError, match="holds no classifier"): load_classifier(tmp_path / "c")
+        return
+    again = load_classifier(tmp_path / "c")
+    wanted = old if when == 0 else new
+    assert again.trained_on == wanted.trained_on and torch.equal(again.last.weight, wanted.last.weight)
+    assert not [p for p in (tmp_path / "c").iterdir() if p.name.endswith(".part")]
+
+
+@pytest.mark.parametrize("code", [28, 122, 13, 30, 5])
+def test_a_disk_that_fails_is_told_and_the_old_classifier_stays(tmp_path, monkeypatch, code):
+    import os
+    model = GraphClassifier("gcn", 6, 10, hidden=8)
+    save_classifier(model, tmp_path / "c"); before = {p.name: p.read_bytes() for p in (tmp_path / "c").iterdir()}
+    def fail(*_): raise OSError(code, os.strerror(code))
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(NeuralError, match=os.strerror(code)) as e: save_classifier(GraphClassifier("gcn", 6, 10, hidden=8), tmp_path / "c")
+    monkeypatch.undo()
+    assert "\n" not in str(e.value) and {p.name: p.read_bytes() for p in (tmp_path / "c").iterdir()} == before
+
+
+def test_exchanged_weights_and_foreign_folders_are_told(tmp_path):
+    for name in "ab": save_classifier(GraphClassifier("gcn", 6, 10, hidden=8), tmp_path / name)
+    (tmp_path / "a/model.safetensors").write_bytes((tmp_path / "b/model.safetensors").read_bytes())
+    with pytest.raises(NeuralError, match="do not belong together"): load_classifier(tmp_path / "a")
+    for name, text in (("config.json", '{"model_type": "swin"}'), ("config.json", "[]"), ("model.safetensors", "weights of somebody")):
+        (tmp_path / name[:5]).mkdir(exist_ok=True); (tmp_path / name[:5] / name).write_text(text)
+        with pytest.raises(NeuralError): save_classifier(GraphClassifier("gcn", 6, 10, hidden=8), tmp_path / name[:5])
+        assert (tmp_path / name[:5] / name).read_text() == text
+
+
+@pytest.mark.parametrize("wrong, said", [(dict(epochs=0), "epochs must be 1 or more, got 0"), (dict(batch_size=0), "batch_size"), (dict(patience=0), "patience"), (dict(lr=0), "lr must be above 0"), (dict(lr=-1), "lr"),
+                                         (dict(hidden=0), "hidden"), (dict(dropout=1.), "dropout"), (dict(dropout=-.1), "dropout"), (dict(seed=-1), "seed"), (dict(weight_decay=-1), "weight_decay"), (dict(epochs=None), "epochs")])
+def test_zero_is_refused_by_name_and_never_the_default(wrong, said):
+    assets, y = [random_asset(i, m=3) for i in range(8)], np.arange(8) % 2.
+    with pytest.raises(NeuralError, match=said): train_classifier(assets, y, assets, y, vocabulary_size=10, **wrong)
+    with pytest.raises(NeuralError, match="batch_size must be 1 or more"): predict(GraphClassifier("gcn", 6, 10), assets, batch_size=0)
