@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'ALIASES', 'TORN', 'NO_REPORTS', 'MESH', 'MESH_PARENTS', 'MESH_UNCODED', 'NIH_COLUMNS', 'NIH',
-           'LAYOUTS', 'WHAT_TO_DO', 'followed', 'walk', 'Stems', 'Source', 'open_source', 'locate', 'label_columns',
-           'blank_labels', 'bare', 'match_ids', 'refuse_apart', 'join', 'read_labels', 'json_rows', 'cell',
-           'named_labels', 'labels_by_study', 'read_box_table', 'mimic_id', 'mimic_split', 'drop_claimed',
+           'LAYOUTS', 'WHAT_TO_DO', 'followed', 'walk', 'Stems', 'Source', 'open_source', 'locate', 'list_films',
+           'label_columns', 'blank_labels', 'bare', 'match_ids', 'refuse_apart', 'join', 'read_labels', 'json_rows',
+           'cell', 'named_labels', 'labels_by_study', 'read_box_table', 'mimic_id', 'mimic_split', 'drop_claimed',
            'mimic_positions', 'mimic_views', 'mimic_truth', 'mimic_agrees', 'index_mimic', 'mimic_oddities',
            'mimic_report', 'chexpert_key', 'chexpert_study', 'chexpert_split', 'chexpert_label_key', 'chexpert_labels',
            'chexpert_rows', 'chexpert_row', 'index_chexpert', 'chexpert_agrees', 'openi_views', 'openi_id', 'coded',
@@ -42,7 +42,9 @@ def followed(
 ) -> bool:          # True: a folder of theirs that is met here only
     "Whether a link is to be gone through; one that leads to a place nobody named is refused."
     try: real = inside(root, path, also)
-    except NeuralError as e: raise NeuralError(f'{e}: {os.path.realpath(f"{root}/{path}")}') from None
+    except NeuralError as e:
+        goal = os.path.realpath(f'{root}/{path}')
+        raise NeuralError(f'{e}: {goal if os.path.isdir(goal) else os.path.dirname(goal)}') from None
     if not real.is_dir() or real.is_relative_to(Path(root).resolve()) or real in seen: return False
     seen.add(real)
     return True
@@ -152,6 +154,21 @@ def table(self: Source,
         if len(hits) > 1: raise NeuralError(f'{hits[0]!r} and {hits[1]!r}: two tables of one kind; keep one under the root')
         if hits: return base/hits[0]
     if needed: raise NeuralError(f'no file named like {pattern!r} under the root; see the dataset card in data_manifests/')
+
+# %% ../nbs/api/01_layouts.ipynb #lffun
+def list_films(
+    src: Source,         # told
+    study: str,          # a study
+    names: Iterable,     # the films it names, as keys of `pictures`
+    pictures: Stems,     # films on disk
+):
+    "Lists the films of a study that lie twice on disk, and those that are missing while others are there."
+    gone = [k for k in names if k not in pictures.found]
+    if pictures.twice:
+        for k in names:
+            if k in pictures.twice: src.exclusions.add(study, 'radiograph lies twice on disk', PurePosixPath(k).name, 'radiograph')
+    if gone and len(gone) < len(names):
+        for k in gone: src.exclusions.add(study, 'radiograph not on disk', PurePosixPath(k).name, 'radiograph')
 
 # %% ../nbs/api/01_layouts.ipynb #dcb99e5d
 ALIASES = {'airspace opacity': 'Lung Opacity'}
@@ -425,7 +442,6 @@ def index_mimic(
         if views and not any(v.view == 'frontal' for v in views) and any(not v.view for v in views):
             src.exclusions.add(study, 'no known frontal', 'ViewPosition is blank or neither PA nor AP'); continue
         if views: views[0] = replace(views[0], masks=tuple(masks.get(study, ())))
-        src.notes['radiographs in the split file but not on disk'] += sum(d not in pictures.found for d in dicoms)
         yield Study(study, patient, split, tuple(views), mimic_report(src, study, reports), labels.get(study) or blank_labels(src.extra_labels))
 
 def mimic_oddities(
@@ -435,10 +451,10 @@ def mimic_oddities(
     position: dict,    # dicom id -> ViewPosition
     pictures: Stems,   # films by dicom id
 ):
-    "Lists the films of a study that lie twice on disk, or have no row in the metadata."
+    "Lists the films of a study that are not on disk, or twice, or have no row in the metadata."
+    list_films(src, study, dicoms, pictures)
     for d in dicoms:
-        if d in pictures.twice: src.exclusions.add(study, 'radiograph lies twice on disk', d, 'radiograph')
-        elif d in pictures.found and d not in position: src.exclusions.add(study, 'radiograph without a metadata row: view unknown', d, 'radiograph')
+        if d not in position and pictures.find(d): src.exclusions.add(study, 'radiograph without a metadata row: view unknown', d, 'radiograph')
 
 def mimic_report(
     src: Source,       # told
@@ -545,10 +561,8 @@ def index_chexpert(
     chexpert_agrees(src, studies, pictures)
     labels = labels_by_study(src, studies, labels)
     for study, s in sorted(studies.items()):
-        for k in s['keys']:
-            if k in pictures.twice: src.exclusions.add(study, 'radiograph lies twice on disk', PurePosixPath(k).name, 'radiograph')
+        list_films(src, study, s['keys'], pictures)
         found = sorted((not_pa, file, view) for k, (not_pa, view) in s['keys'].items() if (file := pictures.find(k)))
-        src.notes['radiographs in the table but not on disk'] += sum(k not in pictures.found for k in s['keys'])
         src.notes['studies whose rows differ in the report: that of the frontal is read'] += len(s['texts']) > 1
         src.notes['reports read as a whole: findings and impression are blank'] += s.get('whole', False)
         yield Study(study, s['patient'], s['split'], tuple(View(f, v) for _, f, v in found), f'{name}#{s["report"]}' if s['report'] else '', labels.get(study) or blank_labels(src.extra_labels))
@@ -700,10 +714,8 @@ def index_openi(
     given = None if given is None else labels_by_study(src, reports, given)
     for study, (ref, ids, majors) in reports.items():
         guess = [known.get(i, '') for i in ids] if known is not None else openi_views(ids)
-        for i in ids:
-            if i in pictures.twice: src.exclusions.add(study, 'radiograph lies twice on disk', i, 'radiograph')
+        list_films(src, study, ids, pictures)
         views = tuple(View(file, view) for i, view in zip(ids, guess) if (file := pictures.find(i)))
-        src.notes['radiographs in the reports but not on disk'] += sum(i not in pictures.found for i in ids)
         src.notes['radiographs of unknown view'] += sum(not v.view for v in views)
         labels = mesh_labels(majors, src.extra_labels) if given is None else given.get(study) or blank_labels(src.extra_labels)
         yield Study(study, study, split_of(study, src.fractions, src.salt), views, ref, labels)
@@ -863,7 +875,8 @@ def read_folder(
         split = folder_split(row, src, where, lists)
         if patients.setdefault(patient, split) != split:
             raise NeuralError(f'{where}: study {study}: its patient is in two splits, {patients[patient]} and {split}; give a patient one split')
-        text = row_text(row) if 'report_text' in row else ''
+        text, view = row_text(row) if 'report_text' in row else '', row.get('view', '').strip()
+        src.notes['views that are no word for frontal or lateral: unknown'] += bool(view) and not view_of(view)
         studies.setdefault(study, []).append(FolderRow(where, patient, split, row['image'], folder_views(row, src, films, boxes, where), hash(text) if text else 0,
                                                        folder_labels(row, columns, where, src.extra_labels)))
     for study, reason, where in odd: src.exclusions.add(study, reason, where, 'radiograph' if study in studies else 'study')
@@ -883,6 +896,8 @@ def folder_study(
     "One study of a folder, of one row or more."
     views = {v.image: v for r in reversed(rows) for v in r.views}
     src.notes['rows repeated'] += sum(len(r.views) for r in rows) - len(views)
+    for r in rows if views else ():
+        if not r.views: src.exclusions.add(study, 'radiograph not on disk', r.where, 'radiograph')
     views = tuple(views[i] for i in dict.fromkeys(v.image for r in rows for v in r.views))
     told = sorted((r for r in rows if r.text), key=lambda r: not any(v.view == 'frontal' for v in r.views))
     src.notes['studies whose rows differ in the report: that of the frontal is read'] += len({r.text for r in told}) > 1
@@ -895,6 +910,7 @@ def index_folder(
 ) -> Iterator[Study]:    # candidates; views may be empty
     "The studies of a folder described by one CSV."
     table = folder_table(src); src.label_source = f'columns of {table.name}'
+    if '#' in table.name: raise NeuralError(f"{table.name}: a '#' in its name would be read as the mark of a row; rename it")
     given, studies = named_labels(src), read_folder(src, table)
     films = {}
     for study, rows in studies.items():

@@ -762,6 +762,7 @@ def report_text(
 ) -> str:                # sections with headers as in the file; '' if the study has no report
     "The report of a study, read from its place under the root."
     where, _, key = study.report.partition('#')
+    if key and (manifest.root/study.report).is_file(): where, key = study.report, ''         # a file whose own name holds the mark
     if not where: return ''
     path = inside(manifest.root, where, (manifest.image_root,))
     if key: return archived(manifest, path, where, key)

@@ -652,3 +652,33 @@ def test_exclusions_keep_parts_apart(tmp_path):
     assert (again.rows, again.parts) == (out.rows, out.parts) and again.counts() == {"missing image": 1} and again.check(100) == 0.01
     assert [r["what"] for r in read_table(tmp_path / "exclusions.csv")] == ["study", "label"]
     (tmp_path / "old.csv").write_text("study_id,reason,detail\ns1,missing image,\n"); assert Exclusions.load(tmp_path / "old.csv").rows == out.rows
+
+
+def test_a_film_that_is_gone_is_listed_where_its_study_stays(tmp_path):
+    mimic(tmp_path / "m"); chexpert(tmp_path / "c"); openi(tmp_path / "o")
+    gone = [next(f for f in sorted((tmp_path / "m").rglob("*.dcm")) if "s50000000" in str(f) and "00000001-0" in f.name), tmp_path / "c/PNG/train/patient1/study1/view2_lateral.png", tmp_path / "o/pictures/CXR101_101_IM-001011-2001.png"]
+    for f in gone: f.unlink()
+    for layout, name, film_id in (("mimic-cxr", "m", gone[0].stem), ("chexpert-plus", "c", "view2_lateral"), ("open-i", "o", "CXR101_IM-001011-2001")):
+        manifest, out = index_dataset(layout, tmp_path / name)
+        assert len(manifest) == 6 and not len(out) and [(p[1], p[2]) for p in out.parts] == [("radiograph not on disk", film_id)] and manifest.notes["radiograph not on disk"] == 1
+    rows = ["a.png,FINDINGS: Toy.,p1,s1,front", "b.png,,p1,s1,PA"]; root = folder(tmp_path / "f", rows, "image,report_text,patient_id,study_id,view"); (root / "a.png").unlink()
+    manifest, out = index_dataset("folder", root)
+    assert out.parts == [("s1", "radiograph not on disk", "manifest.csv row 2", "radiograph")] and report_text(manifest, manifest["s1"]) == "FINDINGS: Toy."
+    assert manifest.notes == {"views that are no word for frontal or lateral: unknown": 1, "radiograph not on disk": 1}
+
+
+def test_a_mark_in_a_name_is_no_row(tmp_path):
+    mimic(tmp_path / "d"); (tmp_path / "d/files").rename(tmp_path / "d/batch #2")
+    manifest, _ = index_dataset("mimic-cxr", tmp_path / "d")
+    assert "enlarged" in report_text(manifest, manifest["50000000"])
+    folder(tmp_path / "f", SIX); (tmp_path / "f/manifest.csv").rename(tmp_path / "f/no #1.csv")
+    with pytest.raises(NeuralError, match="rename it"): index_dataset("folder", tmp_path / "f")
+
+
+def test_films_that_are_links_to_another_disk(tmp_path):
+    for r in SIX: film(tmp_path / "disk" / r.split(",")[0])
+    root = folder(tmp_path / "d", SIX, make=False)
+    for r in SIX: (root / r.split(",")[0]).symlink_to(tmp_path / "disk" / r.split(",")[0])
+    with pytest.raises(NeuralError, match="a link leads it out") as told: index_dataset("folder", root)
+    manifest, out = index_dataset("folder", root, images=str(told.value).rpartition("--images: ")[2])
+    assert len(manifest) == 6 and not len(out)
