@@ -72,7 +72,7 @@ def sized_asset(
 # %% ../nbs/api/41_bench.ipynb #f8d939ec
 def store_bytes(
     assets,           # StudyAssets of one kind
-    reader,           # its vocabulary goes into store.json
+    reader,           # its vocabulary goes into the store's head
     book=None,        # of a fitted codec
 ) -> float:           # bytes per study of the whole folder
     "What a store of some assets takes on disk, everything counted."
@@ -95,7 +95,7 @@ def film_bytes(
 # %% ../nbs/api/41_bench.ipynb #3967d4d0
 def bytes_growth(
     assets: list,         # StudyAssets of one kind
-    reader,               # its vocabulary goes into store.json
+    reader,               # its vocabulary goes into the store's head
     book=None,            # of a fitted codec
     growth=(1, 2, 4, 8),  # sizes, as multiples; the largest takes all assets
     rounds=5,             # of each; the median counts

@@ -612,13 +612,13 @@ def hash_of(vlm: str | Path) -> str:
 # %% ../nbs/api/21_build.ipynb #settin01
 def reading_settings(
     settings: tuple,  # aggregation, habit, patches to retain, longest report, from `load_aggregation`
-    precision: str = "float32",  # or "bfloat16"
+    precision: str | None = "float32",  # or "bfloat16"; None is unknown
 ) -> dict:  # what a store remembers of it
     "How studies are read, in the words of a store's settings."
     how, mean, k, most = settings
-    if precision not in ("float32", "bfloat16"): raise NeuralError(f"precision must be 'float32' or 'bfloat16', got {precision!r}")
+    if precision not in (None, "float32", "bfloat16"): raise NeuralError(f"precision must be 'float32' or 'bfloat16', got {precision!r}")
     habit = "none" if mean is None else hashlib.blake2b(np.asarray(mean, "<f4").tobytes(), digest_size=8).hexdigest()
-    return dict(keep=k, guide=how.guide, tokens=how.tokens, heads=how.heads, layer=str(how.layer), lift=bool(how.lift), places=bool(how.places), habit=habit, longest=most, precision=precision)
+    return dict(keep=k, guide=how.guide, tokens=how.tokens, heads=how.heads, layer=str(how.layer), lift=bool(how.lift), places=bool(how.places), habit=habit, longest=most, **({"precision": precision} if precision else {}))
 
 def dataset_name(
     manifest: Manifest,  # of the dataset

@@ -274,7 +274,6 @@ def build(
     from neural.study import Manifest, made_here, readable, refuse_overwrite
     from neural.vlm import load_vlm
     if device == "cuda" and not cuda.is_available(): raise typer.BadParameter("this machine has no GPU that PyTorch can use; leave --device out", param_hint="--device")
-    if limit != limit: raise typer.BadParameter("give a share from 0 to 1", param_hint="--limit")
     if not is_store(store): check_new(store)
     listed = refuse_overwrite(Path(os.path.abspath(store) + "-exclusions.csv"), [manifest, vlm, *([codebook] if codebook else [])], made_here, force=True)
     studies, secret = Manifest.load(manifest, root, images), None

@@ -623,6 +623,7 @@ def from_radgraph(
     data: dict,        # RadGraph's JSON of one text, as shipped with MIMIC-CXR or CheXpert Plus
 ) -> Annotation:       # over the tokenised text; concepts by the lexicon's names, unknown words as written in lower case
     "Reads a RadGraph annotation; anything malformed is refused."
+    if isinstance(data, dict) and len(data) == 1 and "text" not in data: data, = data.values()   # {"0": ...}, as CheXpert Plus ships each report
     tokens, entities = _checked(data)
     text, starts = " ".join(tokens), list(itertools.accumulate((len(t) + 1 for t in tokens), initial=0))
     ends = [s + len(t) for s, t in zip(starts, tokens)]

@@ -232,7 +232,7 @@ def build(*more, store="st", manifest="m.csv", vlm="vlm"): return neural("build"
 def held(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
 
 
-@pytest.mark.parametrize("wrong, said", [(("--keep", "0"), "keep ratio"), (("--keep", "5"), "keep ratio"), (("--keep", "nan"), "keep ratio"), (("--keep", "-0.1"), "keep ratio"), (("--limit", "nan"), "share from 0 to 1"), (("--limit", "2"), "--limit"), (("--thumbnail", "-1"), "--thumbnail"),
+@pytest.mark.parametrize("wrong, said", [(("--keep", "0"), "keep ratio"), (("--keep", "5"), "keep ratio"), (("--keep", "nan"), "keep ratio"), (("--keep", "-0.1"), "keep ratio"), (("--limit", "nan"), "--limit"), (("--limit", "2"), "--limit"), (("--thumbnail", "-1"), "--thumbnail"),
                                          (("--workers", "-1"), "--workers"), (("--engine", "ray", "--workers", "0"), "at least one process"), (("--key-file", "empty"), "at least 16 bytes"), (("--key-file", "short"), "at least 16 bytes"), (("--codec", "pq"), "needs a codebook"), (("--codebook", "m.csv"), "no codebook")])
 def test_zero_empty_and_impossible_are_not_taken_for_left_out(place, wrong, said):
     (place / "empty").touch(); (place / "short").write_bytes(b"0123456789")

@@ -1,20 +1,24 @@
 "Identifiers planted wherever they could come from (DICOM headers, reports, file names, burnt-in text) must reach no byte of a store."
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pydicom
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from neural.asset import AssetStore
-from neural.build import Aggregation, Packing, build_store, corners, save_aggregation
+from neural.asset import is_keyed, keyed_id
+from neural.build import Aggregation, Packing, build_store, corners, fill_store, load_aggregation, open_store, save_aggregation
 from neural.codec import fit_pq
 from neural.export import write_croissant
 from neural.phantom import toy_study
 from neural.report import ReportReader, train_tokenizer
 from neural.layouts import index_dataset
+from neural.study import Manifest, NeuralError
 from neural.viewer import asset_page
-from neural.vlm import ReportVLM, small_config
+from neural.vlm import ReportVLM, load_vlm, small_config
 
 SECRETS = ["Zweistein", "Zwei^Albert", "1954-03-02", "19540302", "8812345", "1.2.840.113619.2.55.3.604688119", "Quux", "St Elsewhere", "ACC-77-1234", "p9999", "exam_0"]
 
@@ -91,3 +95,44 @@ def test_a_keyed_store_goes_on_where_it_stopped(cohort, tmp_path):
     first, _ = build_store(manifest, tmp_path / "store", vlm, packing=packing, workers=0, progress=False)
     again, _ = build_store(manifest, tmp_path / "store", vlm, packing=packing, workers=0, progress=False)
     assert again.ids == first.ids and len(again.shards) == 1
+
+
+KEY = b"0123456789abcdef"
+
+
+@pytest.mark.parametrize("then", [None, b"another key of 32 bytes or so ...", b"0123456789abcdeX"])
+def test_a_keyed_store_is_not_gone_on_with_under_another_key_or_none(cohort, tmp_path, then):
+    home, manifest, vlm, _ = cohort
+    part = Manifest(list(manifest)[:3], manifest.root, manifest.layout)
+    build_store(part, tmp_path / "store", vlm, packing=Packing(secret=KEY), workers=0, progress=False)
+    before = bytes_of(tmp_path / "store")
+    with pytest.raises(NeuralError, match="key [0-9a-f]{16}, now ([0-9a-f]{16}|none)"): build_store(manifest, tmp_path / "store", vlm, packing=Packing(secret=then), workers=0, progress=False)
+    assert bytes_of(tmp_path / "store") == before and KEY not in before and KEY.hex().encode() not in before
+    whole, _ = build_store(manifest, tmp_path / "store", vlm, packing=Packing(secret=KEY), workers=0, progress=False)
+    assert len(whole) == 8 and all(is_keyed(i) for i in whole.ids) and whole.verify() == []
+
+
+def test_filling_a_keyed_store_by_hand_without_its_key_is_refused(cohort, tmp_path):
+    "The parts that a build is made of keep the promise, too."
+    home, manifest, vlm, _ = cohort
+    store, _ = build_store(Manifest(list(manifest)[:3], manifest.root, manifest.layout), tmp_path / "store", vlm, packing=Packing(secret=KEY, never=corners((12, 12))), workers=0, progress=False)
+    network = load_vlm(vlm), AutoTokenizer.from_pretrained(vlm, local_files_only=True), ReportReader(), load_aggregation(vlm)
+    todo, before = list(manifest)[3:], bytes_of(tmp_path / "store")
+    for packing in (Packing(), Packing(secret=KEY), Packing(never=corners((12, 12)))):
+        with pytest.raises(NeuralError, match="begun with other settings"): fill_store(store, manifest, todo, network, packing=packing, workers=0, progress=False)
+    with pytest.raises(NeuralError, match="begun with other settings"): open_store(tmp_path / "store", network[2], network[0], "image+report", {})
+    plain, _ = build_store(manifest, tmp_path / "plain", vlm, workers=0, progress=False)
+    with pytest.raises(NeuralError, match="holds keyed study ids"): store.append(list(plain))
+    with pytest.raises(NeuralError, match="holds plain study ids"): plain.append(list(store))
+    assert bytes_of(tmp_path / "store") == before
+
+
+def test_what_a_keyed_build_leaves_out_names_nobody(cohort, tmp_path):
+    home, manifest, vlm, _ = cohort
+    films = [replace(s, views=(replace(s.views[0], image=s.views[0].image.replace("exam_", "gone_exam_")),)) for s in list(manifest)[:3]]
+    store, left = build_store(Manifest(films, manifest.root, manifest.layout), tmp_path / "store", vlm, packing=Packing(secret=KEY), workers=0, progress=False)
+    told = repr(left.rows)
+    assert len(left) == 3 and len(store) == 0 and {i for i, *_ in left} == {keyed_id(s.study_id, KEY) for s in films} and all(why == "film not readable" for _, why, _ in left)
+    for secret in SECRETS: assert secret not in told, secret
+    plain = build_store(Manifest(films, manifest.root, manifest.layout), tmp_path / "other", vlm, workers=0, progress=False)[1]
+    assert all("gone_exam_" in detail for *_, detail in plain)
