@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import torch
 from fastcore.basics import patch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from .asset import AssetStore, StudyAsset, check_new, check_secret, is_store, key_check, keyed_id, told, vocabulary_hash
 from .codec import Codebook
@@ -29,7 +28,7 @@ from .radiograph import load_radiograph, open_pool, read_radiograph
 from .relevance import all_tokens, finding_tokens, lift, mean_relevance, mention_relevance, pick_layer, relevance, with_fallback
 from .report import Annotation, Mention, Relation, ReportReader, evidence, labels_of, split_sections
 from .study import Exclusions, Manifest, NeuralError, publish, readable, report_text
-from .vlm import ReportVLM, kept_memory, load_vlm, pack
+from .vlm import ReportVLM, hash_of_file, kept_memory, load_tokenizer, load_vlm, pack
 
 # %% auto #0
 __all__ = ['TRACKS', 'ZONES', 'SIDES', 'TABLES', 'SCHEMAS', 'Aggregation', 'Reading', 'word_mask', 'named_findings', 'guided',
@@ -437,7 +436,8 @@ def save_aggregation(
     max_tokens: int,  # longest report in tokens
 ) -> None:
     "Write `relevance.json` beside a network: how its attention becomes relevance."
-    about = dict(**vars(how), mean=None if mean is None else mean.tolist(), k=k, max_tokens=max_tokens)
+    weights = Path(folder) / "model.safetensors"
+    about = dict(**vars(how), mean=None if mean is None else mean.tolist(), k=k, max_tokens=max_tokens, network=hash_of_file(weights) if weights.is_file() else "")
     with publish(Path(folder) / "relevance.json") as f: json.dump(about, f)
 
 def load_aggregation(
@@ -447,6 +447,8 @@ def load_aggregation(
     path = Path(folder) / "relevance.json"
     if not path.is_file(): raise NeuralError(f"{Path(folder).name} has no relevance.json: run the pruning stage for this network first")
     with readable(path.name): about = json.loads(path.read_text(encoding="utf-8"))
+    chosen, weights = about.pop("network", "") if isinstance(about, dict) else "", path.parent / "model.safetensors"
+    if chosen and weights.is_file() and (here := hash_of_file(weights)) != chosen: raise NeuralError(f"{path.name} was chosen for network {chosen}, and {path.parent.name} holds network {here}: run the pruning stage for this network again")
     try: mean, k, most = about.pop("mean"), int(about.pop("k")), int(about.pop("max_tokens")); return Aggregation(**about), None if mean is None else torch.tensor(mean), k, most
     except (KeyError, TypeError, AttributeError, ValueError) as e: raise NeuralError(f"{path.name} does not say how the network is to be read ({e}): run the pruning stage for this network again") from None
 
@@ -733,7 +735,7 @@ def build_store(
     "Build, or go on building, the store of a manifest (NEURAL, stage 2)."
     if not is_store(folder): check_new(folder)
     model, reader = pack(load_vlm(vlm, device), precision == "bfloat16"), ReportReader()
-    network = model, AutoTokenizer.from_pretrained(vlm, local_files_only=True), reader, kept(load_aggregation(vlm), model.grid, keep)
+    network = model, load_tokenizer(vlm, model), reader, kept(load_aggregation(vlm), model.grid, keep)
     store, todo = begin(manifest, folder, vlm, network, track, fusion, packing, precision, force)
     return store, fill_store(store, manifest, todo, network, fusion, packing, batch_size, workers, precision, progress)
 

@@ -11,12 +11,11 @@ from itertools import groupby
 from pathlib import Path
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 from .asset import AssetStore, StudyAsset, check_new, is_store
 from .build import Packing, begin, decode_films, film_paths, kept, load_aggregation, packed_shard, shard_of, unnamed, usable
 from .report import ReportReader
 from .study import Exclusions, Manifest, NeuralError
-from .vlm import load_vlm, pack
+from .vlm import load_tokenizer, load_vlm, pack
 
 # %% auto #0
 __all__ = ['Worker', 'ray_session', 'build_on_cluster']
@@ -38,7 +37,7 @@ class Worker:
     ):
         torch.set_num_threads(threads)
         self.manifest, self.batches, self.track, self.fusion, self.packing, self.precision = manifest, batches, track, fusion, packing, precision
-        self.model, self.reader, self.tokenizer = pack(load_vlm(vlm, device), precision == "bfloat16"), ReportReader(), AutoTokenizer.from_pretrained(vlm, local_files_only=True)
+        self.model, self.reader, self.tokenizer = pack(load_vlm(vlm, device), precision == "bfloat16"), ReportReader(), load_tokenizer(vlm)
         self.settings = kept(load_aggregation(vlm), self.model.grid, keep)
 
     def __call__(self, row):

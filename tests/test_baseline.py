@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from neural.baseline import (FilmArray, FilmCNN, film_logits, linear_reader, only_patches, patch_tokens, pool_cells, pooled_bytes, random_map, read_films, read_graphs,
-                             train_graphs, visual_data)
+                             train_graphs, visual_data, centre_prior, train_film_cnn)
 from neural.evaluate import auc
 from neural.finetune import StudyDataset
 from neural.phantom import toy_study
@@ -91,3 +91,17 @@ def test_linear_reader_refuses_what_it_cannot_learn():
     x = np.eye(4)
     with pytest.raises(NeuralError, match="1 positive, 0 negative"): linear_reader(x, [1, np.nan, np.nan, np.nan], x, [0, 1, 0, 1], x)
     with pytest.raises(NeuralError, match="0 known in validate"): linear_reader(x, [1, 0, 1, 0], x, [np.nan] * 4, x)
+
+
+@pytest.mark.parametrize("call, said", [
+    (lambda data: train_film_cnn(data, data, epochs=0), "epochs must be 1 or more, got 0"), (lambda data: train_film_cnn(data, data, batch_size=0), "batch_size"), (lambda data: train_film_cnn(data, data, lr=0), "lr must be above 0"),
+    (lambda data: train_film_cnn(data, data, width=0), "width"), (lambda data: read_films(FilmCNN(2, 32), data, batch_size=0), "batch_size"), (lambda data: random_map(["a"], patches=0), "patches"), (lambda data: centre_prior([], 3), "at least one"),
+    (lambda data: pool_cells(np.zeros((1, 144, 4)), (0, 2)), "rows of cells"), (lambda data: linear_reader(np.eye(4), [0, 1, 0, 1], np.eye(4), [0, 1, 0, 1], np.eye(4), strengths=()), "strengths"), (lambda data: train_graphs([], np.zeros((0, 1)), [], np.zeros((0, 1))), "train and validate, got 0 and 0")])
+def test_zero_and_nothing_are_refused_by_name(call, said):
+    data = StudyDataset(FilmArray(["a", "b"], np.zeros((2, 96, 96))), ["a", "b"], ["", ""], np.array([[0., 1.], [1., 0.]]))
+    with pytest.raises(NeuralError, match=said): call(data)
+
+
+def test_no_studies_give_no_scores():
+    none = StudyDataset(FilmArray([], np.zeros((0, 96, 96))), [], [], np.zeros((0, 2)))
+    assert read_films(FilmCNN(2, 32), none).shape == (0, 2) and random_map([], 9).shape == (0, 9)

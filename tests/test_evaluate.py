@@ -413,3 +413,33 @@ def test_real_written_words_are_scored_without_being_shown(real_data, capsys):
     assert cards["parrot"]["F1, micro"][0] < .3 and cards["shuffled"]["F1, micro"][0] < .5     # words come cheap, findings do not
     assert cards["parrot"]["ROUGE-L"][0] > .1
     assert capsys.readouterr().out == "" and not any(isinstance(v, str) for c in cards.values() for v in c.values())
+
+
+# zero, empty and default
+
+Y, P = np.tile([0., 1.], 20), np.linspace(0, 1, 40)
+
+@pytest.mark.parametrize("call, said", [
+    (lambda: auc_interval(Y, P, samples=0), "samples must be 1 or more, got 0"), (lambda: auc_interval(Y, P, level=0), "level must lie between"), (lambda: auc_interval(Y, P, level=95), "level must lie between 0 and 1, such as 0.95; got 95"),
+    (lambda: auc_interval(Y, P, least=-1), "least"), (lambda: auc_difference(Y, P, P, samples=0), "samples"), (lambda: auc_difference(Y, P, P, level=1), "level"), (lambda: seed_summary(Y, [P], samples=0), "samples"),
+    (lambda: mean_interval(P, samples=0), "samples"), (lambda: mean_interval([]), "at least one"), (lambda: roc_band(Y, P, samples=0), "samples"), (lambda: roc_band(Y, P, points=1), "points"), (lambda: reliability(Y, P, bins=0), "bins"),
+    (lambda: hit_rate([[0]], [np.eye(1, 9)[0]], threshold=0), "threshold must be above 0"), (lambda: finding_counts([{}], [{}], labels=()), "at least one label"), (lambda: image_bytes(np.zeros((8, 8)), "jpeg", quality=0), "quality must lie between 1 and 100, got 0"),
+])
+def test_zero_is_refused_by_name(call, said):
+    with pytest.raises(NeuralError, match=said) as e: call()
+    assert "\n" not in str(e.value)
+
+
+def test_a_table_that_may_not_be_read_gives_the_systems_reason(tmp_path, monkeypatch):
+    import os
+    import neural.evaluate as module
+    def fail(*_): raise PermissionError(13, os.strerror(13))
+    monkeypatch.setattr(module.pq, "ParquetFile", fail)
+    (tmp_path / "p.parquet").write_bytes(b"x")
+    with pytest.raises(NeuralError, match="p.parquet: cannot be read, Permission denied"): read_predictions(tmp_path / "p.parquet", None)
+
+
+def test_predictions_of_other_studies_are_refused_with_examples_of_both_sides():
+    mine = Manifest([Study(f"s{i}", f"p{i}", "test", (View(f"{i}.png", "frontal"),), "", {"Edema": 1.}) for i in range(4)])
+    table = pd.DataFrame([dict(study_id=f"{i}.0", target="Edema", track="image-only", variant="v", seed=0, split="test", y=1., p=.5) for i in range(4)])
+    with pytest.raises(NeuralError, match="4 of 4 predictions .* does not know .*study 0.0.*manifest of 4 studies, such as s0, s1, s2"): check_predictions(table, mine)

@@ -274,3 +274,42 @@ def test_trained_rows_say_phantoms_only_when_recorded(run):
     assert "not recorded whether phantoms" in dict(trained_rows(run, cohort()))["layout"]
     (run / "51_quality.json").write_text('{"metrics": {"phantoms": true}}')
     assert "no patient behind them" in dict(trained_rows(run, cohort()))["layout"]
+
+
+# what is there already
+
+def test_a_description_is_written_over_nothing_but_one_of_ours(tmp_path):
+    store = random_store(tmp_path / "store"); path = store.folder / "_croissant.json"
+    for text in ("", "{", "[]", json.dumps({"@type": "sc:Dataset", "name": "by hand"}), "[" * 100_000):
+        path.write_text(text)
+        for force in (False, True):
+            with pytest.raises(NeuralError, match="was not made by this command"): write_croissant(store.folder, "x", force=force, **ABOUT)
+        assert path.read_text() == text
+    path.unlink(); write_croissant(store.folder, "x", **ABOUT); before = path.read_bytes()
+    with pytest.raises(NeuralError, match="--force"): write_croissant(store.folder, "y", **ABOUT)
+    with pytest.raises(NeuralError, match="license is required"): write_croissant(store.folder, "y", force=True, **{**ABOUT, "licence": ""})
+    assert path.read_bytes() == before                                     # a refusal leaves the old one
+    assert json.loads(write_croissant(store.folder, "y", force=True, **ABOUT).read_text())["name"] == "y"
+
+
+def test_cards_that_somebody_filled_in_are_kept(run):
+    names = lambda: [p.name for p in write_cards(run)]
+    assert names() == ["model_card.md", "data_card.md"] == names()         # ours, untouched, are made again
+    mine = (run / "data_card.md").read_text().replace("*to be filled in by whoever holds the data*", "CC-BY-4.0")
+    (run / "data_card.md").write_text(mine)
+    assert names() == ["model_card.md", "data_card.new.md"] == names() and (run / "data_card.md").read_text() == mine
+    (run / "data_card.new.md").write_text("also mine")
+    before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    with pytest.raises(NeuralError, match="data_card.md and data_card.new.md in .* were changed by somebody"): write_cards(run)
+    assert {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()} == before
+
+
+@pytest.mark.parametrize("code", [28, 122, 13, 30, 5])
+def test_a_disk_that_fails_is_told_and_no_card_is_half(run, monkeypatch, code):
+    import os
+    write_cards(run); before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    def fail(*_): raise OSError(code, os.strerror(code))
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(NeuralError, match=os.strerror(code)) as e: write_cards(run, licence="CC0-1.0")
+    monkeypatch.undo()
+    assert "\n" not in str(e.value) and {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()} == before

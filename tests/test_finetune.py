@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from neural.finetune import Collator, ReportTrainer, StudyDataset, augment, draw_weights, finetune, focus_loss, freeze_stages, last_checkpoint, moved, poses, report_ids
+from neural.finetune import Collator, ReportTrainer, StudyDataset, augment, draw_weights, finetune, focus_loss, freeze_stages, last_checkpoint, moved, poses, read_labels, report_ids, warm_start
 from neural.phantom import toy_study
 from neural.radiograph import patch_coverage
 from neural.report import train_tokenizer
@@ -242,3 +242,139 @@ def test_frozen_stages_stand_still(cohort, tmp_path):
     before = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     finetune(model, tokenizer, data, data, tmp_path, epochs=1, batch_size=4)
     assert before and all(torch.equal(p, model.get_parameter(n)) for n, p in before.items())
+
+
+# what was set is kept, and what was saved belongs together
+
+def data_of(cohort, **changes):
+    films, texts, targets, tokenizer, _ = cohort
+    given = dict(films=films, ids=list(films), texts=texts, targets=targets) | changes
+    return StudyDataset(given.pop("films"), given.pop("ids"), given.pop("texts"), given.pop("targets"), **given)
+
+
+@pytest.fixture(scope="module")
+def begun(cohort, tmp_path_factory):
+    "A run of one epoch, its checkpoints left."
+    folder = tmp_path_factory.mktemp("begun")
+    finetune(small(cohort[3]), cohort[3], data_of(cohort), data_of(cohort), folder, epochs=1, batch_size=4)
+    return folder
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(lr=2e-3), "lr 0.001, now 0.002"), (dict(seed=7), "seed 0, now 7"), (dict(batch_size=2), "batch_size 4, now 2"), (dict(max_tokens=40), "max_tokens 96, now 40"), (dict(focus_weight=.5), "focus_weight 0.0, now 0.5"),
+    (dict(texts="other"), "train 8 studies"), (dict(targets="other"), "train 8 studies"), (dict(ids="fewer"), "train 8 studies .*, now 7 studies")])
+def test_checkpoints_of_other_settings_or_data_are_refused_with_both_values(cohort, begun, change, said):
+    films, texts, targets, tokenizer, _ = cohort
+    other = {"texts": dict(texts=[*texts[1:], texts[0]]), "targets": dict(targets=np.where(np.isnan(targets), targets, 1 - targets)), "ids": dict(ids=list(films)[:-1], texts=texts[:-1], targets=targets[:-1])}
+    changed = next((other[k] for k in change if k in other), {})
+    before = sorted(p.name for p in begun.iterdir()), (begun / "settings.json").read_text()
+    with pytest.raises(NeuralError, match=f"were made with .*{said}.*anyway=True") as e:
+        finetune(small(tokenizer), tokenizer, data_of(cohort, **changed), data_of(cohort), begun, **(dict(epochs=1, batch_size=4) | {k: v for k, v in change.items() if k not in other}))
+    assert "\n" not in str(e.value) and (sorted(p.name for p in begun.iterdir()), (begun / "settings.json").read_text()) == before
+
+
+def test_another_network_or_tokenizer_does_not_go_on(cohort, begun):
+    from neural.report import train_tokenizer
+    tokenizer, data = cohort[3], data_of(cohort)
+    wider = ReportVLM(small_config(len(tokenizer), 96, width=96, d_model=64, layers=1))
+    with pytest.raises(NeuralError, match="network [0-9a-f]{16}, now [0-9a-f]{16}"): finetune(wider, tokenizer, data, data, begun, epochs=1, batch_size=4)
+    other = train_tokenizer(["The heart is large. No pneumothorax."] * 9, 64)
+    with pytest.raises(NeuralError, match="tokenizer [0-9a-f]{16}, now"): finetune(ReportVLM(small_config(max(len(other), len(tokenizer)), 96, width=64, d_model=64, layers=1)), other, data, data, begun, epochs=1, batch_size=4)
+    with pytest.raises(NeuralError, match="targets of 3 findings for a network that names 14"): finetune(small(tokenizer), tokenizer, data_of(cohort, targets=cohort[2][:, :3]), data, begun, epochs=1, batch_size=4)
+
+
+@pytest.mark.parametrize("wrong, said", [(dict(epochs=0), "epochs must be above 0"), (dict(batch_size=0), "batch_size must be 1"), (dict(lr=0), "lr must be above 0"), (dict(lr_words=-1), "lr_words"), (dict(lr_pretrained=-1), "lr_pretrained"), (dict(accumulate=0), "accumulate"),
+                                         (dict(max_tokens=0), "max_tokens must be 2"), (dict(seed=-1), "seed"), (dict(focus_weight=-1), "focus_weight"), (dict(draw=np.zeros(8)), "not all 0"), (dict(draw=np.full(8, np.nan)), "finite"), (dict(draw=[]), "0 draw weights for 8"), (dict(workers=-1), "workers")])
+def test_zero_in_fine_tuning_is_refused_by_name(cohort, tmp_path, wrong, said):
+    data = data_of(cohort)
+    with pytest.raises(NeuralError, match=said): finetune(small(cohort[3]), cohort[3], data, data, tmp_path, **(dict(epochs=1, batch_size=4) | wrong))
+
+
+def test_a_rate_of_zero_for_words_is_a_rate_of_zero(cohort):
+    from neural.finetune import parameter_groups
+    model = small(cohort[3])
+    rates = {g["lr"] for g in parameter_groups(model, 1e-3, lr_words=0)}
+    assert rates == {1e-3, 0}
+    for name in ("weights", "focus"):
+        with pytest.raises(NeuralError, match=f"0 {name} for 8 studies"): data_of(cohort, **{name: []})
+    for call in (lambda: warm_start(model, data_of(cohort), epochs=0), lambda: read_labels(model, data_of(cohort), batch_size=0)):
+        with pytest.raises(NeuralError, match="must be 1 or more, got 0"): call()
+
+
+def another(cohort):
+    "A network of the same form with other weights."
+    model = small(cohort[3])
+    with torch.no_grad(): model.head.bias += 1
+    return model
+
+
+def saved(cohort, folder):
+    from neural.vlm import save_vlm
+    save_vlm(small(cohort[3]), folder, cohort[3])
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_network_and_its_files_belong_together(cohort, tmp_path, lost):
+    from neural.report import train_tokenizer
+    from neural.vlm import load_tokenizer, load_vlm, save_vlm
+    saved(cohort, tmp_path / "a"); save_vlm(another(cohort), tmp_path / "b", train_tokenizer(["The heart is large. No pneumothorax."] * 9, 64))
+    (tmp_path / "a" / lost).write_bytes((tmp_path / "b" / lost).read_bytes())
+    with pytest.raises(NeuralError, match="config.json was written with|its network was saved with") as e: load_tokenizer(tmp_path / "a", load_vlm(tmp_path / "a"))
+    assert "\n" not in str(e.value)
+    (tmp_path / "a" / lost).unlink()
+    with pytest.raises(NeuralError, match="is missing"): load_tokenizer(tmp_path / "a", load_vlm(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "swin"}', '{"format": "neural-graph-classifier"}', "\x00"])
+def test_a_folder_of_something_else_is_no_network_and_is_left_alone(cohort, tmp_path, text):
+    from neural.vlm import load_vlm
+    (tmp_path / "config.json").write_text(text); (tmp_path / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(NeuralError): load_vlm(tmp_path)
+    with pytest.raises(NeuralError): small(cohort[3]).save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_text() == text and (tmp_path / "model.safetensors").read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("code", [28, 122, 13, 30, 5])
+def test_a_disk_that_fails_leaves_the_network_as_it_was(cohort, tmp_path, monkeypatch, code):
+    from safetensors import SafetensorError
+    import transformers.modeling_utils as made
+    from neural.vlm import load_vlm
+    saved(cohort, tmp_path / "a"); before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    def fail(*_, **__): raise SafetensorError(f"Error while serializing: I/O error: no (os error {code})")
+    monkeypatch.setattr(made, "safe_save_file", fail)
+    with pytest.raises(NeuralError, match=os.strerror(code)) as e: small(cohort[3]).save_pretrained(tmp_path / "a")
+    monkeypatch.undo()
+    assert "\n" not in str(e.value) and {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before
+    load_vlm(tmp_path / "a")
+
+
+def test_a_kill_while_a_network_is_saved_is_noticed(cohort, tmp_path, monkeypatch):
+    from neural.vlm import load_vlm
+    saved(cohort, tmp_path / "a")
+    true, seen = os.replace, []
+    def replace(a, b):
+        seen.append(b)
+        if str(b).endswith("config.json"): raise KeyboardInterrupt
+        true(a, b)
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt): another(cohort).save_pretrained(tmp_path / "a")
+    monkeypatch.undo()
+    with pytest.raises(NeuralError, match="a save was cut short"): load_vlm(tmp_path / "a")
+    small(cohort[3]).save_pretrained(tmp_path / "a"); load_vlm(tmp_path / "a")               # saved again, whole again
+    assert not list((tmp_path / "a").glob(".part-*"))
+
+
+def test_loading_and_saving_say_nothing(cohort, tmp_path, capfd):
+    from transformers.utils import logging
+    from neural.vlm import load_tokenizer, load_vlm
+    bars = logging.is_progress_bar_enabled()
+    saved(cohort, tmp_path); load_tokenizer(tmp_path, load_vlm(tmp_path))
+    assert capfd.readouterr() == ("", "") and logging.is_progress_bar_enabled() == bars
+
+
+def test_how_a_network_is_read_belongs_to_the_network(cohort, tmp_path):
+    from neural.build import Aggregation, load_aggregation, save_aggregation
+    saved(cohort, tmp_path); save_aggregation(tmp_path, Aggregation(lift=False), None, 4, 40)
+    assert load_aggregation(tmp_path)[2] == 4
+    another(cohort).save_pretrained(tmp_path)
+    with pytest.raises(NeuralError, match="was chosen for network [0-9a-f]{16}, and .* holds network [0-9a-f]{16}"): load_aggregation(tmp_path)

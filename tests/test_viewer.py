@@ -302,3 +302,52 @@ def test_the_policy_stops_what_escaping_might_miss(browser):
     page = asset_page(asset(), NAMES).replace("</main>", '<img src=x onerror="document.title=1"><script>document.title = 2</script><b style="position:fixed">!</b></main>')
     browser.show(page)
     assert browser.ask("document.title") == "Study s-1" and browser.ask("getComputedStyle(document.querySelector('b')).position") == "static"
+
+
+# what a page is written over
+
+@pytest.fixture
+def shelf(tmp_path):
+    from neural.asset import AssetStore, key_check, keyed_id
+    plain = AssetStore.create(tmp_path / "plain", ["pneumonia", "a\x1b[31mb"], dim=3, grid=(4, 4))
+    plain.append([StudyAsset("s1", "image+report", (4, 4), [5], [.6], [[1., 2, 3]], concepts=[0, 1], assertions=[2, 0])])
+    keyed = AssetStore.create(tmp_path / "keyed", ["pneumonia"], dim=3, grid=(4, 4), settings=dict(key=key_check(b"k" * 32)))
+    keyed.append([StudyAsset(keyed_id("s1", b"k" * 32), "image+report", (4, 4), [5], [.6], [[1., 2, 3]])])
+    (tmp_path / "key").write_bytes(b"k" * 32); (tmp_path / "other").write_bytes(b"o" * 32)
+    return tmp_path
+
+
+def inspect(home, *words):
+    from typer.testing import CliRunner
+    from neural.cli import app
+    said = CliRunner().invoke(app, ["inspect", *(str(home / w) if w in ("plain", "keyed", "key", "other") or "." in w else w for w in words)])
+    assert said.exit_code != 1 or said.stderr.count("\n") == 1, said.output
+    return said
+
+
+def test_a_page_is_written_over_nothing_but_a_page_of_ours(shelf):
+    (shelf / "notes.html").write_text("<!doctype html><p>mine"); (shelf / "link.html").symlink_to(shelf / "notes.html")
+    shard = next((shelf / "plain").glob("shard*"))
+    for goal in ("notes.html", "link.html", f"plain/{shard.name}", "plain/new.html"):
+        before = {p: p.read_bytes() for p in shelf.rglob("*") if p.is_file()}
+        for flag in ([], ["--force"]): assert inspect(shelf, "plain", "s1", "--html", goal, *flag).exit_code == 1
+        assert {p: p.read_bytes() for p in shelf.rglob("*") if p.is_file()} == before
+    assert inspect(shelf, "plain", "s1", "--html", "deep/page.html").exit_code == 0
+    assert "replace it with --force" in inspect(shelf, "plain", "s1", "--html", "deep/page.html").output
+    assert inspect(shelf, "plain", "s1", "--html", "deep/page.html", "--force").exit_code == 0
+    key = (shelf / "key").read_bytes()
+    (shelf / "key.html").write_bytes(key)
+    assert inspect(shelf, "keyed", "s1", "--key-file", "key", "--html", "key.html", "--force").exit_code == 1 and (shelf / "key.html").read_bytes() == key
+
+
+def test_a_study_of_a_keyed_store_is_found_by_its_own_id(shelf):
+    found = inspect(shelf, "keyed", "s1", "--key-file", "key")
+    assert found.exit_code == 0 and found.output.startswith("k") and "s1 " not in found.output          # the hospital's id stays outside
+    assert "give the key with --key-file" in inspect(shelf, "keyed", "s1").output
+    assert "keyed with another key" in inspect(shelf, "keyed", "s1", "--key-file", "other").output
+    assert "not by this key either" in inspect(shelf, "keyed", "s2", "--key-file", "key").output
+    assert "no study s9 in plain; it holds 1, such as s1" in inspect(shelf, "plain", "s9").output
+
+
+def test_a_terminal_is_told_nothing_that_it_would_obey(shelf):
+    assert "\x1b" not in inspect(shelf, "plain", "s1").output
