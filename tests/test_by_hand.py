@@ -16,7 +16,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from neural.pipeline import read_record, sha256_of
+from neural.pipeline import begin, read_record, record, sha256_of
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = ["10_finetune", "20_prune", "30_fuse", "40_classify", "50_figures"]
@@ -80,13 +80,13 @@ import matplotlib; matplotlib.use("agg")
 import nbformat
 from neural.study import NeuralError
 said = []
-for path, cwd, typed in json.load(sys.stdin):
+for path, cwd, typed, more in json.load(sys.stdin):
     os.chdir(cwd)
     names, heard = {"__name__": "__main__"}, io.StringIO()
-    cells = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"][:2]
+    parameters, setup, *rest = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
     with contextlib.redirect_stdout(heard):
         try:
-            for source in (cells[0], typed, cells[1], cells[1]): exec(compile(source, path, "exec"), names)
+            for source in (parameters, typed, setup, setup, *rest[:more]): exec(compile(source, path, "exec"), names)
             end = "begun"
         except NeuralError as e: end = str(e)
     said.append([end, heard.getvalue(), os.path.realpath(names.get("run") or names.get("figures") or ".")])
@@ -94,11 +94,11 @@ print(json.dumps(said))
 '''
 
 
-def set_up(jobs, library=None):
-    "Run the first two code cells of notebooks, the second twice as people do, each given with a working directory and what was typed: how each ended, what it printed, its folder."
+def set_up(jobs, library=None, more=0):
+    "Run the first two code cells of notebooks, the second twice as people do, and some more: how each ended, what it printed, its folder. A job is a notebook, a working directory and what was typed."
     env = {**os.environ, "PYTHONPATH": str(library or os.environ["PYTHONPATH"])}
-    asked = json.dumps([[str(path), str(cwd), typed] for path, cwd, typed in jobs])
-    done = subprocess.run([sys.executable, "-c", SETUP], input=asked, env=env, capture_output=True, text=True)
+    asked = json.dumps([[str(path), str(cwd), typed, more] for path, cwd, typed in jobs])
+    done = subprocess.run([sys.executable, "-P", "-c", SETUP], input=asked, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -119,7 +119,7 @@ def run(clone, by_hand):
 LEFT = {"10_finetune": ["manifest.csv", "images/ids.json", "vlm/model.safetensors", "history.json"],
         "20_prune": ["relevance.parquet", "mentions.parquet", "relations.parquet", "generated.parquet", "head.parquet", "vlm/relevance.json"]}
 ZEROS = {"seeds = 0": "seeds must be 1 or more, got 0", "samples = 0": "samples must be 1 or more, got 0", "least = -1": "least must be 1 or more, got -1",
-         "graph_lr = 0.0": "graph_lr must be above 0, got 0.0", "seeds = True": "seeds must be 1 or more, got True"}
+         "graph_lr = 0.0": "graph_lr must be above 0, got 0.0", "seeds = True": "parameter seeds takes int, got True"}
 PLACES = {"the clone": "", "the notebook's folder": "nbs/paper", "another folder": ".."}
 
 
@@ -195,7 +195,10 @@ def test_the_same_training_again_is_the_same_and_another_is_another(clone, tmp_p
         return [(end, printed) for end, printed, _ in set_up([(stage(n), tmp_path, "run = 'small'" + t) for n, t in typed])]
 
     first = train()
-    run_all(stage("20_prune"), tmp_path, run="small")
+    (small / "relevance.parquet").touch()                       # what stage 20 leaves, as far as the next ones look before they read it
+    for name in ("mentions.parquet", "relations.parquet", "generated.parquet", "vlm/relevance.json"): (small / name).touch()
+    begun = begin(small, "20_prune", {"__annotations__": {"max_tokens": int}, "max_tokens": 96}, {"10_finetune": ["manifest.csv", "vlm/model.safetensors"]})[1]
+    record("20_prune", small, {"kept patches": 4}, **begun)
     other = train(lr=1e-4)
     assert other[0] != first[0] and other[1] != first[1], "another learning rate trained the same network"
     stale = "stale: 20_prune read another vlm/model.safetensors than there is now; run 20_prune.ipynb again, then this one\n"
@@ -212,12 +215,10 @@ def test_which_studies_stage_10_takes(clone, phantom_cohort, tmp_path, known):
     if known:
         index_dataset("mimic-cxr", phantom_cohort, labels="truth/labels.csv")[0].save(tmp_path / "manifest.csv")
         (tmp_path / "run.json").write_text(json.dumps({"schema": 1, "manifest": "manifest.csv"}))
-    nb = nbformat.read(clone / "nbs/paper/10_finetune.ipynb", 4)
-    nb.cells = nb.cells[: next(i for i, c in enumerate(nb.cells) if "write_cohort(" in c.source) + 1]
-    nbformat.write(nb, tmp_path / "beginning.ipynb")
-    drawn = [printed(run_all(tmp_path / "beginning.ipynb", tmp_path, run=".", phantom_studies=n)) for n in (12, 20)]
+    stage = clone / "nbs/paper/10_finetune.ipynb"
+    said = set_up([(stage, tmp_path, f"run = '.'; phantom_studies = {n}; workers = 1") for n in (12, 20)], more=1)
+    drawn = [re.search(r"\d+ studies of \d+ patients, layout mimic-cxr", printed)[0] for _, printed, _ in said]
     assert (drawn[0] == drawn[1]) == known and (tmp_path / "phantom").exists() != known
-    assert all(re.search(r"\d+ studies of \d+ patients, layout mimic-cxr", text) for text in drawn)
 
 
 # the five stages with their defaults
