@@ -14,11 +14,11 @@ __all__ = ['SCHEMA', 'RECORD', 'HEAD', 'PACKAGES', 'PACKAGE', 'METRICS_MIME', 'K
            'module_files', 'short_hash', 'look_at', 'run_files', 'upstream', 'stage_inputs', 'why_run',
            'kernel_environment', 'failed_cell', 'what_stopped', 'explain_failure', 'execute_stage', 'shown_record',
            'finish_record', 'settle_manifest', 'refuse_other_cohort', 'tell_settings', 'run_stage', 'stage_line',
-           'kept_values', 'setting_changes', 'change_words', 'out_of_date', 'Plan', 'preset_note', 'given_now',
-           'told_before', 'plan_run', 'stages_note', 'start_note', 'add_settings', 'run_pipeline', 'checkout',
-           'hand_run', 'published', 'need', 'files_read', 'stale', 'typed_settings', 'begin', 'save_notebook', 'stamp',
-           'is_fresh', 'machine_paths', 'slim_output', 'clean_outputs', 'with_outputs', 'published_files',
-           'refuse_foreign', 'copy_whole', 'publish']
+           'kept_values', 'setting_changes', 'change_words', 'out_of_date', 'Plan', 'preset_note', 'noted_preset',
+           'given_now', 'told_before', 'plan_run', 'stages_note', 'start_note', 'add_settings', 'run_pipeline',
+           'checkout', 'hand_run', 'published', 'need', 'files_read', 'stale', 'typed_settings', 'begin',
+           'save_notebook', 'stamp', 'is_fresh', 'machine_paths', 'slim_output', 'clean_outputs', 'with_outputs',
+           'published_files', 'refuse_foreign', 'copy_whole', 'publish']
 
 # %% ../nbs/api/40_pipeline.ipynb #edba623f
 import ast, contextlib, difflib, hashlib, json, math, os, re, shlex, shutil, subprocess, sys, tempfile, time
@@ -178,7 +178,7 @@ def preset_file(
     named = Path(folder)/"presets"/f"{name}.yaml"
     path = named if is_named(str(name)) and named.is_file() else Path(name)
     if path.is_file(): return path
-    known = ", ".join(sorted(p.stem for p in named.parent.glob("*.yaml"))) or "none here"
+    known = ", ".join(sorted(p.stem for p in (Path(folder)/"presets").glob("*.yaml"))) or "none here"
     raise NeuralError(f"no preset called {str(name)!r}; known: {known}, or give a YAML file")
 
 # %% ../nbs/api/40_pipeline.ipynb #readyaml1
@@ -968,11 +968,23 @@ def preset_note(
     folder,  # folder of stages
     run,     # run folder
 ) -> str:    # a name, or the file's path seen from the run
-    "How a run remembers its preset."
+    "How a run remembers its preset (this companion's choice)."
     path = preset_file(preset, folder)
-    if path.parent == Path(folder)/"presets": return path.stem
+    if path.parent == Path(folder)/"presets" and path.suffix == ".yaml" and is_named(path.stem): return path.stem
     way = Path(os.path.relpath(path, Path(run).resolve())).as_posix()
     return way if "/" in way else f"./{way}"
+
+# %% ../nbs/api/40_pipeline.ipynb #presetvalues1
+def noted_preset(
+    note: str,  # as a run remembers it; "" for none
+    folder,     # folder of stages
+    run,        # run folder, made or not
+) -> dict:      # parameter -> value
+    "The values of the preset that a run remembers."
+    if not note: return {}
+    place = note if is_named(note) else os.path.normpath(Path(run).resolve()/note)
+    if not is_named(note) and not Path(place).is_file(): raise NeuralError(f"{run} was made with preset {note}, which is gone; name a preset with --preset")
+    return load_preset(place, folder)
 
 # %% ../nbs/api/40_pipeline.ipynb #plan3
 def given_now(
@@ -1015,7 +1027,7 @@ def plan_run(
     "Decide what one call does, and refuse what it must not do."
     stages, memory, given = find_stages(folder), run_notes(run), given or {}
     note = memory.get("preset", "") if preset is None else preset_note(preset, folder, run)
-    values = load_preset(note if is_named(note) else Path(run).resolve()/note, folder) if note else {}
+    values = noted_preset(note, folder, run)
     usual = values.pop("stages", ())
     chosen = pick_stages(stages, usual if wanted in ((), [], None) else wanted)
     settled = settle_parameters(stages, chosen, values, given, kept_values(run, stages, memory) if preset is None else {})
@@ -1057,8 +1069,7 @@ def add_settings(
     for s in lacking:
         if "settings" in (entry := read_record(run, s.name)): continue
         note = notes.get("preset", "")
-        values = load_preset(note if is_named(note) else Path(run).resolve()/note, folder) if note else {}
-        settings = made_with(entry["parameters"], stage_parameters(s.path), note, values)
+        settings = made_with(entry["parameters"], stage_parameters(s.path), note, noted_preset(note, folder, run))
         write_json(Path(run)/f"{s.name}.json", {**entry, **tell_settings(s, run, entry["parameters"], settings)})
 
 # %% ../nbs/api/40_pipeline.ipynb #pipeline1
