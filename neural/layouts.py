@@ -1070,10 +1070,11 @@ def write_index(
         exclusions.save(drafts[2]); listed = dict(exclusions_sha256=digest_of(drafts[2]))
         there = [f for f in files if os.path.lexists(f)]
         if there: manifest.save(drafts[0], **listed)
+        new = [digest_of(d) for d in drafts] if there else []                  # of a run that was stopped between two files
         if there and all(f in there and f.read_bytes() == d.read_bytes() for f, d in zip(files, drafts)): return 'the same'
     side = read_side(files[0])
-    for f, known in ((files[0], side.get('sha256')), (files[2], side.get('exclusions_sha256'))):
-        if f in there and not force and digest_of(f) != known:
+    for n, known in ((0, side.get('sha256')), (2, side.get('exclusions_sha256'))):
+        if (f := files[n]) in there and not force and digest_of(f) not in (known, new[n]):
             raise NeuralError(f'{f}: is there already, and not as an index of this name wrote it; name another file to write, or replace it with --force')
     make_folder(files[0].parent)
     exclusions.save(files[2]); manifest.save(files[0], **listed)
