@@ -6,15 +6,15 @@
 __all__ = ['IMAGE_SUFFIXES', 'ALIASES', 'TORN', 'NO_REPORTS', 'MESH', 'MESH_PARENTS', 'MESH_UNCODED', 'NIH_COLUMNS', 'NIH',
            'LAYOUTS', 'WHAT_TO_DO', 'followed', 'walk', 'Stems', 'Source', 'open_source', 'locate', 'list_films',
            'label_columns', 'blank_labels', 'bare', 'match_ids', 'refuse_apart', 'join', 'read_labels', 'json_rows',
-           'cell', 'named_labels', 'labels_by_study', 'read_box_table', 'mimic_id', 'mimic_split', 'drop_claimed',
-           'mimic_positions', 'mimic_views', 'mimic_truth', 'mimic_agrees', 'index_mimic', 'mimic_oddities',
-           'mimic_report', 'chexpert_key', 'chexpert_study', 'chexpert_split', 'chexpert_label_key', 'chexpert_labels',
-           'chexpert_rows', 'chexpert_row', 'index_chexpert', 'chexpert_agrees', 'openi_views', 'openi_id', 'coded',
+           'cell', 'named_labels', 'labels_by_study', 'read_box_table', 'mimic_id', 'drop_claimed', 'mimic_split',
+           'mimic_positions', 'mimic_views', 'mimic_truth', 'mimic_agrees', 'mimic_oddities', 'mimic_report',
+           'index_mimic', 'chexpert_key', 'chexpert_study', 'chexpert_split', 'chexpert_label_key', 'chexpert_labels',
+           'chexpert_row', 'chexpert_rows', 'chexpert_agrees', 'index_chexpert', 'openi_views', 'openi_id', 'coded',
            'mesh_labels', 'openi_documents', 'read_views', 'openi_reports', 'index_openi', 'nih_labels',
            'folder_labels', 'folder_table', 'folder_rows', 'plain_path', 'Films', 'folder_views', 'nih_lists',
-           'folder_split', 'FolderRow', 'read_folder', 'folder_study', 'index_folder', 'admit', 'file_hash',
-           'file_hashes', 'hashed', 'resting_collector', 'nothing_found', 'index_dataset', 'index_files',
-           'free_manifest', 'write_index']
+           'folder_split', 'FolderRow', 'folder_row', 'read_folder', 'drop_melted', 'folder_study', 'index_folder',
+           'admit', 'file_hash', 'file_hashes', 'hashed', 'resting_collector', 'nothing_found', 'index_dataset',
+           'index_files', 'free_manifest', 'write_index']
 
 # %% ../nbs/api/01_layouts.ipynb #layoutimports
 import csv, gc, hashlib, json, os, re, sys, tempfile
@@ -29,7 +29,8 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from .study import (LABELS, SPLITS, MAX_REPORT, EVIDENCE_COLUMNS, NeuralError, label_value, Box, View, Study,
-                          view_of, split_of, Exclusions, readable, refuse_overwrite, make_folder, read_side, digest_of, bounded, check_columns, read_table,
+                          view_of, split_of, Exclusions, readable, refuse_overwrite, make_folder, read_side,
+                          digest_of, bounded, check_columns, read_table,
                           check_relative, inside, Manifest, made_here, as_folder, refuse_links, read_xml,
                           xml_sections, tar_xml, said, row_text, report_text)
 
@@ -122,12 +123,15 @@ def open_source(
     main = Path(root).name if Path(root).is_file() else ''
     archive = [main] if main.endswith(('.tgz', '.tar.gz')) else None
     root = as_folder(Path(root).parent if main else root, 'root')
-    named = images is not None and str(images).strip()
-    image_root = as_folder(images if not named or Path(images).is_dir() else root/images, 'image root') if images is not None else root
+    image_root = root
+    if images is not None:
+        here = not str(images).strip() or Path(images).is_dir()
+        image_root = as_folder(images if here else root/images, 'image root')
     files = archive or (walk(root) if image_root == root else walk(root, (image_root,)))
     for k in ('labels', 'views'):
         if options.get(k) is not None: options[k] = locate(root, options[k])
-    return Source(root, image_root, files, walk(image_root, (root,)) if archive or image_root != root else files, main=main, **options)
+    pictures = walk(image_root, (root,)) if archive or image_root != root else files
+    return Source(root, image_root, files, pictures, main=main, **options)
 
 # %% ../nbs/api/01_layouts.ipynb #e2155daa
 def locate(
@@ -148,7 +152,8 @@ def table(self: Source,
 ) -> Path|None:           # where it is; a plain .csv goes before its .gz
     "The one table of this name, under the root or the image root."
     for base, listing in ((self.root, self.files), (self.image_root, self.pictures)):
-        hits = [f for f in listing if f.endswith(('.csv', '.gz', '.json')) and re.fullmatch(pattern, f.rpartition('/')[2]) and not made_here(base/f)]
+        hits = [f for f in listing if f.endswith(('.csv', '.gz', '.json')) and re.fullmatch(pattern, f.rpartition('/')[2])]
+        hits = [f for f in hits if not made_here(base/f)]
         hits = sorted({f.removesuffix('.gz'): f for f in sorted(hits, reverse=True)}.values())
         if len(hits) > 1: hits = [f for f in hits if home and home in f] or hits
         if len(hits) > 1: raise NeuralError(f'{hits[0]!r} and {hits[1]!r}: two tables of one kind; keep one under the root')
@@ -183,7 +188,8 @@ def label_columns(
     found = {c: known[p] for c, p in plain.items() if p in known}
     found |= {c: ALIASES[p] for c, p in plain.items() if p in ALIASES and ALIASES[p] not in found.values()}
     twice = next((label for label, n in Counter(found.values()).items() if n > 1), None)
-    if twice: raise NeuralError(f'label {twice!r} has two columns, {" and ".join(repr(c) for c in found if found[c] == twice)}; keep one')
+    both = ' and '.join(repr(c) for c in found if found[c] == twice)
+    if twice: raise NeuralError(f'label {twice!r} has two columns, {both}; keep one')
     return found
 
 # %% ../nbs/api/01_layouts.ipynb #5ef312df
@@ -211,7 +217,8 @@ def match_ids(
     if len(pairs) in (len(wanted), len(there)): return pairs
     numbers, asked = {}, Counter(map(bare, wanted))
     for t in there: numbers.setdefault(bare(t), []).append(t)
-    return pairs | {w: numbers[b][0] for w in wanted if w not in pairs and asked[b := bare(w)] == 1 and len(numbers.get(b, ())) == 1}
+    clear = lambda number: asked[number] == 1 and len(numbers.get(number, ())) == 1
+    return pairs | {w: numbers[bare(w)][0] for w in wanted if w not in pairs and clear(bare(w))}
 
 # %% ../nbs/api/01_layouts.ipynb #apartfun
 def refuse_apart(
@@ -227,8 +234,8 @@ def refuse_apart(
     if 2*len(pairs) >= min(len(a), len(b)) > 0: return
     matched = set(pairs.values())
     some = lambda ids, gone: ', '.join(repr(i) for i in sorted(i for i in ids if i not in gone)[:3]) or 'none'
-    raise NeuralError(f'{len(pairs)} of {len(a)} {one} agree with the {len(b)} {other}: on the one side {some(a, pairs)}, on the other {some(b, matched)}; '
-                      'make the ids alike, or name the file or folder that belongs to these')
+    raise NeuralError(f'{len(pairs)} of {len(a)} {one} agree with the {len(b)} {other}: on the one side {some(a, pairs)}, '
+                      f'on the other {some(b, matched)}; make the ids alike, or name the file or folder that belongs to these')
 
 # %% ../nbs/api/01_layouts.ipynb #ecbca60c
 def join(
@@ -270,7 +277,8 @@ def json_rows(
     with readable(path.name), open(path, encoding='utf-8-sig') as f:
         for n, line in enumerate(bounded(f, path.name, 2**20), 1):
             try: row = json.loads(line) if line.strip() else {}
-            except (json.JSONDecodeError, RecursionError) as e: raise NeuralError(f'{path.name} line {n}: not JSON; the file holds one object a line') from e
+            except (json.JSONDecodeError, RecursionError) as e:
+                raise NeuralError(f'{path.name} line {n}: not JSON; the file holds one object a line') from e
             if not isinstance(row, dict): raise NeuralError(f'{path.name} line {n}: not a JSON object; the file holds one object a line')
             if row: yield row
 
@@ -332,25 +340,7 @@ def mimic_id(
     "A MIMIC id as a plain number."
     return text if text.isdigit() else bare(text)
 
-def mimic_split(
-    path: Path,         # mimic-cxr-2.0.0-split.csv(.gz)
-    exclusions=None,    # Exclusions: told what is left out
-) -> dict:              # study id -> (patient id, split, [dicom ids])
-    "The official split, by study; a patient in two splits is refused."
-    studies, patients, mixed = {}, {}, {}
-    for n, row in enumerate(read_table(path, ('dicom_id', 'study_id', 'subject_id', 'split')), 2):
-        study, patient, split = mimic_id(row['study_id']), mimic_id(row['subject_id']), row['split'].strip()
-        if patients.setdefault(patient, split) != split:
-            raise NeuralError(f'{path.name} line {n}: the patient of study {study} is in two splits, {patients[patient]} and {split}; fetch the file again')
-        old = studies.setdefault(study, (patient, split, []))
-        if old[0] != patient: mixed[study] = f'{path.name} line {n}'
-        old[2].append(row['dicom_id'].strip())
-    for study, where in mixed.items():
-        del studies[study]
-        if exclusions is not None: exclusions.add(study, 'one study, two patients', where)
-    drop_claimed({s: ids for s, (_, _, ids) in studies.items()}, exclusions)
-    return studies
-
+# %% ../nbs/api/01_layouts.ipynb #mimicclaim
 def drop_claimed(
     films: dict,      # study id -> [film ids], changed in place
     exclusions=None,  # Exclusions: told what is dropped
@@ -362,6 +352,27 @@ def drop_claimed(
         for f in dict.fromkeys(i for i in ids if owners[i] > 1):
             if exclusions is not None: exclusions.add(study, 'radiograph claimed by two studies', f, 'radiograph')
         ids[:] = dict.fromkeys(i for i in ids if owners[i] == 1)
+
+# %% ../nbs/api/01_layouts.ipynb #mimicsplit
+def mimic_split(
+    path: Path,         # mimic-cxr-2.0.0-split.csv(.gz)
+    exclusions=None,    # Exclusions: told what is left out
+) -> dict:              # study id -> (patient id, split, [dicom ids])
+    "The official split, by study; a patient in two splits is refused."
+    studies, patients, mixed = {}, {}, {}
+    for n, row in enumerate(read_table(path, ('dicom_id', 'study_id', 'subject_id', 'split')), 2):
+        study, patient, split = mimic_id(row['study_id']), mimic_id(row['subject_id']), row['split'].strip()
+        if patients.setdefault(patient, split) != split:
+            raise NeuralError(f'{path.name} line {n}: the patient of study {study} is in two splits, {patients[patient]} and '
+                              f'{split}; fetch the file again')
+        old = studies.setdefault(study, (patient, split, []))
+        if old[0] != patient: mixed[study] = f'{path.name} line {n}'
+        old[2].append(row['dicom_id'].strip())
+    for study, where in mixed.items():
+        del studies[study]
+        if exclusions is not None: exclusions.add(study, 'one study, two patients', where)
+    drop_claimed({s: ids for s, (_, _, ids) in studies.items()}, exclusions)
+    return studies
 
 # %% ../nbs/api/01_layouts.ipynb #posfun
 def mimic_positions(
@@ -396,8 +407,9 @@ def mimic_truth(
     return masks
 
 # %% ../nbs/api/01_layouts.ipynb #mjfun
-NO_REPORTS = ('MIMIC-CXR: no report (s<study>.txt) under the root; they come apart, in mimic-cxr-reports.zip: unpack it and name its folder first, '
-              '`neural index mimic-cxr REPORTS --images FILMS`, or keep the films without words by --allow-no-report')
+NO_REPORTS = ('MIMIC-CXR: no report (s<study>.txt) under the root; they come apart, in mimic-cxr-reports.zip: unpack it '
+              'and name its folder first, `neural index mimic-cxr REPORTS --images FILMS`, or keep the films without '
+              'words by --allow-no-report')
 
 def mimic_agrees(
     src: Source,         # told what the split file lacks
@@ -409,7 +421,8 @@ def mimic_agrees(
     "Refuses a MIMIC tree whose parts do not belong together; lists what lies on disk but not in the split file."
     films = {d: study for study, (_, _, ids) in table.items() for d in ids}
     notes = {r[1:] for r in reports.found if r[:1] == 's' and r[1:].isdigit()}
-    if not pictures.found: raise NeuralError('MIMIC-CXR: no film (.dcm, .png, .jpg) under the root; name their folder with --images')
+    if not pictures.found:
+        raise NeuralError('MIMIC-CXR: no film (.dcm, .png, .jpg) under the root; name their folder with --images')
     if not notes and src.need_report: raise NeuralError(NO_REPORTS)
     refuse_apart('films of the split file', films, 'rows of the metadata', position)
     refuse_apart('films of the split file', films, 'films on disk', pictures.found)
@@ -424,26 +437,6 @@ def mimic_agrees(
     for study in sorted(lost - out): src.exclusions.add(study, 'not in the split file')
 
 # %% ../nbs/api/01_layouts.ipynb #20f3a19c
-def index_mimic(
-    src: Source,         # a MIMIC-CXR or MIMIC-CXR-JPG tree
-) -> Iterator[Study]:    # candidates; views may be empty
-    "The studies of MIMIC-CXR, the first cohort of NEURAL."
-    table = mimic_split(src.table(r'mimic-cxr-[\d.]+-split\.csv(\.gz)?'), src.exclusions)
-    position = mimic_positions(src.table(r'mimic-cxr-[\d.]+-metadata\.csv(\.gz)?'))
-    names = [rf'mimic-cxr-[\d.]+-{who}\.csv(\.gz)?' for who in ('chexpert', 'negbio')]
-    labels = named_labels(src, src.labels or src.table(names[0], needed=False) or src.table(names[1]))
-    pictures, reports = Stems(p for p in src.pictures if not p.startswith('truth/')), Stems(src.files, ('.txt',))
-    mimic_agrees(src, table, position, pictures, reports)
-    labels = labels_by_study(src, table, labels)
-    truth = src.root/'truth/boxes.csv'; masks, boxes = mimic_truth(src), read_box_table(truth if truth.is_file() else None, 'dicom_id')
-    for study, (patient, split, dicoms) in sorted(table.items()):
-        views = [replace(v, boxes=boxes[d]) if boxes and (d := PurePosixPath(v.image).stem) in boxes else v for v in mimic_views(dicoms, position, pictures)]
-        mimic_oddities(src, study, dicoms, position, pictures)
-        if views and not any(v.view == 'frontal' for v in views) and any(not v.view for v in views):
-            src.exclusions.add(study, 'no known frontal', 'ViewPosition is blank or neither PA nor AP'); continue
-        if views: views[0] = replace(views[0], masks=tuple(masks.get(study, ())))
-        yield Study(study, patient, split, tuple(views), mimic_report(src, study, reports), labels.get(study) or blank_labels(src.extra_labels))
-
 def mimic_oddities(
     src: Source,       # told
     study: str,        # a study
@@ -454,8 +447,10 @@ def mimic_oddities(
     "Lists the films of a study that are not on disk, or twice, or have no row in the metadata."
     list_films(src, study, dicoms, pictures)
     for d in dicoms:
-        if d not in position and pictures.find(d): src.exclusions.add(study, 'radiograph without a metadata row: view unknown', d, 'radiograph')
+        if d not in position and pictures.find(d):
+            src.exclusions.add(study, 'radiograph without a metadata row: view unknown', d, 'radiograph')
 
+# %% ../nbs/api/01_layouts.ipynb #mimicrep
 def mimic_report(
     src: Source,       # told
     study: str,        # a study
@@ -465,10 +460,36 @@ def mimic_report(
     name = f's{study}'
     if name not in reports.twice: return reports.find(name)
     first, other = (src.root/p for p in (reports.found[name][1], reports.twice[name]))
-    with readable(name): same = first.stat().st_size == other.stat().st_size <= MAX_REPORT and first.read_bytes() == other.read_bytes()
-    if same: return reports.found[name][1]
+    with readable(name):
+        short = first.stat().st_size == other.stat().st_size <= MAX_REPORT
+        if short and first.read_bytes() == other.read_bytes(): return reports.found[name][1]
     src.exclusions.add(study, 'two reports of one name', '', 'report')
     return ''
+
+# %% ../nbs/api/01_layouts.ipynb #mimicidx
+def index_mimic(
+    src: Source,         # a MIMIC-CXR or MIMIC-CXR-JPG tree
+) -> Iterator[Study]:    # candidates; views may be empty
+    "The studies of MIMIC-CXR, the first cohort of NEURAL."
+    table = mimic_split(src.table(r'mimic-cxr-[\d.]+-split\.csv(\.gz)?'), src.exclusions)
+    position = mimic_positions(src.table(r'mimic-cxr-[\d.]+-metadata\.csv(\.gz)?'))
+    names = [rf'mimic-cxr-[\d.]+-{who}\.csv(\.gz)?' for who in ('chexpert', 'negbio')]
+    labels = named_labels(src, src.labels or src.table(names[0], needed=False) or src.table(names[1]))
+    pictures = Stems(p for p in src.pictures if not p.startswith('truth/'))
+    reports = Stems(src.files, ('.txt',))
+    mimic_agrees(src, table, position, pictures, reports)
+    labels = labels_by_study(src, table, labels)
+    truth, masks = src.root/'truth/boxes.csv', mimic_truth(src)
+    boxes = read_box_table(truth if truth.is_file() else None, 'dicom_id')
+    for study, (patient, split, dicoms) in sorted(table.items()):
+        views = list(mimic_views(dicoms, position, pictures))
+        if boxes: views = [replace(v, boxes=boxes.get(PurePosixPath(v.image).stem, ())) for v in views]
+        mimic_oddities(src, study, dicoms, position, pictures)
+        if views and not any(v.view == 'frontal' for v in views) and any(not v.view for v in views):
+            src.exclusions.add(study, 'no known frontal', 'ViewPosition is blank or neither PA nor AP'); continue
+        if views: views[0] = replace(views[0], masks=tuple(masks.get(study, ())))
+        report, known = mimic_report(src, study, reports), labels.get(study)
+        yield Study(study, patient, split, tuple(views), report, known or blank_labels(src.extra_labels))
 
 # %% ../nbs/api/01_layouts.ipynb #95b860bb
 def chexpert_key(
@@ -502,7 +523,8 @@ def chexpert_label_key(
 ) -> str:       # study id; a path that is none of CheXpert's stays as it is, and agrees with no study
     "Which study a label row speaks of: by path, or by `study_id` in the form patient1_study1."
     path = row.get('path_to_image') or row.get('Path')
-    if path is None and 'study_id' not in row: raise NeuralError(f'labels: need a column path_to_image, Path or study_id; found {", ".join(row)}')
+    if path is None and 'study_id' not in row:
+        raise NeuralError(f'labels: need a column path_to_image, Path or study_id; found {", ".join(row)}')
     try: return chexpert_study(str(path)) if path else str(row.get('study_id') or '').strip()
     except NeuralError: return str(path)
 
@@ -511,32 +533,14 @@ def chexpert_labels(
 ) -> dict:        # study id -> labels
     "Labels of CheXpert Plus: those of the impression, else of the findings, else of the whole report."
     names = 'impression|findings|report'.split('|')
-    path = src.labels or next(filter(None, (src.table(rf'{n}_fixed\.json', needed=False, home='chexbert') for n in names)), None)
-    if path is None: raise NeuralError('CheXpert Plus: no chexbert_labels/impression_fixed.json under the root; fetch it, or name a labels file')
+    ours = (src.table(rf'{n}_fixed\.json', needed=False, home='chexbert') for n in names)
+    path = src.labels or next(filter(None, ours), None)
+    if path is None:
+        raise NeuralError('CheXpert Plus: no chexbert_labels/impression_fixed.json under the root; fetch it, or name a labels file')
     src.label_source = path.name
     return read_labels(path, chexpert_label_key, src.extra_labels, src.exclusions)
 
 # %% ../nbs/api/01_layouts.ipynb #5e572102
-def chexpert_rows(
-    src: Source,     # told what is left out
-    table: Path,     # df_chexpert_plus_240401.csv
-) -> dict:           # study id -> its patient, split, report, views and film keys
-    "The rows of a CheXpert Plus table, by study."
-    name, studies, patients, mixed = table.name, {}, {}, {}
-    for n, row in enumerate(read_table(table, ('path_to_image', 'deid_patient_id', 'frontal_lateral', 'split')), 2):
-        path, patient, official = row['path_to_image'], row['deid_patient_id'].strip(), row['split'].strip().lower()
-        try: study, key = chexpert_study(path), chexpert_key(path)
-        except NeuralError: src.exclusions.add(f'row {n}', 'path is not split/patient/study/view', name); continue
-        if not patient: src.exclusions.add(study, 'no patient id', f'{name} row {n}'); continue
-        if patients.setdefault(patient, official) != official:
-            raise NeuralError(f'{name} row {n}: the patient of {path!r} is in two splits; fetch the file again')
-        s = studies.setdefault(study, dict(patient=patient, split=chexpert_split(official, patient, src.salt), report='', views=[], keys={}, texts=set(), front=False))
-        if s['patient'] != patient: mixed[study] = f'{name} row {n}'
-        elif key in s['keys']: src.notes['rows repeated'] += 1
-        else: chexpert_row(s, row, key)
-    for study, where in mixed.items(): del studies[study]; src.exclusions.add(study, 'one study, two patients', where)
-    return studies
-
 def chexpert_row(
     s: dict,     # a study so far, changed in place
     row: dict,   # a new row of it
@@ -551,22 +555,29 @@ def chexpert_row(
     s['report'], s['front'] = path, view == 'frontal'
     s['whole'] = not any(said(row.get(f'section_{c}')) for c in EVIDENCE_COLUMNS)
 
-def index_chexpert(
-    src: Source,         # a CheXpert Plus tree
-) -> Iterator[Study]:    # candidates; views may be empty
-    "The studies of CheXpert Plus, the second cohort of NEURAL."
-    table = src.table(r'df_chexpert_plus_\d+\.csv'); name = table.relative_to(src.root).as_posix() if table.is_relative_to(src.root) else None
-    if name is None: raise NeuralError(f'{table.name}: holds the reports and must lie under the root; move it there, or name its folder as the root')
-    labels, pictures, studies = chexpert_labels(src), Stems(src.pictures, key=chexpert_key), chexpert_rows(src, table)
-    chexpert_agrees(src, studies, pictures)
-    labels = labels_by_study(src, studies, labels)
-    for study, s in sorted(studies.items()):
-        list_films(src, study, s['keys'], pictures)
-        found = sorted((not_pa, file, view) for k, (not_pa, view) in s['keys'].items() if (file := pictures.find(k)))
-        src.notes['studies whose rows differ in the report: that of the frontal is read'] += len(s['texts']) > 1
-        src.notes['reports read as a whole: findings and impression are blank'] += s.get('whole', False)
-        yield Study(study, s['patient'], s['split'], tuple(View(f, v) for _, f, v in found), f'{name}#{s["report"]}' if s['report'] else '', labels.get(study) or blank_labels(src.extra_labels))
+# %% ../nbs/api/01_layouts.ipynb #plusrows
+def chexpert_rows(
+    src: Source,     # told what is left out
+    table: Path,     # df_chexpert_plus_240401.csv
+) -> dict:           # study id -> its patient, split, report, views and film keys
+    "The rows of a CheXpert Plus table, by study."
+    name, studies, patients, mixed = table.name, {}, {}, {}
+    for n, row in enumerate(read_table(table, ('path_to_image', 'deid_patient_id', 'frontal_lateral', 'split')), 2):
+        path, patient, official = row['path_to_image'], row['deid_patient_id'].strip(), row['split'].strip().lower()
+        try: study, key = chexpert_study(path), chexpert_key(path)
+        except NeuralError: src.exclusions.add(f'row {n}', 'path is not split/patient/study/view', name); continue
+        if not patient: src.exclusions.add(study, 'no patient id', f'{name} row {n}'); continue
+        if patients.setdefault(patient, official) != official:
+            raise NeuralError(f'{name} row {n}: the patient of {path!r} is in two splits; fetch the file again')
+        new = dict(patient=patient, split=chexpert_split(official, patient, src.salt), report='', keys={}, texts=set(), front=False)
+        s = studies.setdefault(study, new)
+        if s['patient'] != patient: mixed[study] = f'{name} row {n}'
+        elif key in s['keys']: src.notes['rows repeated'] += 1
+        else: chexpert_row(s, row, key)
+    for study, where in mixed.items(): del studies[study]; src.exclusions.add(study, 'one study, two patients', where)
+    return studies
 
+# %% ../nbs/api/01_layouts.ipynb #plusagree
 def chexpert_agrees(
     src: Source,       # told what the table lacks
     studies: dict,     # from `chexpert_rows`
@@ -574,7 +585,8 @@ def chexpert_agrees(
 ):
     "Refuses a tree whose films are not those of the table; lists what lies on disk but not in the table."
     films, lost = {k for s in studies.values() for k in s['keys']}, set()
-    if not pictures.found: raise NeuralError('CheXpert Plus: no film (.png, .dcm) under the root; name their folder with --images')
+    if not pictures.found:
+        raise NeuralError('CheXpert Plus: no film (.png, .dcm) under the root; name their folder with --images')
     refuse_apart('films of the table', films, 'films on disk', pictures.found)
     for k in sorted(pictures.found.keys() - films):
         parts = k.split('/'); study = '_'.join(parts[1:3])
@@ -582,6 +594,26 @@ def chexpert_agrees(
         elif len(parts) == 4 and parts[2].startswith('study'): lost.add(study)
         else: src.notes['images on disk that the table lacks'] += 1
     for study in sorted(lost - {s for s, *_ in src.exclusions}): src.exclusions.add(study, 'not in the table')
+
+# %% ../nbs/api/01_layouts.ipynb #plusidx
+def index_chexpert(
+    src: Source,         # a CheXpert Plus tree
+) -> Iterator[Study]:    # candidates; views may be empty
+    "The studies of CheXpert Plus, the second cohort of NEURAL."
+    table = src.table(r'df_chexpert_plus_\d+\.csv')
+    if not table.is_relative_to(src.root):
+        raise NeuralError(f'{table.name}: holds the reports and must lie under the root; move it there, or name its folder first')
+    name, labels = table.relative_to(src.root).as_posix(), chexpert_labels(src)
+    pictures, studies = Stems(src.pictures, key=chexpert_key), chexpert_rows(src, table)
+    chexpert_agrees(src, studies, pictures)
+    labels = labels_by_study(src, studies, labels)
+    for study, s in sorted(studies.items()):
+        list_films(src, study, s['keys'], pictures)
+        found = sorted((not_pa, file, view) for k, (not_pa, view) in s['keys'].items() if (file := pictures.find(k)))
+        src.notes['studies whose rows differ in the report: that of the frontal is read'] += len(s['texts']) > 1
+        src.notes['reports read as a whole: findings and impression are blank'] += s.get('whole', False)
+        views, report = tuple(View(f, v) for _, f, v in found), f'{name}#{s["report"]}' if s['report'] else ''
+        yield Study(study, s['patient'], s['split'], views, report, labels.get(study) or blank_labels(src.extra_labels))
 
 # %% ../nbs/api/01_layouts.ipynb #cca3ca9b
 def openi_views(
@@ -695,11 +727,13 @@ def openi_reports(
             else: torn[study] = ref
             continue
         ids, digests[study] = [openi_id(e.get('id', '')) for e in root.iter('parentImage')], hash(data)
-        found[study] = (ref if xml_sections(root) else '', list(dict.fromkeys(ids)), [e.text or '' for e in root.iter('major')])
+        majors = [e.text or '' for e in root.iter('major')]
+        found[study] = (ref if xml_sections(root) else '', list(dict.fromkeys(ids)), majors)
     for study, ref in torn.items(): del found[study]; src.exclusions.add(study, 'one id, two reports', ref)
     drop_claimed({s: ids for s, (_, ids, _) in found.items()}, src.exclusions)
     return found
 
+# %% ../nbs/api/01_layouts.ipynb #openiidx
 def index_openi(
     src: Source,         # Open-i: XML plus images found by their id
 ) -> Iterator[Study]:    # candidates; views may be empty
@@ -708,7 +742,8 @@ def index_openi(
     known, src.label_source = read_views(table) if table else None, 'MeSH, coded by hand'
     given, pictures, reports = named_labels(src), Stems(src.pictures, key=openi_id), openi_reports(src)
     films = {i for _, ids, _ in reports.values() for i in ids}
-    if not pictures.found: raise NeuralError('Open-i: no film (.png, .jpg, .dcm) under the root; name their folder with --images')
+    if not pictures.found:
+        raise NeuralError('Open-i: no film (.png, .jpg, .dcm) under the root; name their folder with --images')
     refuse_apart('films of the reports', films, 'films on disk', pictures.found)
     if known is not None: refuse_apart('films of the reports', films, f'rows of {table.name}', known)
     given = None if given is None else labels_by_study(src, reports, given)
@@ -717,15 +752,18 @@ def index_openi(
         list_films(src, study, ids, pictures)
         views = tuple(View(file, view) for i, view in zip(ids, guess) if (file := pictures.find(i)))
         src.notes['radiographs of unknown view'] += sum(not v.view for v in views)
-        labels = mesh_labels(majors, src.extra_labels) if given is None else given.get(study) or blank_labels(src.extra_labels)
+        if given is None: labels = mesh_labels(majors, src.extra_labels)
+        else: labels = given.get(study) or blank_labels(src.extra_labels)
         yield Study(study, study, split_of(study, src.fractions, src.salt), views, ref, labels)
     src.notes['images on disk that no report names'] += len(pictures.found.keys() - films)
 
 # %% ../nbs/api/01_layouts.ipynb #nihfun
-NIH_COLUMNS = {'image index': 'image', 'patient id': 'patient_id', 'view position': 'view', 'finding labels': 'finding_labels'}
-NIH = {'no finding': 'No Finding', 'cardiomegaly': 'Cardiomegaly', 'effusion': 'Pleural Effusion', 'infiltration': 'Lung Opacity', 'mass': 'Lung Lesion', 'nodule': 'Lung Lesion',
-       'pneumonia': 'Pneumonia', 'pneumothorax': 'Pneumothorax', 'consolidation': 'Consolidation', 'edema': 'Edema', 'atelectasis': 'Atelectasis', 'pleural thickening': 'Pleural Other',
-       'emphysema': None, 'fibrosis': None, 'hernia': None}
+NIH_COLUMNS = {'image index': 'image', 'patient id': 'patient_id', 'view position': 'view',
+               'finding labels': 'finding_labels'}
+NIH = {'no finding': 'No Finding', 'cardiomegaly': 'Cardiomegaly', 'effusion': 'Pleural Effusion', 'edema': 'Edema',
+       'infiltration': 'Lung Opacity', 'mass': 'Lung Lesion', 'nodule': 'Lung Lesion', 'pneumonia': 'Pneumonia',
+       'pneumothorax': 'Pneumothorax', 'consolidation': 'Consolidation', 'atelectasis': 'Atelectasis',
+       'pleural thickening': 'Pleural Other', 'emphysema': None, 'fibrosis': None, 'hernia': None}
 
 def nih_labels(
     findings: str,    # 'Effusion|Mass', 'No Finding' or ''
@@ -738,8 +776,8 @@ def nih_labels(
     if odd: raise NeuralError(f'{where}: finding {odd!r} is none of ChestX-ray14; use label columns instead'.lstrip(': '))
     labels, named = blank_labels(extra), {NIH[w] for w in words}
     if words: labels |= {label: float(label in named) for label in NIH.values() if label}
-    for parent, children in MESH_PARENTS.items():
-        if labels[parent] == 0 and any(labels[c] == 1 for c in children): labels[parent] = None     # an edema is an opacity
+    for parent, children in MESH_PARENTS.items():                        # an edema is an opacity
+        if labels[parent] == 0 and any(labels[c] == 1 for c in children): labels[parent] = None
     return labels
 
 # %% ../nbs/api/01_layouts.ipynb #0cc96618
@@ -760,23 +798,28 @@ def folder_labels(
 def folder_table(
     src: Source,  # a folder
 ) -> Path:        # its table
-    "The CSV of a folder: the one that was named, or manifest.csv, or the only one at its top beside boxes.csv and what an index wrote."
+    "The CSV of a folder: the one that was named, or manifest.csv, or the only one that is neither boxes.csv nor ours."
     if src.main: return src.root/src.main
-    tops = [f for f in src.files if '/' not in f and f.lower().endswith('.csv') and f != 'boxes.csv' and not made_here(src.root/f)]
+    tops = [f for f in src.files if '/' not in f and f.lower().endswith('.csv') and f != 'boxes.csv']
+    tops = [f for f in tops if not made_here(src.root/f)]
     if 'manifest.csv' not in tops and len(tops) != 1:
-        raise NeuralError(f'folder: {len(tops)} CSV files at the top of the root, none named manifest.csv; name the one to read in place of the folder')
+        raise NeuralError(f'folder: {len(tops)} CSV files at the top of the root, none named manifest.csv; '
+                          'name the one to read in place of the folder')
     return src.root/('manifest.csv' if 'manifest.csv' in tops else tops[0])
 
+# %% ../nbs/api/01_layouts.ipynb #folderrows
 def folder_rows(
     table: Path,              # the CSV
     need_report: bool=True,   # False: it may lack the column report_text
 ) -> Iterator[dict]:          # its rows, under our column names
     "The rows of a folder's table; those of NIH ChestX-ray14 under our names."
-    names = None
+    names, need = None, ('image', 'patient_id', *(('report_text',) if need_report else ()))
+    ours = lambda column: NIH_COLUMNS.get(' '.join(column.lower().split()), column)
     for row in read_table(table):
-        names = names or check_columns([NIH_COLUMNS.get(' '.join(c.lower().split()), c) for c in row], ('image', 'patient_id', *(('report_text',) if need_report else ())), table.name)
+        names = names or check_columns([ours(c) for c in row], need, table.name)
         yield dict(zip(names, row.values()))
-    if names is None: raise NeuralError(f'{table.name}: holds no row; it needs one per radiograph, under image, report_text and patient_id')
+    if names is None:
+        raise NeuralError(f'{table.name}: holds no row; it needs one per radiograph, under image, report_text and patient_id')
 
 # %% ../nbs/api/01_layouts.ipynb #e16a6218
 def plain_path(
@@ -786,6 +829,7 @@ def plain_path(
     "A path as it is listed on disk; one that leaves the root is refused with its row."
     return PurePosixPath(check_relative(text.strip(), where)).as_posix()
 
+# %% ../nbs/api/01_layouts.ipynb #folderfilms
 class Films:
     "Where the images of a folder lie (this companion's choice)."
     def __init__(self,
@@ -805,6 +849,7 @@ class Films:
             for p in self.src.pictures: self.names[name] = '' if (name := p.rpartition('/')[2]) in self.names else p
         return self.names.get(image, '')
 
+# %% ../nbs/api/01_layouts.ipynb #folderviews
 def folder_views(
     row: dict,     # of the CSV
     src: Source,   # counts masks that are not there
@@ -827,19 +872,23 @@ def nih_lists(
     out = {}
     for name, split in (('test_list.txt', 'test'), ('train_val_list.txt', 'train')):
         if name not in src.files: return {}
-        with readable(name), open(src.root/name, encoding='utf-8-sig') as f: out |= {line.strip(): split for line in bounded(f, name, 2**12) if line.strip()}
+        with readable(name), open(src.root/name, encoding='utf-8-sig') as f:
+            out |= {line.strip(): split for line in bounded(f, name, 2**12) if line.strip()}
     return out
 
+# %% ../nbs/api/01_layouts.ipynb #foldersplit
 def folder_split(
     row: dict,        # of the CSV
     src: Source,      # holds fractions, salt
     where: str,       # for messages
-    lists: dict={},   # from `nih_lists`
+    lists: dict=None, # from `nih_lists`
 ) -> str:             # 'train', 'validate' or 'test'
     "The split a row names, else that of the official lists, else the hash of its patient."
     patient = row['patient_id'].strip()
     if 'split' not in row and lists:
-        if row['image'] not in lists: raise NeuralError(f'{where}: image {row["image"]!r} is in neither list beside the table; remove the lists, or add a column split')
+        if row['image'] not in lists:
+            raise NeuralError(f'{where}: image {row["image"]!r} is in neither list beside the table; remove the lists, or add a '
+                              'column split')
         return 'test' if lists[row['image']] == 'test' else split_of(patient, (0.875, 0.125, 0.), src.salt)
     if 'split' not in row: return split_of(patient, src.fractions, src.salt)
     name = {'val': 'validate', 'valid': 'validate', 'validation': 'validate'}.get(row['split'].strip().lower(), row['split'].strip().lower())
@@ -858,33 +907,55 @@ class FolderRow:
     text: int       # hash of its report, 0 for none
     labels: dict    # of this row
 
+# %% ../nbs/api/01_layouts.ipynb #readfolder
+def folder_row(
+    row: dict,       # of the table
+    src: Source,     # counts views that are no words for one
+    where: str,      # for messages
+    find: Callable,  # row -> its views
+    columns: dict,   # column -> label
+    lists: dict,     # from `nih_lists`
+) -> FolderRow:      # read
+    "One row of a folder's table, read."
+    text, view = row_text(row) if 'report_text' in row else '', row.get('view', '').strip()
+    src.notes['views that are no word for frontal or lateral: unknown'] += bool(view) and not view_of(view)
+    labels = folder_labels(row, columns, where, src.extra_labels)
+    return FolderRow(where, row['patient_id'], folder_split(row, src, where, lists), row['image'], find(row), hash(text) if text else 0, labels)
+
 def read_folder(
     src: Source,     # told what is left out
     table: Path,     # the CSV
 ) -> dict:           # study id -> its rows
     "The rows of a folder's table, by study."
-    studies, patients, odd, columns = {}, {}, [], None
-    boxes = {PurePosixPath(k).as_posix(): v for k, v in read_box_table(src.root/'boxes.csv' if 'boxes.csv' in src.files else None, 'image').items()}
-    films, lists = Films(src), nih_lists(src)
+    studies, splits, odd, columns, boxes = {}, {}, [], None, read_box_table(src.root/'boxes.csv' if 'boxes.csv' in src.files else None, 'image')
+    boxes, films, lists = {PurePosixPath(k).as_posix(): v for k, v in boxes.items()}, Films(src), nih_lists(src)
     for n, row in enumerate(folder_rows(table, src.need_report), 2):
-        where, columns = f'{table.name} row {n}', columns if columns is not None else label_columns(row, src.extra_labels)
-        row['patient_id'] = patient = re.sub(r'^(\d+)\.0*$', r'\1', said(row['patient_id']))
+        where, columns = f'{table.name} row {n}', label_columns(row, src.extra_labels) if columns is None else columns
+        row['patient_id'] = re.sub(r'^(\d+)\.0*$', r'\1', said(row['patient_id']))
         image = plain_path(row['image'], where) if row['image'].strip() else ''
         study = (row.get('study_id') or '').strip() or PurePosixPath(image).stem or f'row {n}'
-        if not patient or not image: odd.append((study, 'no patient id' if image else 'no image named', where)); continue
-        split = folder_split(row, src, where, lists)
-        if patients.setdefault(patient, split) != split:
-            raise NeuralError(f'{where}: study {study}: its patient is in two splits, {patients[patient]} and {split}; give a patient one split')
-        text, view = row_text(row) if 'report_text' in row else '', row.get('view', '').strip()
-        src.notes['views that are no word for frontal or lateral: unknown'] += bool(view) and not view_of(view)
-        studies.setdefault(study, []).append(FolderRow(where, patient, split, row['image'], folder_views(row, src, films, boxes, where), hash(text) if text else 0,
-                                                       folder_labels(row, columns, where, src.extra_labels)))
+        if image and row['patient_id']:
+            r = folder_row(row, src, where, lambda row: folder_views(row, src, films, boxes, where), columns, lists)
+            if splits.setdefault(r.patient, r.split) != r.split:
+                raise NeuralError(f'{where}: study {study}: its patient is in two splits, {splits[r.patient]} and {r.split}; give a patient one split')
+            studies.setdefault(study, []).append(r)
+        else: odd.append((study, 'no patient id' if image else 'no image named', where))
     for study, reason, where in odd: src.exclusions.add(study, reason, where, 'radiograph' if study in studies else 'study')
-    src.notes['boxes of no radiograph'] += len(boxes.keys() - {PurePosixPath(r.image.strip()).as_posix() for rows in studies.values() for r in rows})
-    if not any(len(rows) > 1 for rows in studies.values()) or 'study_id' in row: return studies
-    for study, rows in list(studies.items()):
-        if len({r.text for r in rows} - {0}) > 1 and len({r.patient for r in rows}) == 1: del studies[study]; src.exclusions.add(study, 'one image name, two reports', f'{rows[1].where}: add a column study_id')
+    named = {PurePosixPath(r.image.strip()).as_posix() for rows in studies.values() for r in rows}
+    src.notes['boxes of no radiograph'] += len(boxes.keys() - named)
+    if 'study_id' not in row: drop_melted(src, studies)
     return studies
+
+# %% ../nbs/api/01_layouts.ipynb #dropmelted
+def drop_melted(
+    src: Source,     # told what is left out
+    studies: dict,   # study id -> its rows, named by the stem of an image; changed in place
+):
+    "Where a stem alone names a study, one patient with two reports under it had two exams."
+    for study, rows in list(studies.items()):
+        if len({r.text for r in rows} - {0}) < 2 or len({r.patient for r in rows}) > 1: continue
+        del studies[study]
+        src.exclusions.add(study, 'one image name, two reports', f'{rows[1].where}: add a column study_id')
 
 # %% ../nbs/api/01_layouts.ipynb #folderstudy
 def folder_study(
@@ -905,12 +976,13 @@ def folder_study(
     if torn: src.exclusions.add(study, TORN, ', '.join(torn), 'label')
     return Study(study, rows[0].patient, rows[0].split, views, f'{table}#{told[0].image}' if told else '', labels)
 
+# %% ../nbs/api/01_layouts.ipynb #folderidx
 def index_folder(
     src: Source,         # a folder with its own CSV
 ) -> Iterator[Study]:    # candidates; views may be empty
     "The studies of a folder described by one CSV."
     table = folder_table(src); src.label_source = f'columns of {table.name}'
-    if '#' in table.name: raise NeuralError(f"{table.name}: a '#' in its name would be read as the mark of a row; rename it")
+    if '#' in table.name: raise NeuralError(f"{table.name}: a '#' in its name is read as the mark of a row; rename it")
     given, studies = named_labels(src), read_folder(src, table)
     films = {}
     for study, rows in studies.items():
@@ -918,11 +990,14 @@ def index_folder(
     claimed = {s for owners in films.values() if len(owners) > 1 for s in owners}
     disk = [p for p in src.pictures if p.lower().endswith(IMAGE_SUFFIXES)]
     if disk: refuse_apart('films of the table', films, 'films on disk', disk, {f: f for f in films if f[:1] != '?'})
-    src.notes['images on disk that the table lacks'] += len(set(disk) - films.keys() - {m for rows in studies.values() for r in rows for v in r.views for m in v.masks})
+    masks = {m for rows in studies.values() for r in rows for v in r.views for m in v.masks}
+    src.notes['images on disk that the table lacks'] += len(set(disk) - films.keys() - masks)
     given = None if given is None else labels_by_study(src, studies, given)
     for study, rows in studies.items():
-        if len({r.patient for r in rows}) > 1: src.exclusions.add(study, 'one study, two patients', rows[-1].where); continue
-        if study in claimed: src.exclusions.add(study, 'radiograph claimed by two studies', rows[0].where); continue
+        mixed = len({r.patient for r in rows}) > 1
+        if mixed or study in claimed:
+            src.exclusions.add(study, 'one study, two patients' if mixed else 'radiograph claimed by two studies', rows[-1].where)
+            continue
         s = folder_study(src, study, rows, table.name)
         yield s if given is None else replace(s, labels=given.get(study) or blank_labels(src.extra_labels))
 
@@ -993,7 +1068,7 @@ def resting_collector():
     finally: before and gc.enable()
 
 # %% ../nbs/api/01_layouts.ipynb #nofun
-WHAT_TO_DO = {'missing report': 'name the folder of the reports as the root, or keep films without words by --allow-no-report',
+WHAT_TO_DO = {'missing report': 'name the folder of the reports first, or keep films without words by --allow-no-report',
               'missing image': 'name the folder of the films with --images', 'only laterals': 'check the views',
               'radiograph lies twice on disk': 'name one folder of films with --images'}
 
@@ -1004,7 +1079,8 @@ def nothing_found(
     "Why an index holds no study, and what to do."
     reasons = src.exclusions.counts() | dict(Counter(p[1] for p in src.exclusions.parts))
     told = ', '.join(f'{n} {reason}' for reason, n in reasons.items()) or 'nothing was left out either'
-    return f'no study found in {src.root.name!r} as {layout} ({told}); {next((WHAT_TO_DO[r] for r in reversed(reasons) if r in WHAT_TO_DO), "check the layout and the folder")}'
+    advice = next((WHAT_TO_DO[r] for r in reversed(reasons) if r in WHAT_TO_DO), 'check the layout and the folder')
+    return f'no study found in {src.root.name!r} as {layout} ({told}); {advice}'
 
 # %% ../nbs/api/01_layouts.ipynb #76f2d6c5
 def index_dataset(
@@ -1022,10 +1098,13 @@ def index_dataset(
 ) -> tuple:                      # (Manifest, Exclusions)
     "Indexes a dataset: one walk, one manifest, every exclusion counted."
     if layout not in LAYOUTS: raise NeuralError(f'layout {layout!r} is not known; use one of {", ".join(LAYOUTS)}')
-    if views is not None and layout != 'open-i': raise NeuralError(f'a table of views is for open-i; {layout} names the views in its own tables')
-    if isinstance(extra_labels, str) or not all(str(x).strip() for x in extra_labels): raise NeuralError(f'extra labels {extra_labels!r}: give a list of names, none blank')
-    split_of('', tuple(fractions))
-    src = open_source(root, images, labels=labels, views=views, extra_labels=tuple(extra_labels), need_report=need_report, fractions=tuple(fractions), salt=salt)
+    if views is not None and layout != 'open-i':
+        raise NeuralError(f'a table of views is for open-i; {layout} names the views in its own tables')
+    if isinstance(extra_labels, str) or not all(str(x).strip() for x in extra_labels):
+        raise NeuralError(f'extra labels {extra_labels!r}: give a list of names, none blank')
+    options = dict(labels=labels, views=views, extra_labels=tuple(extra_labels), need_report=need_report, salt=salt)
+    split_of('', fractions := tuple(fractions))
+    src = open_source(root, images, fractions=fractions, **options)
     with resting_collector(): studies = [s for s in LAYOUTS[layout](src) if admit(s, src.exclusions, need_report)]
     if not studies: raise NeuralError(nothing_found(src, layout))
     kept = {s.study_id for s in studies}
@@ -1041,11 +1120,13 @@ def index_files(
 ) -> tuple:              # the three files: manifest, the JSON beside it, exclusions.csv
     "The files that an index writes; refused where one is read here, or was written by somebody else."
     out = Path(out)
-    if out.suffix != '.csv' or out.name == 'exclusions.csv': raise NeuralError(f'{out}: no name for a manifest; name a .csv file, other than exclusions.csv')
+    if out.suffix != '.csv' or out.name == 'exclusions.csv':
+        raise NeuralError(f'{out}: no name for a manifest; name a .csv file, other than exclusions.csv')
     files = out, out.with_suffix('.json'), out.with_name('exclusions.csv')
     for f in files: refuse_overwrite(f, [i for i in inputs if i is not None], made_here, force=True)
     return files
 
+# %% ../nbs/api/01_layouts.ipynb #wifree
 def free_manifest(
     inputs: tuple=(),                                  # as above
     names: tuple=('manifest.csv', 'neural-manifest.csv'),  # in order of preference
@@ -1056,6 +1137,7 @@ def free_manifest(
         except NeuralError: continue                   # not ours: the next name
     return index_files(names[-1], inputs)[0]
 
+# %% ../nbs/api/01_layouts.ipynb #wiwrite
 def write_index(
     manifest: Manifest,        # from `index_dataset`
     exclusions: Exclusions,    # of the same call
@@ -1070,12 +1152,14 @@ def write_index(
         exclusions.save(drafts[2]); listed = dict(exclusions_sha256=digest_of(drafts[2]))
         there = [f for f in files if os.path.lexists(f)]
         if there: manifest.save(drafts[0], **listed)
-        new = [digest_of(d) for d in drafts] if there else []                  # of a run that was stopped between two files
-        if there and all(f in there and f.read_bytes() == d.read_bytes() for f, d in zip(files, drafts)): return 'the same'
+        new = [digest_of(d) for d in drafts] if there else []              # of a run that was stopped between two files
+        if len(there) == 3 and all(f.read_bytes() == d.read_bytes() for f, d in zip(files, drafts)): return 'the same'
     side = read_side(files[0])
     for n, known in ((0, side.get('sha256')), (2, side.get('exclusions_sha256'))):
         if (f := files[n]) in there and not force and digest_of(f) not in (known, new[n]):
-            raise NeuralError(f'{f}: is there already, and not as an index of this name wrote it; name another file to write, or replace it with --force')
+            raise NeuralError(f'{f}: is there already, and not as an index of this name wrote it; name another file to write, '
+                              'or replace it with --force')
     make_folder(files[0].parent)
     exclusions.save(files[2]); manifest.save(files[0], **listed)
-    return f'a manifest of {side.get("counts", {}).get("studies", "some")} studies of {Path(side.get("root", "")).name}' if there else ''
+    studies = side.get('counts', {}).get('studies', 'some')
+    return f'a manifest of {studies} studies of {Path(side.get("root", "")).name}' if there else ''

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'SPLITS', 'POLICIES', 'LABEL_VALUES', 'LABEL_CELLS', 'FRONTAL_VIEWS', 'LATERAL_VIEWS', 'ADVICE', 'COLUMNS',
-           'STARTS', 'MAX_REPORT', 'TABLE_KEYS', 'NOT_HANDED_ON', 'EVIDENCE_COLUMNS', 'CODE', 'NeuralError',
+           'STARTS', 'MAX_REPORT', 'TABLE_KEYS', 'NOT_HANDED_ON', 'EVIDENCE_COLUMNS', 'DEGREES', 'CODE', 'NeuralError',
            'label_value', 'apply_policy', 'Box', 'View', 'Study', 'view_of', 'targets', 'split_of', 'Exclusions',
            'system_reason', 'told_code', 'not_utf8', 'readable', 'bounded', 'check_columns', 'read_table',
            'check_relative', 'inside', 'check_study', 'check_studies', 'Manifest', 'to_rows', 'umask', 'publish',
@@ -646,10 +646,12 @@ def load(cls: Manifest,
 ) -> Manifest:                    # checked: ids, patients, paths, links, labels
     "Reads a manifest and refuses one that breaks the contract, naming the row."
     path = Path(path); side = read_side(path)
-    moved = f'if the data set has moved, give its new place (--root or --images; in Python root= or image_root=), or write it into {path.with_suffix(".json").name}'
+    moved = ('if the data set has moved, give its new place (--root or --images; in Python root= or image_root=), '
+             f'or write it into {path.with_suffix(".json").name}')
     if image_root is None: image_root = side.get('image_root')
     if root is None: root = side.get('root') or path.parent
-    root, image_root = as_folder(root, 'root', moved), None if image_root is None else as_folder(image_root, 'image root', moved)
+    root = as_folder(root, 'root', moved)
+    image_root = None if image_root is None else as_folder(image_root, 'image root', moved)
     studies, lines = from_rows(read_table(path, COLUMNS), path.name)
     check_studies(studies, lambda i: f'{path.name} row {lines[i]}: ')
     m = cls(studies, root, side.get('layout', ''), side.get('label_source', ''), image_root, side.get('notes'))
@@ -728,7 +730,8 @@ def read_row(
 TABLE_KEYS = {'chexpert-plus': 'path_to_image', 'folder': 'image'}
 NOT_HANDED_ON = ('end_of_impression', 'summary', 'accession_number')   # remainder, code and identifier
 EVIDENCE_COLUMNS = ('findings', 'impression')
-CODE = re.compile(r'\d{1,2}\s*[-–:]\s*(?:(?:possible|probable|minor|major|significant|critical|known|new|unchanged)\s+)*(?:ab)?normal(?:ity)?(?:\s*,[^.]*)?\.?', re.I)
+DEGREES = 'possible|probable|minor|major|significant|critical|known|new|unchanged'
+CODE = re.compile(rf'\d{{1,2}}\s*[-–:]\s*(?:(?:{DEGREES})\s+)*(?:ab)?normal(?:ity)?(?:\s*,[^.]*)?\.?', re.I)
 
 def said(
     cell: str,  # of a table, or None
@@ -737,6 +740,7 @@ def said(
     text = (cell or '').strip()
     return '' if text.lower() in ('', 'nan', 'none', 'null') or CODE.fullmatch(text) else text
 
+# %% ../nbs/api/00_study.ipynb #wholefun
 def whole_report(
     text: str,  # of the column `report`
 ) -> str:       # without code, remainder and identifier
@@ -745,6 +749,7 @@ def whole_report(
     name = lambda part: part.partition(':')[0].strip().lower().replace(' ', '_')
     return ''.join(p for p in parts if name(p) not in NOT_HANDED_ON or (name(p) == 'summary' and said(p.partition(':')[2]))).strip()
 
+# %% ../nbs/api/00_study.ipynb #rowfun
 def row_text(
     row: dict,  # a row of a CheXpert Plus table (`section_*`, `report`) or of a folder table (`report_text`)
 ) -> str:       # sections with headers; '' if the row has no words
