@@ -13,6 +13,7 @@ matplotlib.use("agg")
 
 from neural.graph import (ADJACENT, ASSERTIONS, EDGE_TYPES, REVERSE, SHOWS, both_ways, central_node, centrality, check_edges, concept_looks,  # noqa: E402
                           concept_nodes, fuse, grid_edges, grounding_links, knowledge_from, knowledge_graph, show_graph, to_networkx, visual_graph)
+from neural.report import Annotation, ReportReader  # noqa: E402
 from neural.study import NeuralError  # noqa: E402
 
 VOCABULARY = tuple(f"concept {i:02d}" for i in range(40))
@@ -225,3 +226,26 @@ def test_no_two_labels_overlap(m):
         assert len(boxes) == m
         assert not [1 for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
         plt.close(ax.figure)
+
+
+# RadGraph's files, as they are shipped
+
+READER = ReportReader()
+
+
+def shipped(words="No effusion .", label="OBS-DA"): return {"text": words, "entities": {"1": {"tokens": words.split()[1], "label": label, "start_ix": 1, "end_ix": 1, "relations": []}}}
+
+
+@pytest.mark.parametrize("key", ["0", "1", "report"])
+@pytest.mark.parametrize("more", [{}, {"data_source": None, "data_split": "inference"}])
+def test_a_report_wrapped_under_a_number_is_the_report(key, more):
+    bare = {**shipped(), **more}
+    graph = knowledge_graph(Annotation.from_radgraph({key: bare}), READER.vocabulary)
+    assert graph.concepts.tolist() == knowledge_graph(Annotation.from_radgraph(bare), READER.vocabulary).concepts.tolist() == [READER.vocabulary.index("pleural effusion")]
+    assert graph.assertions.tolist() == [ASSERTIONS.index("absent")]                                                   # negation is not lost on the way
+
+
+@pytest.mark.parametrize("data", [{}, {"0": {}}, {"0": None}, {"0": [1]}, {"0": shipped(), "1": shipped()}, {"0": {"0": shipped()}}, {"entities": {}}, {"text": "x"}])
+def test_a_wrapper_of_none_or_of_several_reports_is_refused(data):
+    with pytest.raises(NeuralError, match="an object with a 'text'") as e: Annotation.from_radgraph(data)
+    assert "\n" not in str(e.value)
