@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NUMBER', 'SPOKEN', 'DAMAGED', 'UsageError', 'app', 'QUIET', 'system_error', 'plain_line', 'PlainErrors',
            'no_empty_words', 'one_line', 'show_version', 'start', 'phantom', 'index_summary', 'index', 'stage_folder',
-           'read_assignments', 'run', 'publish', 'tell_exclusions', 'build', 'codebook', 'outside', 'predict',
-           'refuse_store', 'settings_lines', 'verify', 'compact', 'describe', 'bench', 'asset_lines', 'find_asset',
-           'inspect', 'main']
+           'read_assignments', 'run', 'publish', 'tell_exclusions', 'read_key', 'build', 'codebook', 'outside',
+           'predict', 'refuse_store', 'settings_lines', 'verify', 'compact', 'describe', 'bench', 'asset_lines',
+           'find_asset', 'inspect', 'main']
 
 # %% ../nbs/api/42_cli.ipynb #12d6d536
 import contextlib, os, re, sys
@@ -242,6 +242,14 @@ def tell_exclusions(
         for study, _, detail in [r for r in excluded if r[1] == reason][:most]: typer.echo(f"  {study}" + (f": {' '.join(detail.split())}" if detail else ""))
     if len(excluded): typer.echo(f"listed in {path.name}")
 
+def read_key(
+    path,      # file of the key; None: no key
+) -> bytes:    # what keys the study ids; an empty file gives an empty key, which is refused
+    "The key of keyed study ids, from its file."
+    from neural.study import readable
+    if path is None: return None
+    with readable(path.name), open(path, "rb") as f: return f.read(4096)
+
 # %% ../nbs/api/42_cli.ipynb #d3afc7ac
 @app.command()
 def build(
@@ -271,15 +279,13 @@ def build(
     from neural.build import Packing, build_store, corners
     from neural.cluster import build_on_cluster
     from neural.codec import read_book
-    from neural.study import Manifest, made_here, readable, refuse_overwrite
+    from neural.study import Manifest, made_here, refuse_overwrite
     from neural.vlm import load_vlm
     if device == "cuda" and not cuda.is_available(): raise typer.BadParameter("this machine has no GPU that PyTorch can use; leave --device out", param_hint="--device")
     if not is_store(store): check_new(store)
     listed = refuse_overwrite(Path(os.path.abspath(store) + "-exclusions.csv"), [manifest, vlm, *([codebook] if codebook else [])], made_here, force=True)
-    studies, secret = Manifest.load(manifest, root, images), None
-    if key_file:
-        with readable(key_file.name): secret = key_file.read_bytes()[:4096]
-    packing = Packing(codec, read_book(codebook) if codebook else None, thumbnail, pixels, secret, corners(load_vlm(vlm).grid) if hide_corners else ())
+    studies = Manifest.load(manifest, root, images)
+    packing = Packing(codec, read_book(codebook) if codebook else None, thumbnail, pixels, read_key(key_file), corners(load_vlm(vlm).grid) if hide_corners else ())
     make = {"local": build_store, "ray": build_on_cluster}[engine]
     made, excluded = make(studies, store, vlm, track, keep, packing=packing, workers=workers, precision=precision, device=("cuda" if cuda.is_available() else "cpu") if device == "auto" else device, force=force)
     tell_exclusions(excluded, listed)

@@ -3,17 +3,21 @@ import contextlib
 import sys
 import threading
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
+import neural.cluster as cluster_module
+from neural.asset import is_keyed, keyed_id
 from neural.build import Aggregation, Packing, build_store, save_aggregation
 from neural.cluster import build_on_cluster
 from neural.phantom import write_cohort
 from neural.report import train_tokenizer
 from neural.layouts import index_dataset
-from neural.study import NeuralError, report_text
+from neural.study import Manifest, NeuralError, report_text
 from neural.vlm import ReportVLM, small_config
 
 pytest.importorskip("ray")
@@ -77,3 +81,42 @@ def test_a_store_begun_here_is_finished_there(cohort, tmp_path):
 def test_without_ray_one_line_says_what_to_do(cohort, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(NeuralError, match="pip install"): build_on_cluster(cohort[1], tmp_path / "s", cohort[0] / "vlm")
+
+
+# the driver, its workers in this process
+
+class Here:
+    "As much of Ray as the driver asks for, without another process."
+    def __init__(self): self.data, self.context = self, SimpleNamespace(execution_options=SimpleNamespace())
+    def ActorPoolStrategy(self, size): return size
+    def range(self, n, override_num_blocks): self.n = n; return self
+    def flat_map(self, worker, fn_constructor_args, **_): self.worker = worker(*fn_constructor_args); return self
+    def iter_rows(self): return (row for n in range(self.n) for row in self.worker({"id": n}))
+
+
+@pytest.fixture
+def here(monkeypatch): monkeypatch.setattr(cluster_module, "ray_session", lambda workers: contextlib.nullcontext(Here()))
+
+
+def test_a_store_is_gone_on_with_elsewhere_as_it_was_begun_or_not_at_all(cohort, tmp_path, here):
+    home, manifest = cohort
+    packing = Packing(secret=b"sixteen bytes or more", never=(0, 11))
+    first, _ = build_store(Manifest(list(manifest)[:4], manifest.root, manifest.layout), tmp_path / "s", home / "vlm", packing=packing, workers=0)
+    before = files(first)
+    for other, said in ((dict(), "key [0-9a-f]{16}, now none; hidden 0, 11, now none"), (dict(packing=replace(packing, thumbnail=300)), "thumbnail 0, now 300"), (dict(packing=packing, keep=0.2), "keep [0-9]+, now 29"), (dict(packing=packing, keep=0), "keep ratio"),
+                        (dict(packing=packing, precision="bfloat16"), "precision float32, now bfloat16"), (dict(packing=packing, workers=0), "at least one process"), (dict(packing=packing, batch_size=0), "one study per pass")):
+        with pytest.raises(NeuralError, match=said): build_on_cluster(manifest, tmp_path / "s", home / "vlm", **other)
+        assert files(first) == before
+    store, _ = build_on_cluster(manifest, tmp_path / "s", home / "vlm", packing=packing)
+    whole, _ = build_store(manifest, tmp_path / "whole", home / "vlm", packing=packing, workers=0)
+    assert sorted(store.ids) == sorted(whole.ids) and all(is_keyed(i) for i in store.ids) and all(store[i] == whole[i] for i in whole.ids) and store.settings == whole.settings
+
+
+def test_what_cannot_be_read_elsewhere_is_left_out_by_the_name_it_would_have_had(cohort, tmp_path, here):
+    home, manifest = cohort; key = b"sixteen bytes or more"
+    studies = [replace(s, views=(replace(s.frontal, image=s.frontal.image + ".gone"),)) if i < 2 else s for i, s in enumerate(manifest)]
+    _, plain = build_on_cluster(Manifest(studies, manifest.root, manifest.layout), tmp_path / "s", home / "vlm")
+    _, keyed = build_on_cluster(Manifest(studies, manifest.root, manifest.layout), tmp_path / "t", home / "vlm", packing=Packing(secret=key))
+    gone, lost = [*studies[:2], studies[5]], lambda left: [r for r in left if r[1] == "film not readable"]
+    assert {i for i, *_ in lost(plain)} == {s.study_id for s in gone} and {i for i, *_ in lost(keyed)} == {keyed_id(s.study_id, key) for s in gone}
+    assert sum(".gone" in d for *_, d in lost(plain)) == 2 and not any(".gone" in d or i in d for *_, d in lost(keyed) for i in [s.study_id for s in studies])
