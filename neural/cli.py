@@ -491,4 +491,7 @@ def inspect(
 def main():
     "Entry point of the `neural` command."
     for stream in (sys.stdout, sys.stderr): getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
-    app(prog_name="neural")
+    try: app(prog_name="neural")
+    finally:
+        try: sys.stdout.flush()
+        except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # told already; Python would tell it again on its way out

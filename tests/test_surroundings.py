@@ -96,3 +96,11 @@ def test_a_copy_without_history_says_so_in_no_word_of_git(tmp_path):
     "A tarball has no commit: that is an empty word, not an error, and not the commit of a checkout around it."
     from neural.pipeline import git_commit
     assert git_commit(tmp_path) == ""
+
+
+@pytest.mark.parametrize("buffered", ("", "1"))
+def test_a_full_disk_behind_the_output_is_told_once(tmp_path, buffered):
+    "With Python's buffer or without (PYTHONUNBUFFERED): one line and status 1."
+    env = {**{k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}, "PYTHONPATH": str(ROOT), **({"PYTHONUNBUFFERED": "1"} if buffered else {})}
+    with open("/dev/full", "w") as full: done = subprocess.run([sys.executable, "-c", "from neural.cli import main; main()", "--version"], env=env, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "No space left on device" in done.stderr
