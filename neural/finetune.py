@@ -489,6 +489,15 @@ def refuse_other_run(
     if made != settings:
         with publish(path) as f: json.dump(settings, f, indent=1)
 
+# %% ../nbs/api/12_finetune.ipynb #d2b8e54e
+def _belong(model, tokenizer, train, validate, draw):
+    "Refuses studies, targets, words and weights of the draw that do not fit each other."
+    if not len(train) or not len(validate): raise NeuralError(f"fine-tuning needs studies in train and validate, got {len(train)} and {len(validate)}; look at the split column of the manifest")
+    if draw is not None and len(draw) != len(train): raise NeuralError(f"{len(draw)} draw weights for {len(train)} training studies; make them with draw_weights from the same targets")
+    if draw is not None and not (np.isfinite(draw).all() and np.min(draw) >= 0 and np.sum(draw) > 0): raise NeuralError("draw weights must be finite, none negative, and not all 0")
+    if (goals := train.targets.shape[1:]) != (names := len(model.config.label_names),): raise NeuralError(f"targets of {goals[0] if goals else 0} findings for a network that names {names}: make both from the label names of one manifest")
+    if len(tokenizer) > (table := model.decoder.config.vocab_size): raise NeuralError(f"a tokenizer of {len(tokenizer)} pieces for a network with {table}: they do not belong together")
+
 # %% ../nbs/api/12_finetune.ipynb #638d809a
 def finetune(
     model: ReportVLM,  # new, or from checkpoints; left with the weights that were best on validate
@@ -509,11 +518,7 @@ def finetune(
     **kwargs,  # passed on to `training_arguments`
 ) -> list[dict]:  # one dict per log: epoch, losses, learning rate
     "Fine-tune on report and findings, keep the best epoch on validate, resume after a kill (NEURAL, sec. 2.1)."
-    if not len(train) or not len(validate): raise NeuralError(f"fine-tuning needs studies in train and validate, got {len(train)} and {len(validate)}; look at the split column of the manifest")
-    if draw is not None and len(draw) != len(train): raise NeuralError(f"{len(draw)} draw weights for {len(train)} training studies; make them with draw_weights from the same targets")
-    if draw is not None and not (np.isfinite(draw).all() and np.min(draw) >= 0 and np.sum(draw) > 0): raise NeuralError("draw weights must be finite, none negative, and not all 0")
-    if (goals := train.targets.shape[1:]) != (names := len(model.config.label_names),): raise NeuralError(f"targets of {goals[0] if goals else 0} findings for a network that names {names}: make both from the label names of one manifest")
-    if len(tokenizer) > (table := model.decoder.config.vocab_size): raise NeuralError(f"a tokenizer of {len(tokenizer)} pieces for a network with {table}: they do not belong together")
+    _belong(model, tokenizer, train, validate, draw)
     at_least(0, focus_weight=focus_weight, checkpointing=checkpointing, seed=seed)
     args = training_arguments(make_folder(folder), seed=seed, **kwargs)
     kept = {k: v for k, v in kwargs.items() if k not in ("device", "progress", "workers")}
