@@ -48,6 +48,7 @@ class Faults:
 
     def mine(self, path) -> bool:
         "Whether a path, or an open file, is under the folder."
+        if hasattr(path, "fileno"): path = path.fileno()
         if isinstance(path, int): path = os.readlink(f"/proc/self/fd/{path}") if os.path.exists("/proc/self/fd") else ""
         return (os.path.realpath(os.fsdecode(path)) + os.sep).startswith(self.folder + os.sep)
 

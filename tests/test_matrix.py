@@ -8,7 +8,8 @@ import os
 import re
 import shlex
 import shutil
-from dataclasses import dataclass, field, replace
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
@@ -16,6 +17,7 @@ import pytest
 
 from hazards import Nursery, can_mount, tree
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the hazards are made by means of Linux")
 STAGES = Path(__file__).parent / "fixtures/stages"
 LARDER = Path(__file__).parent / "fixtures/larder.py"
 ABOUT = "--name phantoms --licence CC0-1.0 --url https://example.org --creator nobody --published 2026-01-01"
@@ -455,3 +457,48 @@ def test_a_terminal_sees_a_bar_and_a_pipe_the_same_lines_without(name, nursery, 
     else: assert "\r" not in drawn, drawn
     times = re.compile(r"\d+\.\d+ s")
     for line in piped["out"].splitlines(): assert times.sub("", line).strip() in times.sub("", drawn), line
+
+
+# the harness itself: what it must see
+
+ROW = Row("x {out}", {"in/a": "a"}, "out/x", leaves="out/part")
+FINE = dict(status=0, out="", err="", left={"in/a": "1", "out/x": "2"})
+
+
+@pytest.mark.parametrize("change, word", [
+    ({}, None), (dict(status=2), "instead of"), (dict(err="a warning\n"), "not quiet"), (dict(left={"out/x": "2"}), "in/a was lost"),
+    (dict(left={"in/a": "9"}), "in/a was changed"), (dict(left={**FINE["left"], "out/.x.part": ""}), "left behind"), (dict(left={**FINE["left"], "in/new": ""}), "not asked for"),
+    (dict(status=1, err="one\ntwo\n", left={"in/a": "1"}), "not one line"), (dict(status=1, err="unexpected KeyError\n", left={"in/a": "1"}), "not plain"),
+    (dict(status=1, err="no\n"), "though it failed"), (dict(status=1, err="no\n", left={"in/a": "1", "out/part": "2"}), None), (dict(status=-11, left={"in/a": "1"}), "instead of")])
+def test_the_judge_sees_what_is_wrong(change, word):
+    wrong = judge(ROW, {"in/a": "1"}, {**FINE, **change}, (0, 1))
+    assert (wrong == []) if word is None else any(word in w for w in wrong), wrong
+
+
+WRITES = "import os\nwith open('a/x', 'w') as f: f.write('1234567890')\nos.replace('a/x', 'a/y')"
+
+
+@pytest.mark.parametrize("faults, status, left", [
+    (["count"], 0, {"a/y": b"1234567890".hex()}), (["fail", 0, errno.EIO], 1, {}), (["full", 1, errno.ENOSPC], 1, {"a/x": ""}),
+    (["fail", 2, errno.EXDEV], 1, {"a/x": b"1234567890".hex()}), (["full", 0, errno.EROFS], 1, {}), (["kill", 1], -9, {"a/x": b"12345".hex()}),
+    (["kill", 2], -9, {"a/x": b"1234567890".hex()}), (["locks"], 0, {"a/y": b"1234567890".hex()})])
+def test_a_fault_comes_at_the_act_it_was_asked_for(faults, status, left, nursery, tmp_path):
+    (tmp_path / "a").mkdir()
+    said = nursery.run(cwd=tmp_path, first=WRITES, faults=faults)
+    assert said["status"] == status and {n: d for n, d in said["left"].items() if n != "a/"} == left, said
+    if faults[0] == "count": assert said["acts"] == ["open x", "write x", "move y"]
+
+
+def test_no_lock_is_granted_where_there_are_none(nursery, tmp_path):
+    said = nursery.run(cwd=tmp_path, first="import fcntl\nfcntl.flock(open('lock', 'w'), fcntl.LOCK_EX)", faults=["locks"])
+    assert said["status"] == 1 and os.strerror(errno.ENOLCK) in said["err"]
+
+
+def test_what_is_mounted_is_read_only_or_full_and_seen_by_nobody_else(nursery, tmp_path, mounts):
+    if not mounts: pytest.skip("no file systems may be mounted here: their errors are raised at every write instead")
+    closed = nursery.run(cwd=tmp_path, first="open('x', 'w')", mounts=[[str(tmp_path), "read-only"]])
+    assert closed["status"] == 1 and os.strerror(errno.EROFS) in closed["err"]
+    (tmp_path / "kept").write_text("1")
+    full = nursery.run(cwd=tmp_path, first="open('x', 'wb', 0).write(bytes(9000))\nopen('y', 'wb', 0).write(b'1')", mounts=[[str(tmp_path), "full", 2]])
+    assert full["status"] == 1 and os.strerror(errno.ENOSPC) in full["err"] and {"kept", "x", "y"} <= set(full["left"])
+    assert [p.name for p in tmp_path.iterdir()] == ["kept"]
