@@ -332,7 +332,7 @@ def run_command(
     "The command that made a run, as recorded, without paths (this companion's choice)."
     run = Path(run)
     preset = look_up(read_json(run/'run.json'), 'preset')
-    said = look_up(read_json(run/'results.json'), 'command') or look_up(read_json(run/'50_figures.json'), 'parameters', 'command') or (f'neural run --preset {preset}' if preset else 'not recorded')
+    said = look_up(read_json(run/'results.json'), 'command') or look_up(read_json(run/'50_figures.json'), 'command') or look_up(read_json(run/'50_figures.json'), 'parameters', 'command') or (f'neural run --preset {preset}' if preset else 'not recorded')
     return re.sub(r'[^\s=]*/', '', str(said))
 
 # %% ../nbs/api/23_export.ipynb #dc90207e

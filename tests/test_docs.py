@@ -15,7 +15,7 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 
-from neural.docs import cell_options, listed_notebooks, page_faults, page_name
+from neural.docs import MARK, cell_options, empty_pages, listed_notebooks, main, page_faults, page_name
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -38,6 +38,41 @@ def site(tmp_path_factory) -> Path:
 def pages(site) -> dict[str, BeautifulSoup]:
     "Page name -> the page."
     return {p.relative_to(site).as_posix(): BeautifulSoup(p.read_text(encoding="utf-8"), "html.parser") for p in sorted(site.rglob("*.html"))}
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    "As little of a checkout as can be told apart from a folder of pages."
+    for name in ("nbs/index.ipynb", "figures/roc.png", "neural/study.py"):
+        (tmp_path / "here" / name).parent.mkdir(parents=True, exist_ok=True); (tmp_path / "here" / name).write_text("ours")
+    shutil.copy(ROOT / "settings.ini", tmp_path / "here")
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Home\n\n> One page.")]), tmp_path / "here/nbs/index.ipynb")
+    return tmp_path / "here"
+
+
+@pytest.mark.parametrize("out, why", [(".", "made from"), ("..", "made from"), ("nbs", "made from"), ("figures/pages", "made from"), ("neural", "made from"), ("settings.ini", "is a file"), ("../photos", "no pages of ours"), ("../link", "no pages of ours")])
+def test_pages_are_never_written_over_what_is_no_page(checkout, monkeypatch, out, why):
+    (checkout.parent / "photos").mkdir(); (checkout.parent / "photos/film.png").write_text("mine"); (checkout.parent / "link").symlink_to("photos")
+    monkeypatch.chdir(checkout)
+    before = {p: p.read_bytes() for p in checkout.parent.rglob("*") if p.is_file()}
+    with pytest.raises(SystemExit, match=f"docs: .*{why}"): main(["--out", out])
+    assert {p: p.read_bytes() for p in checkout.parent.rglob("*") if p.is_file() and "build" not in p.parts} == before
+
+
+def test_pages_of_an_earlier_build_are_replaced(checkout, site):
+    for folder in (checkout / "_docs", checkout.parent / "pages"):
+        folder.mkdir(); (folder / "old.html").write_text("old"); (folder / MARK).write_text("")
+        assert list(empty_pages(folder, checkout).iterdir()) == []
+    assert (site / MARK).is_file()
+
+
+def test_a_readme_of_something_else_is_left_alone(checkout, monkeypatch):
+    monkeypatch.chdir(checkout)
+    (checkout / "README.md").write_text("# Notes of the ward\n")
+    with pytest.raises(SystemExit, match="README.md: is there already and was not made by this command"): main(["--readme"])
+    assert (checkout / "README.md").read_text() == "# Notes of the ward\n"
+    (checkout / "README.md").write_text("# Home\n\nas it was before\n"); main(["--readme"])
+    assert "One page" in (checkout / "README.md").read_text()
 
 
 def test_every_notebook_has_its_page(pages):

@@ -204,7 +204,7 @@ def test_cards_of_a_whole_run_hold_every_number_and_no_identifier(run, tmp_path)
     assert leaks(model + data) == [] and str(tmp_path) not in model + data
     record = json.loads((run / "40_classify.json").read_text())["metrics"]
     for target, variants in record["AUC on test"].items():
-        for name, (value, low, high) in variants.items(): assert f"| AUC, {target}, {name} | {value:.3f} | {low:.3f} to {high:.3f} |  | 40_classify | `neural run --preset quickstart` |" in model
+        for name, (value, low, high) in variants.items(): assert f"| AUC, {target}, {name} | {value:.3f} | {low:.3f} to {high:.3f} |  | 40_classify | `{run_command(run)}` |" in model
     for target, ways in record["retained patches on test"].items():
         for way, v in ways.items(): assert f"| hit rate on test, {target}, {way} | {v['hit rate']:.3f} |" in model
     for way, v in json.loads((run / "20_prune.json").read_text())["metrics"]["validate"].items(): assert f"| hit rate on validate, {way} | {v['hit rate']:.3f} |" in model
