@@ -139,6 +139,36 @@ def ruler_patterns(
             for group, concepts in groups.items() for concept, words in concepts.items() for w in words for phrase in expand_braces(str(w))}
     return list(rows.values())
 
+# %% ../nbs/api/04_report.ipynb #rshort02
+@functools.cache
+def _short_forms() -> dict[str, str]: # short form as written (pna, Pna, PNA, PNAs) -> the full word; L and R in capitals only
+    "The short forms of the lexicon, in every case they are written in."
+    forms = load_lexicon()["short_forms"]
+    return {w: full for short, full in (forms["before a noun"] | forms["noun"]).items()
+            for w in (short, short.capitalize(), short.upper(), short[:-1].upper() + short[-1])} | forms["as written"]
+
+# %% ../nbs/api/04_report.ipynb #rends002
+_BARE_ANSWERS = {"no", "none", "not", "nil", "absent", "negative", "yes", "present"}
+@functools.cache
+def _unended() -> re.Pattern: # where a stop, a mark or a semicolon may end no sentence
+    short = "|".join(map(re.escape, load_lexicon()["short_forms"]["before a noun"]))
+    return re.compile(rf"\?|;|\b(?:{short})\.", re.I)
+
+# %% ../nbs/api/04_report.ipynb #rends003
+@Language.component("sentence_ends")
+def _sentence_ends(doc: Doc) -> Doc:
+    "Takes back the sentence ends that are none: 'pl. effusion', '?pneumonia', 'Pneumothorax? No.'"
+    if not _unended().search(doc.text): return doc
+    before_noun = load_lexicon()["short_forms"]["before a noun"]
+    for i in range(1, len(doc)):
+        mark, t = doc[i - 1], doc[i]
+        if not t.is_sent_start: continue
+        asks = mark.text == "?" and (i == 1 or doc[i - 2].whitespace_ or not mark.whitespace_)
+        bare = t.lower_ in _BARE_ANSWERS and (t.lower_ == "none" or i + 1 == len(doc) or doc[i + 1].is_punct)
+        short = mark.text == "." and i > 1 and doc[i - 2].lower_ in before_noun and not doc[i - 2].whitespace_ and t.text[0].islower()
+        if asks or short or bare and mark.text in ("?", ";"): t.is_sent_start = False
+    return doc
+
 # %% ../nbs/api/04_report.ipynb #578c9be1
 def cue_terms(
     lexicon: dict,    # from `load_lexicon`
@@ -158,7 +188,9 @@ def build_pipeline(
     "A spaCy pipeline without any learned weights: what it knows is in the lexicon."
     nlp = spacy.blank("en")
     nlp.add_pipe("sentencizer", config={"punct_chars": [".", "!", "?", ";", "\n"]})
-    nlp.add_pipe("entity_ruler", config={"phrase_matcher_attr": "LOWER"}).add_patterns(ruler_patterns(lexicon))
+    for short, full in _short_forms().items(): nlp.vocab[short].norm_ = full
+    nlp.add_pipe("sentence_ends")
+    nlp.add_pipe("entity_ruler", config={"phrase_matcher_attr": "NORM"}).add_patterns(ruler_patterns(lexicon))
     for assertion in ("absent", "uncertain"):
         nlp.add_pipe("negex", name=assertion, config={"neg_termset": cue_terms(lexicon, assertion), "extension_name": assertion})
     return nlp
@@ -199,7 +231,7 @@ class _Gaps:
         hard, verb, stop, where = [0], [0], [0], [0]
         for t in doc:
             low, free = t.lower_, t.ent_iob_ == "O"
-            hard.append(hard[-1] + (free and low not in glue))
+            hard.append(hard[-1] + (free and low not in glue and not (low == "no" and t.i + 1 < len(doc) and doc[t.i + 1].lower_ == "longer")))
             verb.append(verb[-1] + (free and low in copulas))
             stop.append(stop[-1] + (free and low in _JOINS))
             where.append(where[-1] + (free and low in _WHERE))
@@ -222,6 +254,7 @@ class ReportReader:
         self.readings = {(place, word): rule for rule in self.lexicon["readings"] for place in rule["of"] for word in rule["says"]}
         self.reading_words = {word for _, word in self.readings}
         self.hedges, self._kind = tuple(self.lexicon["uncertain_words"]), self.kinds
+        self.shapes, self.told = _compiled(self.lexicon), {}
     def __call__(self, text: str) -> Annotation:
         "Annotates one text."
         return next(self.pipe([text]))
@@ -250,10 +283,10 @@ def version(self: ReportReader) -> str: # 'lexicon version - first 12 hex digits
 @patch
 def _items(self: ReportReader, doc: Doc) -> list[_Item]:
     "The entities of one text, each with the sentence it stands in and what the cues say of it."
-    starts, number, items = [s.start for s in doc.sents], 0, []
+    starts, number, items, denied = [s.start for s in doc.sents], 0, [], [w for w in self.lexicon["denied_words"] if w in doc.text.lower()]
     for ent in doc.ents:
         while number + 1 < len(starts) and starts[number + 1] <= ent.start: number += 1
-        assertion = "absent" if ent._.absent else "uncertain" if ent._.uncertain else "present"
+        assertion = "absent" if ent._.absent or denied and ent.text.lower() in denied else "uncertain" if ent._.uncertain else "present"
         items.append(_Item(ent, ent.label_, ent.ent_id_, assertion, number))
     return items
 
@@ -412,16 +445,74 @@ def _either(items: list[_Item], at: int, gaps: _Gaps) -> None:
         i = _reach(items, at, step, gaps, "finding", ("modifier", "side", "place"))
         if i is not None and items[i].assertion == "present": items[i].assertion = "uncertain"
 
+# %% ../nbs/api/04_report.ipynb #rshape02
+def _compiled(lexicon: dict) -> list[tuple[list[re.Pattern], list[re.Pattern]]]: # per row: what words it needs (each fits one), its shapes
+    "Writes out the parts of the lexicon's shapes."
+    parts, many = lexicon["shapes"]["parts"], itertools.count()
+    words = r"(?: (?!(?:is|are|was|were|has|have|had|no|not|nor|without|but|with|if|than|over|to|by|and|or|for)\b)(?:[a-z0-9'./-]+|S|P)){0,5}?"
+    where = r"(?:(?: (?:in|at|on|of|within|over|along|behind|near|involving|the|both|an?|either))* [PS])*"
+    one = f"{words} F{where}"
+    findings = rf"{one}(?:(?:(?: ,){one})*(?: ,)?(?: (?:and|or|nor|/|&|and / or)){one})?"
+    def written(m): return findings if m[1] == "any" else rf"(?P<{m[1]}_{next(many)}>{findings})" if m[1] in ASSERTIONS else parts[m[1]]
+    def whole(shape):
+        while (new := re.sub(r"\{([a-z]+)\}", written, shape)) != shape: shape = new
+        return re.compile(shape + r"(?![^ ])")
+    needs = lambda row: [re.compile("|".join(row[k])) for k in ("if", "with") if k in row]
+    return [(needs(row), [whole(shape) for shape in row["is"]]) for row in lexicon["shapes"]["list"]]
+
+# %% ../nbs/api/04_report.ipynb #rshape03
+def _skeleton(items: list[_Item], start: int, end: int) -> tuple[str, dict[int, _Item]]: # the line, and which item each of its letters stands for
+    "Writes one sentence, its tokens from `start` to `end`, as its words and the letters F, P, S and N."
+    letters, normality = {"place": "P", "side": "S", "finding": "F"}, load_lexicon()["normality"]
+    line, at, n, doc = " ", {}, start, items[0].span.doc
+    for item in items:
+        letter = "N" if item.also and item.concept in normality else letters.get(item.group)
+        if letter is None: continue
+        for t in doc[n:item.span.start]: line += t.norm_ + " "
+        at[len(line)], n = item, item.span.end
+        line += letter + " "
+    return line + "".join(t.norm_ + " " for t in doc[n:end]), at
+
+# %% ../nbs/api/04_report.ipynb #rshape07
+_TOKEN = re.compile(r"[a-z]+|[:=(?>]|--|[-–—…0]|\.\.\.")
+
+@patch
+def _tells(self: ReportReader, words: Iterable[str]) -> list[int]: # rows of the lexicon's shapes, in order
+    "Which shapes these words can fill; each word is looked up once in a reader's life."
+    for w in (words := set(words)) - self.told.keys():
+        self.told[w] = {(r, n) for r, (needs, _) in enumerate(self.shapes) for n, need in enumerate(needs) if need.fullmatch(w)}
+    hits = set().union(*(self.told[w] for w in words))
+    return [r for r in sorted({r for r, _ in hits}) if all((r, n) in hits for n in range(len(self.shapes[r][0])))] if hits else []
+
+# %% ../nbs/api/04_report.ipynb #rshape06
+@patch
+def _shape(self: ReportReader, items: list[_Item], start: int, end: int) -> None:
+    "Lets the shape of a sentence, its tokens from `start` to `end`, decide what its findings assert."
+    rows = self._tells(_TOKEN.findall(items[0].span.doc[start:end].text.lower()))
+    if not rows: return
+    line, at = _skeleton(items, start, end)
+    found = (m for r in rows for shape in self.shapes[r][1] for m in shape.finditer(line))
+    done = set()
+    for said, (first, last) in ((name.split("_")[0], m.span(name)) for m in found for name in m.groupdict() if m[name]):
+        for i in range(first, last):
+            if line[i] != "F" or i not in at or i in done: continue
+            done.add(i)
+            for finding in at[i].also or [at[i]]:
+                if said != "present" or finding.assertion == "absent": finding.assertion = said
+
 # %% ../nbs/api/04_report.ipynb #4c210f9a
 @patch
 def _annotate(self: ReportReader, doc: Doc, text: str, old: list[int] | None) -> Annotation:
     "Reads one processed text: entities, readings of places, relations."
     gaps, everything = _Gaps(doc, self.glue, self.copulas), self._items(doc)
     steps = {"denial": _deny, "doubt": _doubt, "either": _either, "finding": _locate, "side": _side, "modifier": _modify, "suggests": _suggest}
+    shaped = self._tells(_TOKEN.findall(doc.text.lower()))
+    sentences = [(s.start, s.end) for s in doc.sents] if shaped else []
     for _, group in itertools.groupby(everything, key=lambda i: i.sentence):
         items = list(group)
         self._read_places(items, gaps)
         for wanted, step in steps.items():
+            if wanted == "finding" and shaped: self._shape(items, *sentences[items[0].sentence])
             for at, item in enumerate(items):
                 if item.group == wanted and not item.also: step(items, at, gaps)
     return _assemble(everything, text, old, self._kind)
