@@ -39,14 +39,37 @@ def expand_braces(
 
 # %% ../nbs/api/04_report.ipynb #63e86a60
 @functools.cache
-def _header_pattern() -> re.Pattern: # a header in group 'line' (any capitals), 'known' or 'title' (names of the lexicon)
-    "Finds MIMIC-CXR's headers (capitals after a line start, then a colon) and known names inside a line."
-    known = sorted({n for names in load_lexicon()["sections"].values() for n in names}, key=len, reverse=True)
-    either = "|".join(re.escape(n) for n in known)
-    title = "|".join(re.escape(n.capitalize()) for n in known)
-    return re.compile(rf"(?:^|\n)[ \t]*(?P<line>[A-Z][A-Z ()/,&-]*[A-Z)])[ \t]*:(?=\s|$)"
-                      rf"|(?<!\S)(?P<known>{either.upper()})[ \t]*:"
-                      rf"|(?:^|\n|(?<=[.!?]\s))[ \t]*(?P<title>{title}|{title.title()})[ \t]*:")
+def _header_pattern() -> re.Pattern: # the header in one of the groups: mark, alone, line, known, title, bare, gap, end
+    "Finds everything that may be a header: known names (the lexicon's) in any dress, and capitals before a colon."
+    lexicon = load_lexicon()
+    names = sorted({n for many in lexicon["sections"].values() for n in many}, key=len, reverse=True)
+    either = "(?:" + "|".join(re.escape(n).replace(r"\ ", r"[ \t]+") for n in names) + ")"
+    told = r"(?=(?:finding|impression|conclusion|interpretation|opinion|observation|result|comment|diagnos|summar))"
+    name = rf"(?:(?:(?:{'|'.join(lexicon['header_qualifiers'])})[ \t]+){{1,2}}{told})?{either}(?:[ \t]*(?:/|&|\+|,|[ \t]and[ \t])[ \t]*{either})*(?:[ \t]+#?\d{{1,2}}\b)?"
+    capitals = re.sub(r"(?<!\\)[a-z]", lambda m: m[0].upper(), name)
+    lead = r"(?:^|\n)[ \t>#*_=~|\[•·-]*(?:[(\[]?(?:\d{1,2}|[ivxIVX]{1,4}|[a-hA-H])[.)\]:][ \t]*)?[*_\[]*"
+    tail, sentence = r"(?:[ \t]*\([^()\n]{0,60}\))?[ \t*_\]]*", r"(?<=[.!?]\s)[ \t]*"
+    return re.compile(r"(?:^|(?=\n)|(?<=[\s.])(?=[A-Z*_]{2})|(?<=[.!?]\s))(?:" + "|".join([
+        rf"{lead}(?P<mark>(?i:{name})){tail}(?::+[*_\]]*|(?<=[*_\]])|;|(?<=[ \t])[-–—=]+(?=\s)|[–—]+|-+(?=[ \t])|\.\.+|…)",
+        rf"{lead}(?P<alone>(?i:{name})){tail}[.#=~-]*(?=\n|$)(?:\n[ \t]*[-=_*~]{{3,}}[ \t]*(?=\n|$))?",
+        rf"(?:{lead}|(?<!\S))(?P<end>END OF (?:THE )?(?:{capitals}|DICTATION|TEXT))[ \t]*[.:]*",
+        rf"{lead}(?P<line>[A-Z][A-Z ()/,&-]*[A-Z)])[ \t*_]*:[*_]*(?=\s|$)",
+        rf"(?<![^\s.])[*_]*(?P<known>{capitals}){tail}(?::+[*_]*|(?<=[ \t])[-–—]+(?=[ \t]))",
+        rf"{sentence}(?P<title>(?i:{name})){tail}:[*_]*", rf"(?:{lead}|{sentence})(?P<bare>{capitals})[ \t]+(?=[A-Z][a-z]|A [a-z]|\d{{1,2}}[.)])",
+        rf"{lead}(?P<gap>(?i:{name}))(?:\t|[ \t]{{2,}}|[ \t](?=1[.)]))[ \t]*(?=\S)"]) + ")")
+
+# %% ../nbs/api/04_report.ipynb #rhead001
+def _is_header(
+    text: str,        # the report
+    match: re.Match,  # from `_header_pattern`
+) -> bool:            # False: the name is part of a sentence
+    "Whether what stands before a name leaves it free to be a header."
+    group, at = match.lastgroup, match.start(match.lastgroup)
+    if group in ("line", "end"): return True
+    before = re.sub(r"[*_#>|=~•·\[-]+$|(?:[(\[]?(?:\d{1,2}|[ivxIVX]{1,4}|[a-hA-H])[.)\]:][ \t]*)$", "", text[max(0, at - 120):at].rstrip(" \t")).rstrip(" \t")
+    line, word = before.rstrip().rpartition("\n")[2], re.search(r"([A-Za-z']+)\s*$", before)
+    if not word or re.search(r"\n[ \t]*\n\s*$", before): return True
+    return word[1].lower() not in load_lexicon()["header_nouns"] and (group != "alone" or len(line) < 45)
 
 # %% ../nbs/api/04_report.ipynb #e1661902
 def _tidy(
@@ -57,40 +80,118 @@ def _tidy(
     return "\n\n".join(t for p in parts if (t := " ".join(p.split())))
 
 # %% ../nbs/api/04_report.ipynb #4b0f90c7
+_ASKED, _SEEN = ("indication", "history", "comparison"), ("findings", "impression", "addendum")
+
+def _names_body(header: str) -> bool:
+    "Whether a header names a finding or a place of the lexicon ('PLEURAL EFFUSION', 'RIGHT LUNG')."
+    words = _WORD.findall(header)
+    return any(" ".join(words[i:j]) in _phrase_concepts() for i in range(len(words)) for j in range(i + 1, min(i + 5, len(words)) + 1))
+
+# %% ../nbs/api/04_report.ipynb #rhead002
 def _section_name(
     header: str,   # as matched, any case
     current: str,  # section that is open
 ) -> str | None:   # canonical name; None: the header belongs to the open section
     "Which section a header opens, by the lexicon's synonyms."
-    lexicon, header = load_lexicon(), " ".join(header.lower().split())
+    lexicon, header = load_lexicon(), re.sub(r"\s*#?\s*\d+$", "", " ".join(header.lower().split()))
     names = {n: section for section, many in lexicon["sections"].items() for n in many}
-    if header in names: return names[header]
-    if header in lexicon["sub_headers"]: return None if current in ("findings", "impression", "indication", "history") else "findings"
+    bare = re.sub(rf"^(?:(?:{'|'.join(lexicon['header_qualifiers'])})\s+)+", "", header)
+    for name in (header, bare):
+        if name in names: return None if names[name] == current == "preamble" else names[name]
+    parts = {names.get(p) for p in re.split(r"\s*(?:/|&|\+|,|\band\b)\s*", bare)} - {None}
+    if parts and "end of" not in header: return next((s for s in (*_ASKED, "impression", "findings") if s in parts), sorted(parts)[0])
+    if "addendum" in header: return "addendum"
     words = set(re.split(r"[ ,()]+", header)) - {""}
-    return "view" if words <= set(lexicon["view_headers"]) and words & {"chest", "view", "views"} else header
+    view = words <= set(lexicon["view_headers"]) and words & {"chest", "view", "views"}
+    inside = header in lexicon["sub_headers"] or view and current == "findings" or not view and (_names_body(header) or current in _SEEN and words & {"note", "comment", "other"})
+    if inside: return None if current in (*_SEEN, "indication", "history") else "findings"
+    return "view" if view else header
+
+# %% ../nbs/api/04_report.ipynb #rhead006
+def _is_code(
+    body: str,  # text of one section
+) -> bool:      # True for '2-ABNORMAL, PREVIOUSLY REPORTED', with or without the reviewer's signature
+    "Whether a section holds nothing but a department's code."
+    code = re.match(r"\s*\d{1,2}\s*[-–:.)]+\s*([A-Za-z ,/()-]+?)(?=[.\n]|\s+I\b|\s*$)", body)
+    words = set(re.findall(r"[a-z]+", code[1].lower())) if code else set()
+    rest = re.sub(r"\bI\b[^.]{0,120}\breviewed\b[^.]*\.?", "", body[code.end():]) if code else body
+    return bool(words) and words <= set(load_lexicon()["code_words"]) and not rest.strip(" .\n")
+
+# %% ../nbs/api/04_report.ipynb #rhead009
+_STORY = re.compile(r"\?|^\W*(?:\d+[.)]|please|evaluat|eval\b|assess|rule[ -]out|r/o|question|concern|check|follow|reason|clinical|history|patient|pt\b|status post|s/p|\d+[- ]?(?:year|y)|"
+                    r"(?:fe)?male\b|(?:wo)?man\b|no prior|none)|\b(?:years?[- ]old|presents? with|presenting with|complain)", re.I)
+
+def _unheaded(
+    body: str,   # raw text of one section, with its line breaks
+    title: bool, # whether its first lines may be a title in capitals
+) -> str:        # the paragraphs after the first that tell what was seen; '' if there are none
+    "The last paragraph of MIMIC's rules: what follows a section's own text after a blank line."
+    if title: body = re.sub(r"^\s*(?:[^a-z\n]*[A-Z][^a-z\n]*(?:\n|$))+", "\n\n", body)
+    later = [p for p in re.split(r"\n[ \t]*\n", body)[1:] if re.search(r"\w+\W+\w+\W+\w+.*\.", p, re.S)]
+    return "\n\n".join(p.strip() for p in later) if later and not any(map(_STORY.search, later)) else ""
+
+# %% ../nbs/api/04_report.ipynb #rhead011
+_PLAIN = str.maketrans({"\ufeff": " ", "\u200b": " ", "\u00a0": " ", "\u2028": "\n", "\r": "\n", "：": ":"})
+
+def _joined(
+    parts: list[tuple[str, str, str]], # section, its header, raw text; in the order of the report
+) -> dict[str, dict[str, str]]:        # section -> header -> text
+    "Gathers the texts of each section: the last of a header, an addendum's own findings and impression with the addendum."
+    found, late = {}, False
+    for section, header, body in parts:
+        late = (late or section == "addendum") and section != "preamble"
+        if not (tidy := _tidy(body)) or section in _SEEN and _is_code(tidy): continue
+        if late and section in _SEEN and section in found: section, header = "addendum", f"{len(found)} {header}"
+        if late and section == "addendum": header = f"{sum(map(len, found.values()))}"
+        key = re.sub(rf"^(?:(?:{'|'.join(load_lexicon()['header_qualifiers'])})\s+)+", "", header)[:3]
+        found.setdefault(section, {}).pop(key, None)
+        found[section][key if section != "addendum" else header] = tidy
+    return found
+
+# %% ../nbs/api/04_report.ipynb #rhead012
+def _settled(
+    parts: list[tuple[str, str, str]], # section, its header, raw text; in the order of the report
+) -> dict[str, str]:                   # section -> its text
+    "One text per section; where neither findings nor impression were headed, what else tells what was seen."
+    found = {section: "\n\n".join(texts.values()) for section, texts in _joined(parts).items()}
+    if any(s in found for s in _SEEN): return {s: t for s, t in found.items() if s != "view"} if "findings" in found else _viewed(found)
+    if "view" in found: return _viewed(found)
+    for section, _, body in reversed(parts):
+        seen = section in (*_ASKED, "preamble", "examination", "technique", "wet read") and _unheaded(body, section in ("preamble", "wet read"))
+        if seen: return found | {section: _tidy(body.replace(seen, "")) or section, "findings": _tidy(seen)}
+    other = next((found[s] for s in ("narrative", "wet read") if len(found.get(s, "").split()) > 3 and "." in found[s]), "")
+    return found | ({"findings": other} if other else {})
+
+# %% ../nbs/api/04_report.ipynb #rhead013
+def _viewed(found: dict) -> dict: # the text under a header that names the view, as findings
+    return {"findings": found["view"]} | {k: v for k, v in found.items() if k != "view"} if "view" in found else found
 
 # %% ../nbs/api/04_report.ipynb #ebf4bb80
 def split_sections(
     text: str,          # a whole report, as in its file
 ) -> dict[str, str]:    # section name in lower case -> its text; only sections that are there
-    "Splits a report by its headers: synonyms share a name, the last section of a name wins (rules of MIMIC-CXR's own parser)."
+    "Splits a report by its headers; of one header the last text stands, texts of different headers of one section are joined."
     if not isinstance(text, str) or len(text) > 200_000: raise NeuralError("a report must be text of at most 200,000 characters; check the report's file")
-    found, current, begin = {}, "preamble", 0
-    for match in itertools.chain(_header_pattern().finditer(text), [None]):
-        name = _section_name(next(g for g in match.groups() if g), current) if match else ""
+    text = text.replace("\r\n", "\n").translate(_PLAIN)
+    if "<" in text: text = re.sub(r"(?i)<(?:br|/?p)\s*/?>", "\n", re.sub(r"(?i)</?(?:b|strong|u|em|h[1-6])\s*>", "", text))
+    seen = text.upper() if text == text.lower() and len(text.upper()) == len(text) else text   # small letters alone: read as capitals
+    parts, current, begin = [], ("preamble", ""), 0
+    for match in itertools.chain(_header_pattern().finditer(seen), [None]):
+        if match and not _is_header(seen, match): continue
+        header = match[match.lastgroup] if match else ""
+        name = _section_name(header, current[0]) if match else ""
         if name is None: continue
-        if body := _tidy(text[begin:match.start() if match else len(text)]): found[current] = body
-        if match: current, begin = name, match.end()
-    if "view" in found: found = {"findings": found["view"]} | {k: v for k, v in found.items() if k != "view"}
-    return found
+        parts.append((*current, text[begin:match.start() if match else len(text)]))
+        if match: current, begin = (name, header.lower()), match.end()
+    return _settled(parts)
 
 # %% ../nbs/api/04_report.ipynb #3e61b426
 def evidence(
-    sections: dict[str, str],                        # from `split_sections`
-    use: tuple[str, ...]=("findings", "impression"), # sections the model may see, in this order
-) -> str:                                            # their text, a blank line between; '' where the report has none of them
+    sections: dict[str, str],                                    # from `split_sections`
+    use: tuple[str, ...]=("findings", "impression", "addendum"), # sections the model may see, in this order
+) -> str:                                                        # their text, a blank line between; '' where the report has none of them
     "The text a model may see: never the indication, the history or the comparison (against NEURAL's defect A9)."
-    barred = [s for s in use if s in ("indication", "history", "comparison")]
+    barred = [s for s in use if s in _ASKED]
     if barred: raise NeuralError(f"section {barred[0]!r} is no evidence: it says what was asked, not what was seen; use findings or impression")
     return "\n\n".join(sections[s] for s in use if sections.get(s))
 
