@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'ASSERTIONS', 'RELATIONS', 'load_lexicon', 'expand_braces', 'split_sections', 'evidence', 'Mention',
            'Relation', 'Annotation', 'ruler_patterns', 'cue_terms', 'build_pipeline', 'squeeze', 'ReportReader',
-           'show_annotation', 'labels_of', 'openi_scores', 'train_tokenizer', 'swap_laterality']
+           'show_annotation', 'labels_of', 'pattern_scores', 'openi_scores', 'train_tokenizer', 'swap_laterality']
 
 # %% ../nbs/api/04_report.ipynb #4e69b451
 import functools, hashlib, itertools, json, math, re
@@ -66,7 +66,8 @@ def _is_header(
     "Whether what stands before a name leaves it free to be a header."
     group, at = match.lastgroup, match.start(match.lastgroup)
     if group in ("line", "end"): return True
-    before = re.sub(r"[*_#>|=~•·\[-]+$|(?:[(\[]?(?:\d{1,2}|[ivxIVX]{1,4}|[a-hA-H])[.)\]:][ \t]*)$", "", text[max(0, at - 120):at].rstrip(" \t")).rstrip(" \t")
+    lead = r"(?:^|(?<=\n))[ \t>#*_=~|\[•·-]*(?:[(\[]?(?:\d{1,2}|[ivxIVX]{1,4}|[a-hA-H])[.)\]:][ \t]*)?[*_\[]*$|[*_]+$"
+    before = re.sub(lead, "", text[max(0, at - 120):at].rstrip(" \t")).rstrip(" \t")
     line, word = before.rstrip().rpartition("\n")[2], re.search(r"([A-Za-z']+)\s*$", before)
     if not word or re.search(r"\n[ \t]*\n\s*$", before): return True
     return word[1].lower() not in load_lexicon()["header_nouns"] and (group != "alone" or len(line) < 45)
@@ -82,10 +83,16 @@ def _tidy(
 # %% ../nbs/api/04_report.ipynb #4b0f90c7
 _ASKED, _SEEN = ("indication", "history", "comparison"), ("findings", "impression", "addendum")
 
+@functools.cache
+def _body_phrases() -> frozenset: # every finding and place of the lexicon, as words parted by one space
+    lexicon = load_lexicon()
+    phrases = [w for e in lexicon["observations"].values() for w in e["words"]] + [w for words in lexicon["anatomy"].values() for w in words]
+    return frozenset(" ".join(re.findall(r"\w+", p.lower())) for w in phrases for p in expand_braces(str(w)))
+
 def _names_body(header: str) -> bool:
     "Whether a header names a finding or a place of the lexicon ('PLEURAL EFFUSION', 'RIGHT LUNG')."
-    words = _WORD.findall(header)
-    return any(" ".join(words[i:j]) in _phrase_concepts() for i in range(len(words)) for j in range(i + 1, min(i + 5, len(words)) + 1))
+    words = re.findall(r"\w+", header)
+    return any(" ".join(words[i:j]) in _body_phrases() for i in range(len(words)) for j in range(i + 1, min(i + 5, len(words)) + 1))
 
 # %% ../nbs/api/04_report.ipynb #rhead002
 def _section_name(
@@ -249,10 +256,11 @@ def _short_forms() -> dict[str, str]: # short form as written (pna, Pna, PNA, PN
             for w in (short, short.capitalize(), short.upper(), short[:-1].upper() + short[-1])} | forms["as written"]
 
 # %% ../nbs/api/04_report.ipynb #rends002
+_CARRY_ON = {"or", "and", "nor", "but", "in", "on", "at", "with", "without", "is", "are", "has", "have"}
 _BARE_ANSWERS = {"no", "none", "not", "nil", "absent", "negative", "yes", "present"}
 @functools.cache
 def _unended() -> re.Pattern: # where a stop, a mark or a semicolon may end no sentence
-    short = "|".join(map(re.escape, load_lexicon()["short_forms"]["before a noun"]))
+    short = "|".join(map(re.escape, [w for kind in ("before a noun", "noun") for w in load_lexicon()["short_forms"][kind]]))
     return re.compile(rf"\?|;|\b(?:{short})\.", re.I)
 
 # %% ../nbs/api/04_report.ipynb #rends003
@@ -260,13 +268,14 @@ def _unended() -> re.Pattern: # where a stop, a mark or a semicolon may end no s
 def _sentence_ends(doc: Doc) -> Doc:
     "Takes back the sentence ends that are none: 'pl. effusion', '?pneumonia', 'Pneumothorax? No.'"
     if not _unended().search(doc.text): return doc
-    before_noun = load_lexicon()["short_forms"]["before a noun"]
+    forms = load_lexicon()["short_forms"]
     for i in range(1, len(doc)):
         mark, t = doc[i - 1], doc[i]
         if not t.is_sent_start: continue
         asks = mark.text == "?" and (i == 1 or doc[i - 2].whitespace_ or not mark.whitespace_)
         bare = t.lower_ in _BARE_ANSWERS and (t.lower_ == "none" or i + 1 == len(doc) or doc[i + 1].is_punct)
-        short = mark.text == "." and i > 1 and doc[i - 2].lower_ in before_noun and not doc[i - 2].whitespace_ and t.text[0].islower()
+        last = doc[i - 2].lower_ if mark.text == "." and i > 1 and not doc[i - 2].whitespace_ and t.text[0].islower() else ""
+        short = last in forms["before a noun"] or last in forms["noun"] and t.lower_ in _CARRY_ON
         if asks or short or bare and mark.text in ("?", ";"): t.is_sent_start = False
     return doc
 
@@ -355,7 +364,7 @@ class ReportReader:
         self.readings = {(place, word): rule for rule in self.lexicon["readings"] for place in rule["of"] for word in rule["says"]}
         self.reading_words = {word for _, word in self.readings}
         self.hedges, self._kind = tuple(self.lexicon["uncertain_words"]), self.kinds
-        self.shapes, self.told = _compiled(self.lexicon), {}
+        self.told = {}  # which shapes a word may fill
     def __call__(self, text: str) -> Annotation:
         "Annotates one text."
         return next(self.pipe([text]))
@@ -536,6 +545,8 @@ def _deny(items: list[_Item], at: int, gaps: _Gaps) -> None:
 # %% ../nbs/api/04_report.ipynb #750b7c19
 def _doubt(items: list[_Item], at: int, gaps: _Gaps) -> None:
     "Makes uncertain what stands before 'cannot be excluded', unless the words open what follows ('less likely pneumonia')."
+    follower = items[at + 1] if at + 1 < len(items) else None
+    if follower and follower.group == "suggests" and follower.span.doc[items[at].span.end:follower.span.start].text == "to": return
     if _reach(items, at, 1, gaps, "finding") is not None: return
     for i in _spoken_of(items, at, gaps): items[i].assertion = "uncertain"
 
@@ -547,19 +558,20 @@ def _either(items: list[_Item], at: int, gaps: _Gaps) -> None:
         if i is not None and items[i].assertion == "present": items[i].assertion = "uncertain"
 
 # %% ../nbs/api/04_report.ipynb #rshape02
-def _compiled(lexicon: dict) -> list[tuple[list[re.Pattern], list[re.Pattern]]]: # per row: what words it needs (each fits one), its shapes
+@functools.cache
+def _compiled() -> list[tuple[list[re.Pattern], list[re.Pattern]]]: # per row: what words it needs (each fits one), its shapes
     "Writes out the parts of the lexicon's shapes."
-    parts, many = lexicon["shapes"]["parts"], itertools.count()
+    lexicon, many = load_lexicon()["shapes"], itertools.count()
     words = r"(?: (?!(?:is|are|was|were|has|have|had|no|not|nor|without|but|with|if|than|over|to|by|and|or|for)\b)(?:[a-z0-9'./-]+|S|P)){0,5}?"
     where = r"(?:(?: (?:in|at|on|of|within|over|along|behind|near|involving|the|both|an?|either))* [PS])*"
     one = f"{words} F{where}"
     findings = rf"{one}(?:(?:(?: ,){one})*(?: ,)?(?: (?:and|or|nor|/|&|and / or)){one})?"
-    def written(m): return findings if m[1] == "any" else rf"(?P<{m[1]}_{next(many)}>{findings})" if m[1] in ASSERTIONS else parts[m[1]]
+    def written(m): return findings if m[1] == "any" else rf"(?P<{m[1]}_{next(many)}>{findings})" if m[1] in (*ASSERTIONS, "again") else lexicon["parts"][m[1]]
     def whole(shape):
         while (new := re.sub(r"\{([a-z]+)\}", written, shape)) != shape: shape = new
         return re.compile(shape + r"(?![^ ])")
     needs = lambda row: [re.compile("|".join(row[k])) for k in ("if", "with") if k in row]
-    return [(needs(row), [whole(shape) for shape in row["is"]]) for row in lexicon["shapes"]["list"]]
+    return [(needs(row), [whole(shape) for shape in row["is"]]) for row in lexicon["list"]]
 
 # %% ../nbs/api/04_report.ipynb #rshape03
 def _skeleton(items: list[_Item], start: int, end: int) -> tuple[str, dict[int, _Item]]: # the line, and which item each of its letters stands for
@@ -581,9 +593,15 @@ _TOKEN = re.compile(r"[a-z]+|[:=(?>]|--|[-–—…0]|\.\.\.")
 def _tells(self: ReportReader, words: Iterable[str]) -> list[int]: # rows of the lexicon's shapes, in order
     "Which shapes these words can fill; each word is looked up once in a reader's life."
     for w in (words := set(words)) - self.told.keys():
-        self.told[w] = {(r, n) for r, (needs, _) in enumerate(self.shapes) for n, need in enumerate(needs) if need.fullmatch(w)}
+        self.told[w] = {(r, n) for r, (needs, _) in enumerate(_compiled()) for n, need in enumerate(needs) if need.fullmatch(w)}
     hits = set().union(*(self.told[w] for w in words))
-    return [r for r in sorted({r for r, _ in hits}) if all((r, n) in hits for n in range(len(self.shapes[r][0])))] if hits else []
+    return [r for r in sorted({r for r, _ in hits}) if all((r, n) in hits for n in range(len(_compiled()[r][0])))] if hits else []
+
+# %% ../nbs/api/04_report.ipynb #rshape08
+def _same(match: re.Match, at: dict[int, _Item]) -> bool:
+    "Whether {again}, where a shape has it, names a finding that the shape named before ('edema: no acute edema')."
+    named = [{at[i].concept for i in range(*match.span(g)) if i in at and match.string[i] == "F"} for g in sorted(match.groupdict(), key=lambda g: g.startswith("again"))]
+    return not any(g.startswith("again") for g in match.groupdict()) or bool(named[-1] & set().union(*named[:-1]))
 
 # %% ../nbs/api/04_report.ipynb #rshape06
 @patch
@@ -592,9 +610,9 @@ def _shape(self: ReportReader, items: list[_Item], start: int, end: int) -> None
     rows = self._tells(_TOKEN.findall(items[0].span.doc[start:end].text.lower()))
     if not rows: return
     line, at = _skeleton(items, start, end)
-    found = (m for r in rows for shape in self.shapes[r][1] for m in shape.finditer(line))
+    found = (m for r in rows for shape in _compiled()[r][1] for m in shape.finditer(line) if _same(m, at))
     done = set()
-    for said, (first, last) in ((name.split("_")[0], m.span(name)) for m in found for name in m.groupdict() if m[name]):
+    for said, (first, last) in ((name.split("_")[0], m.span(name)) for m in found for name in m.groupdict() if m[name] and not name.startswith("again")):
         for i in range(first, last):
             if line[i] != "F" or i not in at or i in done: continue
             done.add(i)
@@ -840,6 +858,21 @@ def _radgraph_relations(
         elsewhere = {p for k, r in own if k == key and r and r is not rests for p in r}
         for type_, other in entities[key][4]:
             if other not in elsewhere or other in (rests or ()): yield from (Relation(n, tail, type_) for tail in numbers[other])
+
+# %% ../nbs/api/04_report.ipynb #rwell002
+def pattern_scores(
+    rows: list[dict],      # pattern, label, expected ('1', '0', '-1', 'blank', several parted by commas), half
+    read: list[dict],      # `labels_of` each sentence
+) -> dict[tuple[str, str], float]: # (pattern, half) -> F1
+    "F1 of single label values: right answers against answers given and answers due (this companion's choice)."
+    counts = defaultdict(lambda: [0, 0])
+    for row, labels in zip(rows, read, strict=True):
+        wanted, got = row["expected"].split(","), labels[row["label"]]
+        said = "blank" if got is None else f"{got:g}"
+        count = counts[row["pattern"], row["half"]]
+        count[0] += 2 * (said != "blank" and said in wanted)
+        count[1] += (said != "blank") + ("blank" not in wanted or said in wanted and said != "blank")
+    return {key: hit / due if due else float("nan") for key, (hit, due) in counts.items()}
 
 # %% ../nbs/api/04_report.ipynb #ff97e6f8
 def openi_scores(
