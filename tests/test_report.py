@@ -1,10 +1,11 @@
 "What the report chapter cannot show: many assertion cases, odd sections, hostile files, real reports, phantoms."
 import copy, csv, gzip, json, random, subprocess, sys, time
+from pathlib import Path
 
 import pytest
 
 from neural.report import (Annotation, ReportReader, evidence, expand_braces, labels_of, load_lexicon, openi_scores,
-                           ruler_patterns, split_sections, swap_laterality, train_tokenizer)
+                           pattern_scores, ruler_patterns, split_sections, swap_laterality, train_tokenizer)
 from neural.study import LABELS, NeuralError
 
 
@@ -344,3 +345,83 @@ def test_a_verb_does_not_part_a_finding_from_its_place(reader, text, finding, pl
 def test_the_place_of_the_next_clause_is_not_this_finding_s(reader, text, finding):
     a = reader(text)
     assert not [r for r in a.relations if r.type == "located_at" and a.mentions[r.head].concept == finding]
+
+
+# --- sentences by pattern of assertion
+def own_sentences():
+    with open(Path(__file__).parent / "sentences.tsv", encoding="utf-8") as file: return list(csv.DictReader(file, delimiter="\t"))
+
+
+def test_sentences_are_balanced():
+    rows = own_sentences()
+    patterns = {r["pattern"] for r in rows}
+    assert len(rows) >= 400 and len(patterns) == 8 and len({r["sentence"] for r in rows}) == len(rows)
+    assert {(r["pattern"], r["label"]) for r in rows} == {(p, label) for p in patterns for label in LABELS}
+    for p in patterns: assert sum(r["pattern"] == p and r["half"] == "held" for r in rows) >= 27
+
+
+def test_held_out_sentences_are_read_well(reader):
+    rows = own_sentences()
+    scores = pattern_scores(rows, [labels_of(a) for a in reader.pipe(r["sentence"] for r in rows)])
+    assert not {k: round(v, 3) for k, v in scores.items() if k[1] == "held" and v < 0.95}
+
+
+def test_a_shape_leaves_other_findings_alone(reader):
+    for text, label, value in (("Small effusion: no pneumothorax.", "Pleural Effusion", 1.0), ("Left effusion greater than right.", "Pleural Effusion", 1.0), ("More than one nodule is seen.", "Lung Lesion", 1.0),
+                               ("Effusion: no change.", "Pleural Effusion", 1.0), ("Opacity unlikely to represent consolidation.", "Lung Opacity", 1.0), ("Atelectasis, not pneumonia.", "Atelectasis", 1.0),
+                               ("Cardiomegaly: negative for edema.", "Cardiomegaly", 1.0), ("Good inspiratory effort.", "Pleural Effusion", None), ("No PE.", "Pleural Effusion", None)):
+        assert labels_of(reader(text))[label] == value, text
+
+
+# --- headers as people write them
+HEADED = ["{f}: {a}\n{i}: {b}", "{f}:\n{a}\n\n{i}:\n{b}", "{f}\n{a}\n\n{i}\n{b}", "{f} - {a}\n{i} - {b}", "{f} \u2013 {a}\n{i} \u2014 {b}", "**{f}:** {a}\n**{i}:** {b}", "**{f}**\n{a}\n\n**{i}**\n{b}",
+          "## {f}\n{a}\n\n## {i}\n{b}", "\ufeff{f}: {a}\n{i}: {b}", "1. {f}: {a}\n2. {i}: {b}", "II) {f}: {a}\nIII) {i}: {b}", "{f}\n-----\n{a}\n\n{i}\n-----\n{b}", "{f}: {a} {i}: {b}", "{f}:\r\n{a}\r\n{i}:\r\n{b}",
+          "[{f}] {a}\n[{i}] {b}", "<b>{f}:</b> {a}<br><b>{i}:</b> {b}"]
+
+
+@pytest.mark.parametrize("dress", HEADED)
+def test_headers_in_any_dress(dress):
+    for f, i in (("FINDINGS", "IMPRESSION"), ("Findings", "Conclusion"), ("findings", "impression")):
+        text = "INDICATION: Cough, rule out pneumonia.\n" + dress.format(f=f, i=i, a="The heart is enlarged.", b="Cardiomegaly.")
+        text = "\ufeff" + text.replace("\ufeff", "") if "\ufeff" in text else text
+        assert evidence(split_sections(text)) == "The heart is enlarged.\n\nCardiomegaly.", text
+
+
+@pytest.mark.parametrize("header", ["IMPRESSION AND FINDINGS:", "FINDINGS/IMPRESSION:", "Findings & Impression -", "RADIOGRAPHIC FINDINGS:", "FINAL IMPRESSION:", "IMPRESSION (FINAL):", "OPINION:", "ADDENDUM:", "Impression #2:"])
+def test_headers_that_open_evidence(header):
+    assert evidence(split_sections(f"HISTORY: pneumonia.\n{header} Small effusion.")) == "Small effusion."
+
+
+@pytest.mark.parametrize("text", ["CLINICAL IMPRESSION: pneumonia.", "HISTORY AND FINDINGS: pneumonia.", "INDICATION: Patient with these\nfindings: pneumonia.", "INDICATION: cough.\n\n Evaluate for pneumonia.",
+                                  "SUMMARY: 2-ABNORMAL, PREVIOUSLY REPORTED", "END OF IMPRESSION: I have reviewed the images.", "Findings are unchanged.", "COMPARISON: Findings of the prior film: pneumonia."])
+def test_what_is_no_evidence(text):
+    assert evidence(split_sections(text)) == ""
+
+
+def test_what_wins_when_two_headers_name_one_section():
+    seen = lambda text: evidence(split_sections(text))
+    assert seen("IMPRESSION: Small effusion.\nSUMMARY: 4-POSSIBLE SIGNIFICANT ABNORMALITY, MAY NEED ACTION") == "Small effusion."
+    assert seen("IMPRESSION: Small effusion.\nCONCLUSION: Stable.") == "Small effusion.\n\nStable."
+    assert seen("IMPRESSION: Small effusion. END OF IMPRESSION: I have reviewed. SUMMARY: 1-NORMAL") == "Small effusion."
+    assert seen("IMPRESSION: Effusion.\nADDENDUM:\nIMPRESSION: Small pneumothorax.") == "Effusion.\n\nSmall pneumothorax."
+    assert seen("FINDINGS:\nPLEURAL EFFUSION: NONE\nHEART: NORMAL\nACCESSION NUMBER: 12") == "PLEURAL EFFUSION: NONE HEART: NORMAL"
+    assert seen("REASON FOR EXAMINATION: Edema.\n\n The film was read.\n\n The effusion is small.") == "The film was read.\n\nThe effusion is small."
+
+
+# --- real reports: nothing that is there gets lost, nothing is read worse than before
+DEV_FLOORS = {"Cardiomegaly": 0.9326, "Pleural Effusion": 0.9285, "Pneumothorax": 0.8235, "Atelectasis": 0.9180, "Airspace or opacity": 0.9795, "Pneumonia": 0.8421, "Congestion or edema": 0.9166, "Nodule or mass": 0.8604, "Granuloma or calcinosis": 0.9606, "Fracture": 0.9122, "Emphysema or hyperinflation": 0.9569, "Hypoinflation": 0.9629, "Scar": 0.8135, "Degenerative or scoliosis": 0.9444, "Tortuous aorta": 0.8983, "Devices": 0.8571, "Pleural thickening": 0.6666, "Hiatal hernia": 0.9411}
+
+
+def dev_reports(real_data):
+    with open(real_data / "real_cxr_dev" / "manifest.csv", newline="", encoding="utf-8") as file:
+        rows = [r for r in csv.DictReader(file) if r["dataset"] == "openi256" and r["view"] == "frontal"]
+    return [(r["report_text"], dict(x.split("=", 1) for x in r["other_labels"].split("|") if "=" in x).get("mesh", "")) for r in rows]
+
+
+def test_real_reports_keep_their_evidence_and_their_scores(real_data, reader):
+    rows = dev_reports(real_data)
+    seen = [evidence(split_sections(text)) for text, _ in rows]
+    assert len(rows) == 1151 and sum(not s for s in seen) == 0
+    coded = [(s, mesh) for s, (_, mesh) in zip(seen, rows) if "No Indexing" not in mesh]
+    scores = {s["finding"]: s["f1"] for s in openi_scores(list(reader.pipe(s for s, _ in coded)), [mesh for _, mesh in coded])}
+    assert not {k: round(scores[k], 4) for k, floor in DEV_FLOORS.items() if scores[k] < floor}
