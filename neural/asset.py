@@ -928,6 +928,7 @@ def append(
         self._sweep(keep={self.folder/name for name in self._found})                    # what killed writers left
         return self._write(list(new.values()), self.meta['generation'], len(self._found))
 
+# %% ../nbs/api/20_asset.ipynb #writes01
 @patch
 def _write(self: AssetStore, assets, generation, number):
     "One shard, published; the caller holds the lock."
