@@ -258,16 +258,14 @@ def _short_forms() -> dict[str, str]: # short form as written (pna, Pna, PNA, PN
 # %% ../nbs/api/04_report.ipynb #rends002
 _CARRY_ON = {"or", "and", "nor", "but", "in", "on", "at", "with", "without", "is", "are", "has", "have"}
 _BARE_ANSWERS = {"no", "none", "not", "nil", "absent", "negative", "yes", "present"}
-@functools.cache
-def _unended() -> re.Pattern: # where a stop, a mark or a semicolon may end no sentence
-    short = "|".join(map(re.escape, [w for kind in ("before a noun", "noun") for w in load_lexicon()["short_forms"][kind]]))
-    return re.compile(rf"\?|;|\b(?:{short})\.", re.I)
+_UNENDED = re.compile(r"[?;]|[A-Za-z]\. [a-z]")   # where a mark, a semicolon or a stop may end no sentence
+
 
 # %% ../nbs/api/04_report.ipynb #rends003
 @Language.component("sentence_ends")
 def _sentence_ends(doc: Doc) -> Doc:
     "Takes back the sentence ends that are none: 'pl. effusion', '?pneumonia', 'Pneumothorax? No.'"
-    if not _unended().search(doc.text): return doc
+    if not _UNENDED.search(doc.text): return doc
     forms = load_lexicon()["short_forms"]
     for i in range(1, len(doc)):
         mark, t = doc[i - 1], doc[i]
@@ -390,10 +388,13 @@ def version(self: ReportReader) -> str: # 'lexicon version - first 12 hex digits
     return f"{self.lexicon['version']}-{hashlib.sha256(body).hexdigest()[:12]}"
 
 # %% ../nbs/api/04_report.ipynb #b3c6cd37
+def _starts(doc: Doc) -> list[int]: # number of the first token of each sentence
+    return [i for i, mark in enumerate(doc.to_array("SENT_START").tolist()) if mark == 1 or not i]
+
 @patch
 def _items(self: ReportReader, doc: Doc) -> list[_Item]:
     "The entities of one text, each with the sentence it stands in and what the cues say of it."
-    starts, number, items, denied = [s.start for s in doc.sents], 0, [], [w for w in self.lexicon["denied_words"] if w in doc.text.lower()]
+    starts, number, items, denied = _starts(doc), 0, [], [w for w in self.lexicon["denied_words"] if w in doc.text.lower()]
     for ent in doc.ents:
         while number + 1 < len(starts) and starts[number + 1] <= ent.start: number += 1
         assertion = "absent" if ent._.absent or denied and ent.text.lower() in denied else "uncertain" if ent._.uncertain else "present"
@@ -626,12 +627,12 @@ def _annotate(self: ReportReader, doc: Doc, text: str, old: list[int] | None) ->
     gaps, everything = _Gaps(doc, self.glue, self.copulas), self._items(doc)
     steps = {"denial": _deny, "doubt": _doubt, "either": _either, "finding": _locate, "side": _side, "modifier": _modify, "suggests": _suggest}
     shaped = self._tells(_TOKEN.findall(doc.text.lower()))
-    sentences = [(s.start, s.end) for s in doc.sents] if shaped else []
+    starts = _starts(doc) if shaped else []
     for _, group in itertools.groupby(everything, key=lambda i: i.sentence):
         items = list(group)
         self._read_places(items, gaps)
         for wanted, step in steps.items():
-            if wanted == "finding" and shaped: self._shape(items, *sentences[items[0].sentence])
+            if wanted == "finding" and shaped: self._shape(items, *(*starts, len(doc))[items[0].sentence:items[0].sentence + 2])
             for at, item in enumerate(items):
                 if item.group == wanted and not item.also: step(items, at, gaps)
     return _assemble(everything, text, old, self._kind)
