@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'SPLITS', 'POLICIES', 'LABEL_VALUES', 'LABEL_CELLS', 'FRONTAL_VIEWS', 'LATERAL_VIEWS', 'ADVICE', 'COLUMNS',
-           'STARTS', 'MAX_REPORT', 'TABLE_KEYS', 'NOT_HANDED_ON', 'EVIDENCE_COLUMNS', 'DEGREES', 'CODE', 'NeuralError',
-           'label_value', 'apply_policy', 'Box', 'View', 'Study', 'view_of', 'targets', 'split_of', 'Exclusions',
-           'system_reason', 'told_code', 'not_utf8', 'readable', 'bounded', 'check_columns', 'read_table',
+           'STARTS', 'MAX_REPORT', 'TABLE_KEYS', 'NOT_HANDED_ON', 'EVIDENCE_COLUMNS', 'DEGREES', 'CODE', 'MOVED',
+           'NeuralError', 'label_value', 'apply_policy', 'Box', 'View', 'Study', 'view_of', 'targets', 'split_of',
+           'Exclusions', 'system_reason', 'told_code', 'not_utf8', 'readable', 'bounded', 'check_columns', 'read_table',
            'check_relative', 'inside', 'check_study', 'check_studies', 'Manifest', 'to_rows', 'umask', 'publish',
            'make_folder', 'refuse_overwrite', 'made_here', 'read_side', 'digest_of', 'at_least', 'above', 'write_side',
            'from_rows', 'read_boxes', 'as_folder', 'refuse_links', 'read_xml', 'xml_sections', 'tar_xml', 'plain_text',
            'row_starts', 'read_row', 'said', 'whole_report', 'row_text', 'report_text', 'archived']
 
 # %% ../nbs/api/00_study.ipynb #cc3ed7c5
-import csv, errno, gzip, hashlib, json, math, numbers, os, re, tarfile, tempfile, zlib
+import csv, errno, gzip, hashlib, importlib, json, math, numbers, os, re, tarfile, tempfile, warnings, zlib
 import xml.etree.ElementTree as plain_xml
 from collections import Counter
 from contextlib import contextmanager
@@ -790,3 +790,14 @@ def archived(
     elif where not in cache: cache[where] = row_starts(path, TABLE_KEYS.get(manifest.layout, 'image'))
     if key not in cache[where]: raise NeuralError(f'{where}: holds no report {key!r}; index the dataset again')
     return cache[where][key] if path.suffix in ('.tgz', '.gz') else row_text(read_row(path, cache[where][key]))
+
+# %% ../nbs/api/00_study.ipynb #moved1
+MOVED = {'index_dataset', 'LAYOUTS', 'walk', 'mesh_labels', 'openi_views'}  # now in `neural.layouts`
+
+def __getattr__(
+    name: str,  # asked of this module, and not found in it
+):              # the same name of `neural.layouts`, where it moved there
+    "Names that were here before layouts had a chapter of their own."
+    if name not in MOVED: raise AttributeError(f'module neural.study has no attribute {name!r}')
+    warnings.warn(f'{name} is in neural.layouts now', DeprecationWarning, stacklevel=2)
+    return getattr(importlib.import_module('neural.layouts'), name)
