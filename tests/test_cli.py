@@ -121,7 +121,7 @@ def test_a_wrong_call_is_status_2_and_one_line(tmp_path, words):
 
 
 @pytest.mark.parametrize("words, why", [
-    (["run", "--preset", "huge"], "no preset called huge"),
+    (["run", "--preset", "huge"], "no preset called 'huge'"),
     (["run", "nowhere"], "no stage called nowhere"),
     (["run", "-p", "cuont=3"], "did you mean count?"),
     (["run", "--manifest", "gone.csv"], "no manifest at gone.csv"),
