@@ -86,7 +86,7 @@ elsewhere: install
 test: install
 	@$(MAKE) --no-print-directory drift
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/api --n_workers 2; echo "chapters: $$SECONDS s"
-	@$(BIN)/python -m pytest -q; echo "tests: $$SECONDS s"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile; echo "tests: $$SECONDS s"
 	@$(MAKE) --no-print-directory smoke; echo "smoke run: $$SECONDS s"
 	@$(MAKE) --no-print-directory docs; echo "pages: $$SECONDS s"
 
