@@ -404,3 +404,10 @@ def test_real_manifest_survives_the_disk(real_data, tmp_path):
     manifest.save(tmp_path / "real.csv")
     again = Manifest.load(tmp_path / "real.csv")
     assert again.studies == manifest.studies and report_text(again, again.studies[5]) == report_text(manifest, manifest.studies[5])
+
+
+@pytest.mark.parametrize("name", ["index_dataset", "LAYOUTS", "walk", "mesh_labels", "openi_views"])
+def test_a_name_that_moved_is_found_with_a_word_about_its_home(name):
+    from neural import study
+    assert name in study.MOVED
+    with pytest.warns(DeprecationWarning, match=f"{name} is in neural.layouts now"): assert getattr(study, name) is getattr(module, name)
