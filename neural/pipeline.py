@@ -887,8 +887,7 @@ def run_stage(
     before, former = run_files(open_run(run)), entry.get("outputs", {})
     told = tell_settings(stage, run, parameters, settings)
     write_json(Path(run)/f"{stage.name}.json", {"schema": SCHEMA, "stage": stage.name, "outputs": former, **told})
-    asked = {"command": told["command"]} if "command" in parameters else {}    # a stage that prints how it was made is told
-    execute_stage(stage, run, parameters | asked, **options)
+    execute_stage(stage, run, parameters, **options)
     return finish_record(stage, run, parameters, before, former, manifest, told), reasons
 
 # %% ../nbs/api/40_pipeline.ipynb #12e1230d

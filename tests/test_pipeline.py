@@ -219,19 +219,6 @@ def test_the_command_of_a_row_makes_it_again_when_it_is_pasted(stages, tmp_path)
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_stage_that_prints_how_it_was_made_is_told_whatever_its_preset_says(stages, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    edit(stages, "20_sum", "pause: float = 0.0", 'command: str = "by hand"  # how this run was started\npause: float = 0.0')
-    edit(stages, "20_sum", "record(", "(Path(run)/'table.txt').write_text(command)\nrecord(")
-    (stages / "presets/own.yaml").write_text("scale: 2\ncommand: neural run --preset own\n")
-    words = dict(preset="own", given={"seed": "3"})
-    told(stages, "one", **words)
-    said = (tmp_path / "one/table.txt").read_text()
-    assert said == read_record("one", "20_sum")["command"] and said.startswith("neural run 10-20 --preset own -p seed=3 ")
-    assert ran(told(stages, "one", **words)) == []                              # being told is no other setting
-
-
-@pytest.mark.usefixtures("quick")
 def test_a_run_goes_on_with_what_it_was_made_with(stages, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told(stages, "r", preset="small", given={"seed": "7"})
