@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -191,15 +192,17 @@ def parameter_groups(
 
 # %% ../nbs/api/12_finetune.ipynb #3347640d
 def stem_logits(
-    model: ReportVLM,  # with a convolutional stem
+    model: ReportVLM,  # with convolutions before its Swin blocks
     films: torch.Tensor,  # (B, 1, S, S) in [0, 1]
 ) -> torch.Tensor:  # (B, L), before the sigmoid
     "Findings read from the stem by the label head, without the Swin blocks in between."
-    return model.name_findings(model.encoder.layernorm(model.encoder.embeddings(model.normalise(films))[0]))
+    tokens = model.encoder.layernorm(model.encoder.embeddings(model.normalise(films))[0])
+    if model.config.stem == "levels": tokens = F.dropout(tokens, model.config.dropout, model.training)
+    return model.name_findings(tokens)
 
 # %% ../nbs/api/12_finetune.ipynb #bb307be7
 def warm_start(
-    model: ReportVLM,  # new; its stem and label head are changed in place
+    model: ReportVLM,  # new; its convolutions and label head are changed in place
     data: StudyDataset,  # train split
     epochs: int = 10,  # passes over it
     batch_size: int = 32,  # films per step
@@ -208,8 +211,8 @@ def warm_start(
     device: str = "cpu",  # "cpu" or "cuda"
     bf16: bool = True,  # autocast to bfloat16
 ) -> list[float]:  # mean loss of each pass, nats per known label
-    "Show a new convolutional stem the findings before it must serve the words (this companion's choice)."
-    if model.config.stem != "conv" or len(model.config.swin["depths"]) != 1: raise NeuralError("only a new convolutional stem before a single Swin stage is warmed up; a checkpoint encoder has learnt already")
+    "Show new convolutions the findings before it must serve the words (this companion's choice)."
+    if model.config.stem == "patch" or len(model.config.swin["depths"]) != 1: raise NeuralError("only new convolutions before a single Swin stage are warmed up; a checkpoint encoder has learnt already")
     at_least(1, epochs=epochs, batch_size=batch_size); at_least(0, seed=seed); above(0, lr=lr)
     if not len(data): raise NeuralError("a warm start needs training studies, got none; look at the split column of the manifest")
     torch.manual_seed(seed); generator = torch.Generator().manual_seed(seed)
@@ -365,6 +368,14 @@ def freeze_stages(
     still = [p for part in ([model.encoder.embeddings, *layers[:stages]] if stages else []) for p in part.parameters()]
     for p in still: p.requires_grad_(False)
     return sum(p.numel() for p in still)
+
+@patch
+def train(self: ReportVLM, mode: bool = True):
+    "As torch's, but batch norms that do not learn keep what they were taught."
+    nn.Module.train(self, mode)
+    for m in self.modules():
+        if isinstance(m, nn.BatchNorm2d) and not m.weight.requires_grad: m.eval()
+    return self
 
 # %% ../nbs/api/12_finetune.ipynb #679e0663
 class ReportTrainer(Trainer):

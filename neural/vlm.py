@@ -5,11 +5,8 @@
 # %% ../nbs/api/10_vlm.ipynb #81cebc5b
 from __future__ import annotations
 import ctypes
-import hashlib
 import json
-import math
 import os
-import re
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -27,13 +24,14 @@ from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.utils import logging
 
-from .study import LABELS, NeuralError, at_least, make_folder, readable, system_reason
+from .image_model import LevelNet, hash_of_file, pool_patches, start_convolutions, writable
+from .study import LABELS, NeuralError, at_least, make_folder, readable
 
 # %% auto #0
 __all__ = ['MALLOPT', 'ReportVLMConfig', 'small_config', 'Residual', 'conv_stem', 'build_encoder', 'build_decoder',
-           'ReportVLMOutput', 'ReportVLM', 'start_convolutions', 'pool_patches', 'text_loss', 'label_loss', 'by_heads',
-           'mix', 'causal_bias', 'Packed', 'pack', 'kept_memory', 'quiet', 'writable', 'hash_of_file', 'save_vlm',
-           'read_config', 'load_vlm', 'load_tokenizer', 'checkpoint_folder', 'read_checkpoint']
+           'ReportVLMOutput', 'ReportVLM', 'text_loss', 'label_loss', 'by_heads', 'mix', 'causal_bias', 'Packed',
+           'pack', 'kept_memory', 'quiet', 'save_vlm', 'read_config', 'load_vlm', 'load_tokenizer', 'checkpoint_folder',
+           'read_checkpoint']
 
 # %% ../nbs/api/10_vlm.ipynb #5bf4efa2
 class ReportVLMConfig(PreTrainedConfig):
@@ -44,7 +42,8 @@ class ReportVLMConfig(PreTrainedConfig):
         self,
         swin: dict | None = None,  # `SwinConfig` fields; `image_size` is the film's side in pixels
         decoder: dict | None = None,  # `T5Config` fields; only its decoder is built
-        stem: str = "conv",  # "conv": convolutional stem before the Swin stages; "patch": Swin's own patch embedding
+        stem: str = "conv",  # "levels": the residual network of chapter 09; "conv": a shallow convolutional stem; "patch": Swin's own patch embedding, as in the paper
+        widths: tuple = ((24, 24), (48, 48), (192, 192)),  # of the residual network: channels of the blocks of each level
         label_names: tuple = LABELS,  # findings of the label head, in order
         label_weight: float = 0.5,  # weight of the label loss beside the text loss; the paper uses 0.5
         sharpness: float = 0.0,  # of the label head's pooling over patches: 0 is their mean, as in the paper
@@ -54,6 +53,7 @@ class ReportVLMConfig(PreTrainedConfig):
         **kwargs,
     ):
         self.swin, self.decoder, self.stem = dict(swin or {}), dict(decoder or {}), stem
+        self.widths = [list(level) for level in widths]
         self.label_names, self.label_weight, self.sharpness, self.dropout = list(label_names), label_weight, sharpness, dropout
         self.pixel_mean, self.pixel_std = list(pixel_mean), list(pixel_std)
         super().__init__(**kwargs)
@@ -64,19 +64,23 @@ def small_config(
     image_size: int = 192,  # side of the film in pixels: 96, 192 or 384
     labels: tuple = LABELS,  # findings of the label head
     width: int = 192,  # channels of the token grid, a multiple of 32
+    depth: int = 2,  # Swin blocks over the token grid; 0 only after a residual network
     d_model: int = 192,  # width of the decoder
     layers: int = 2,  # decoder layers
     **kwargs,  # passed on to `ReportVLMConfig`
 ) -> ReportVLMConfig:  # about 2.5 million parameters at the defaults
     "A network small enough for two CPU cores, with the paper's 12×12 token grid."
     if image_size not in (96, 192, 384): raise NeuralError(f"image_size must be 96, 192 or 384 for a 12x12 grid, got {image_size}")
-    at_least(1, vocab_size=vocab_size, layers=layers)
+    at_least(1, vocab_size=vocab_size, layers=layers); at_least(0, depth=depth)
+    if not depth and kwargs.get("stem") != "levels": raise NeuralError("without Swin blocks the encoder must be a residual network: stem='levels'")
     if odd := [n for n, v in dict(width=width, d_model=d_model).items() if v < 32 or v % 32]: raise NeuralError(f"{odd[0]} must be a multiple of 32, at least 32, got {dict(width=width, d_model=d_model)[odd[0]]}")
-    swin = dict(image_size=image_size, patch_size=image_size // 12, num_channels=1, embed_dim=width, depths=[2], num_heads=[width // 32],
-                window_size=12, mlp_ratio=2.0, drop_path_rate=0.0, use_absolute_embeddings=True)
+    swin = dict(image_size=image_size, patch_size=image_size // 12, num_channels=1, embed_dim=width, depths=[depth], num_heads=[width // 32],
+                window_size=12, mlp_ratio=2.0, drop_path_rate=0.0, use_absolute_embeddings=bool(depth))
     decoder = dict(vocab_size=vocab_size, d_model=d_model, d_kv=32, d_ff=2 * d_model, num_layers=0, num_decoder_layers=layers,
                    num_heads=d_model // 32, dropout_rate=0.1, feed_forward_proj="gated-gelu",
                    pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
+    levels = (image_size // 12).bit_length() - 2  # strides 4, 8 and so on, one level each
+    kwargs.setdefault("widths", [[max(8, width >> (levels - n))] * 2 for n in range(levels - 1)] + [[width] * 2])
     return ReportVLMConfig(swin=swin, decoder=decoder, label_names=labels, **kwargs)
 
 # %% ../nbs/api/10_vlm.ipynb #9e8d901e
@@ -114,12 +118,16 @@ def conv_stem(
 def build_encoder(
     config: ReportVLMConfig,
 ) -> SwinModel:  # (B, C, S, S) -> last_hidden_state (B, N, d)
-    "Swin, with the convolutional stem in place of its patch embedding where the configuration asks for it."
+    "Swin, with convolutions in place of its patch embedding where the configuration asks for them."
     swin = SwinModel(SwinConfig(**config.swin), add_pooling_layer=False)
-    if config.stem == "conv":
-        embed = swin.embeddings.patch_embeddings
-        embed.projection = conv_stem(swin.config.patch_size, swin.config.embed_dim, swin.config.num_channels)
-    elif config.stem != "patch": raise NeuralError(f"stem must be 'conv' or 'patch', got {config.stem!r}")
+    about, embed = swin.config, swin.embeddings
+    if config.stem == "conv": embed.patch_embeddings.projection = conv_stem(about.patch_size, about.embed_dim, about.num_channels)
+    elif config.stem == "levels":
+        net = LevelNet(config.widths, about.num_channels)
+        if (2 << len(config.widths), net.width) != (about.patch_size, about.embed_dim): raise NeuralError(f"levels of widths {config.widths} end at stride {2 << len(config.widths)} with {net.width} channels, Swin expects {about.patch_size} and {about.embed_dim}")
+        embed.patch_embeddings.projection = net
+    elif config.stem != "patch": raise NeuralError(f"stem must be 'levels', 'conv' or 'patch', got {config.stem!r}")
+    if not any(about.depths): embed.norm, swin.layernorm = nn.Identity(), nn.Identity()  # no block is there to need it, and how strongly a patch speaks is kept
     return swin
 
 # %% ../nbs/api/10_vlm.ipynb #ffbe1478
@@ -164,19 +172,12 @@ class ReportVLM(PreTrainedModel):
         self.start()
 
 # %% ../nbs/api/10_vlm.ipynb #7b1f95b5
-def start_convolutions(
-    module: nn.Module,  # whose convolutions are followed by a ReLU
-) -> None:
-    "Begin convolutions with weights of Kaiming's spread, so that a deep stack neither fades nor bursts (He et al. 2015)."
-    for conv in module.modules():
-        if isinstance(conv, nn.Conv2d): nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-
 @patch
 def start(self: ReportVLM) -> None:
-    "Begin undecided: uniform words, findings at one half; stem convolutions by Kaiming (this companion's choice)."
+    "Begin undecided: uniform words, findings at one half; new convolutions by Kaiming (this companion's choice)."
     nn.init.zeros_(self.head.weight); nn.init.zeros_(self.head.bias)
     nn.init.constant_(self.decoder.decoder.final_layer_norm.weight, 0.25)  # word scores of spread 1/4 instead of 1
-    if self.config.stem == "conv": start_convolutions(self.encoder.embeddings.patch_embeddings)
+    if self.config.stem != "patch": start_convolutions(self.encoder.embeddings.patch_embeddings)
     for linear in (self.projection[0], self.projection[3]): nn.init.trunc_normal_(linear.weight, std=linear.in_features ** -0.5)
 
 # %% ../nbs/api/10_vlm.ipynb #27d4030e
@@ -210,16 +211,6 @@ def encode(
         low, high = pixel_values.aminmax()
         if low < -1e-3 or high > 1.001: raise NeuralError(f"pixels must lie in [0, 1], got [{low:.3g}, {high:.3g}]; load films with load_radiograph")
     return self.encoder(self.normalise(pixel_values).to(self.dtype)).last_hidden_state  # (B, N, d)
-
-# %% ../nbs/api/10_vlm.ipynb #f707b05a
-def pool_patches(
-    scores: torch.Tensor,  # (B, N, L) score of every finding at every patch
-    sharpness: float = 0.0,  # 0: the mean; larger nears the maximum
-) -> torch.Tensor:  # float32 (B, L)
-    "Mean or smooth maximum over patches; equal scores come back as they are (log-sum-exp pooling, this companion's choice)."
-    if sharpness < 0: raise NeuralError(f"sharpness must be 0 (the mean) or more, got {sharpness}")
-    if not sharpness: return scores.float().mean(1)
-    return (torch.logsumexp(sharpness * scores.float(), 1) - math.log(scores.shape[1])) / sharpness
 
 # %% ../nbs/api/10_vlm.ipynb #6d6d0b20
 @patch
@@ -428,25 +419,7 @@ def quiet():
     try: yield
     finally: logging.set_verbosity(before); (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
 
-@contextmanager
-def writable(
-    name: str,  # of the folder, for the message
-):
-    "Turns the ways in which weights cannot be written into one `NeuralError` with the system's reason."
-    try: yield
-    except OSError as e: raise NeuralError(f"{name}: cannot be written, {system_reason(e)}") from e
-    except (SafetensorError, RuntimeError) as e:
-        code = re.search(r"os error (\d+)", str(e))
-        if isinstance(e, RuntimeError) and not re.search(r"PytorchStreamWriter|iostream error", str(e)): raise
-        raise NeuralError(f"{name}: cannot be written, {system_reason(OSError(int(code[1]), os.strerror(int(code[1])))) if code else 'the disk is full or failed; free some space there, or name another place'}") from e
-
 # %% ../nbs/api/10_vlm.ipynb #66bdca2f
-def hash_of_file(
-    path: str | Path,  # of weights or a tokenizer
-) -> str:  # 16 hex characters
-    "The hash by which weights and tokenizers are named."
-    with readable(Path(path).name), open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()[:16]
-
 def save_vlm(
     model: ReportVLM,
     folder: str | Path,  # made if needed; a network that is there is replaced, anything else is not
