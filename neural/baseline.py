@@ -21,16 +21,16 @@ from tqdm import tqdm
 from .asset import dequantise, quantise
 from .build import Reading
 from .classify import GraphClassifier, as_columns, edge_shares, one_thread, standardise
-from .finetune import StudyDataset, label_epoch
+from .finetune import StudyDataset, film_logits, label_epoch
 from .graph import EDGE_TYPES, visual_graph
 from .prune import top_k
 from .study import NeuralError, above, at_least
 from .vlm import ReportVLM, ReportVLMConfig, conv_stem, label_loss, pool_patches, start_convolutions
 
 # %% auto #0
-__all__ = ['FilmCNN', 'film_logits', 'read_films', 'train_film_cnn', 'length_control', 'centre_prior', 'film_contrast',
-           'random_map', 'patch_tokens', 'FilmArray', 'only_patches', 'other_patches', 'visual_data', 'read_graphs',
-           'train_graphs', 'pool_cells', 'pooled_bytes', 'linear_reader']
+__all__ = ['FilmCNN', 'read_films', 'train_film_cnn', 'length_control', 'centre_prior', 'film_contrast', 'random_map',
+           'patch_tokens', 'FilmArray', 'only_patches', 'other_patches', 'visual_data', 'read_graphs', 'train_graphs',
+           'pool_cells', 'pooled_bytes', 'linear_reader']
 
 # %% ../nbs/api/26_baseline.ipynb #f548fc55
 class FilmCNN(nn.Module):
@@ -55,20 +55,6 @@ class FilmCNN(nn.Module):
         return pool_patches(F.linear(places, self.head.weight), self.sharpness) + self.head.bias.float()
 
 # %% ../nbs/api/26_baseline.ipynb #32bcb0c2
-@torch.no_grad()
-def film_logits(
-    model: FilmCNN,  # trained
-    data: StudyDataset,  # studies to read
-    batch_size: int = 64,  # films per pass
-    bf16: bool = False,  # autocast to bfloat16
-) -> torch.Tensor:  # float32 (n, L), before the sigmoid
-    "The control's score of each finding."
-    at_least(1, batch_size=batch_size)
-    if not len(data): return torch.zeros(0, model.head.out_features)
-    model.eval(); device = next(model.parameters()).device
-    films = lambda start: torch.as_tensor(np.asarray(data.films.batch(data.ids[start : start + batch_size]))).to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16): return torch.cat([model(films(start)).float().cpu() for start in range(0, len(data), batch_size)])
-
 def read_films(
     model: FilmCNN,  # trained
     data: StudyDataset,  # studies to read

@@ -30,10 +30,10 @@ from .vlm import ReportVLM, kept_memory, label_loss, load_vlm, quiet, writable
 
 # %% auto #0
 __all__ = ['HEALTHY', 'StudyDataset', 'mirror', 'poses', 'moved', 'augment', 'report_ids', 'Collator', 'pad_rows', 'focus_batch',
-           'parameter_groups', 'stem_logits', 'warm_start', 'label_epoch', 'draw_weights', 'focus_loss', 'WindowLook',
-           'GeluLinear', 'learnt_bias', 'WindowAttention', 'GeluMLP', 'thrifty', 'freeze_stages', 'ReportTrainer',
-           'training_arguments', 'Stop', 'interrupts', 'last_checkpoint', 'digest', 'data_name', 'network_name',
-           'refuse_other_run', 'finetune', 'read_labels']
+           'parameter_groups', 'label_epoch', 'film_logits', 'fit_labels', 'stem_logits', 'warm_start', 'draw_weights',
+           'focus_loss', 'WindowLook', 'GeluLinear', 'learnt_bias', 'WindowAttention', 'GeluMLP', 'thrifty',
+           'freeze_stages', 'ReportTrainer', 'training_arguments', 'Stop', 'interrupts', 'last_checkpoint', 'digest',
+           'data_name', 'network_name', 'refuse_other_run', 'finetune', 'read_labels']
 
 # %% ../nbs/api/12_finetune.ipynb #31d8fa23
 class StudyDataset(Dataset):
@@ -190,6 +190,72 @@ def parameter_groups(
         groups.setdefault((rate, decay), []).append(p)
     return [dict(params=ps, lr=rate, weight_decay=decay) for (rate, decay), ps in groups.items()]
 
+# %% ../nbs/api/12_finetune.ipynb #fc589778
+@kept_memory()
+def label_epoch(
+    logits_of,  # films (B, 1, S, S) on the device -> (B, L), before the sigmoid; in training
+    data: StudyDataset,  # train split
+    optimiser: torch.optim.Optimizer,  # over whatever is to learn
+    schedule,  # stepped once a batch
+    generator: torch.Generator,  # of order and augmentation
+    batch_size: int,  # films per step
+    device: str = "cpu",  # "cpu" or "cuda"
+    bf16: bool = True,  # autocast to bfloat16
+) -> float:  # mean loss, nats per known label
+    "One pass over the training films, augmented, with the masked label loss and no words."
+    order, losses = torch.randperm(len(data), generator=generator).tolist(), []
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        films = augment(torch.as_tensor(np.asarray(data.films.batch([data.ids[i] for i in part]))), generator).to(device)
+        with torch.autocast(str(device).partition(":")[0], torch.bfloat16, enabled=bf16): logits = logits_of(films)
+        loss = label_loss(logits, torch.as_tensor(data.targets[part]).to(device))
+        optimiser.zero_grad(); loss.backward(); optimiser.step(); schedule.step(); losses.append(loss.item())
+    return float(np.mean(losses))
+
+# %% ../nbs/api/12_finetune.ipynb #fitlab02
+@torch.no_grad()
+def film_logits(
+    model: nn.Module,  # trained; its device is used, it is left in eval mode
+    data: StudyDataset,  # studies to read
+    batch_size: int = 64,  # films per pass
+    bf16: bool = False,  # autocast to bfloat16
+    logits_of=None,  # films (B, 1, S, S) -> (B, L), before the sigmoid; None: the model itself
+) -> torch.Tensor:  # float32 (n, L), before the sigmoid
+    "The score of each finding, film by film."
+    at_least(1, batch_size=batch_size)
+    if not len(data): return torch.zeros(0, data.targets.shape[1])
+    device, logits_of = next(model.eval().parameters()).device, logits_of or model
+    films = lambda start: torch.as_tensor(np.asarray(data.films.batch(data.ids[start : start + batch_size]))).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16): return torch.cat([logits_of(films(start)).float().cpu() for start in range(0, len(data), batch_size)])
+
+# %% ../nbs/api/12_finetune.ipynb #fitlab03
+def fit_labels(
+    model: nn.Module,  # new, or to go on with; changed in place
+    logits_of,  # films (B, 1, S, S) on the device -> (B, L), before the sigmoid
+    train: StudyDataset,  # train split
+    validate: StudyDataset | None = None,  # validate split, for the learning curve; None: none is kept
+    epochs: int = 24,  # passes over the training films
+    batch_size: int = 32,  # films per step
+    lr: float = 3e-3,  # peak learning rate
+    seed: int = 0,  # of order, augmentation and dropout
+    device: str = "cpu",  # "cpu" or "cuda"
+    bf16: bool = True,  # autocast to bfloat16
+    weights: list | None = None,  # parameters that learn; None: all
+    name: str = "findings",  # of the bar
+) -> list[dict]:  # one per pass: epoch, loss and, with validate, eval_loss; nats per known label
+    "Teach a network the findings alone: AdamW, one cycle of the learning rate, augmented films (Loshchilov and Hutter 2019; Smith 2018)."
+    at_least(1, epochs=epochs, batch_size=batch_size); at_least(0, seed=seed); above(0, lr=lr)
+    if not len(train): raise NeuralError(f"the {name} need training studies, got none; look at the split column of the manifest")
+    torch.manual_seed(seed); generator, history = torch.Generator().manual_seed(seed), []
+    optimiser = torch.optim.AdamW(model.to(device).parameters() if weights is None else weights, lr=lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, epochs=epochs, steps_per_epoch=-(-len(train) // batch_size), pct_start=0.2)
+    for epoch in tqdm(range(epochs), desc=name, disable=None):
+        model.train()
+        history.append(dict(epoch=epoch + 1, loss=label_epoch(logits_of, train, optimiser, schedule, generator, batch_size, device, bf16)))
+        if validate is None: continue
+        history[-1]["eval_loss"] = label_loss(film_logits(model, validate, bf16=bf16, logits_of=logits_of), torch.as_tensor(validate.targets)).item()
+    return history
+
 # %% ../nbs/api/12_finetune.ipynb #3347640d
 def stem_logits(
     model: ReportVLM,  # with convolutions before its Swin blocks
@@ -215,34 +281,9 @@ def warm_start(
     if model.config.stem == "patch" or len(model.config.swin["depths"]) != 1: raise NeuralError("only new convolutions before a single Swin stage are warmed up; a checkpoint encoder has learnt already")
     at_least(1, epochs=epochs, batch_size=batch_size); at_least(0, seed=seed); above(0, lr=lr)
     if not len(data): raise NeuralError("a warm start needs training studies, got none; look at the split column of the manifest")
-    torch.manual_seed(seed); generator = torch.Generator().manual_seed(seed)
-    model.to(device).train()
     weights = [*model.encoder.embeddings.parameters(), *model.encoder.layernorm.parameters(), *model.head.parameters()]
-    optimiser = torch.optim.AdamW(weights, lr=lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, epochs=epochs, steps_per_epoch=-(-len(data) // batch_size), pct_start=0.2)
-    return [label_epoch(lambda films: stem_logits(model, films), data, optimiser, schedule, generator, batch_size, device, bf16) for _ in tqdm(range(epochs), desc="warm start", disable=None)]
-
-# %% ../nbs/api/12_finetune.ipynb #fc589778
-@kept_memory()
-def label_epoch(
-    logits_of,  # films (B, 1, S, S) on the device -> (B, L), before the sigmoid; in training
-    data: StudyDataset,  # train split
-    optimiser: torch.optim.Optimizer,  # over whatever is to learn
-    schedule,  # stepped once a batch
-    generator: torch.Generator,  # of order and augmentation
-    batch_size: int,  # films per step
-    device: str = "cpu",  # "cpu" or "cuda"
-    bf16: bool = True,  # autocast to bfloat16
-) -> float:  # mean loss, nats per known label
-    "One pass over the training films, augmented, with the masked label loss and no words."
-    order, losses = torch.randperm(len(data), generator=generator).tolist(), []
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        films = augment(torch.as_tensor(np.asarray(data.films.batch([data.ids[i] for i in part]))), generator).to(device)
-        with torch.autocast(str(device).partition(":")[0], torch.bfloat16, enabled=bf16): logits = logits_of(films)
-        loss = label_loss(logits, torch.as_tensor(data.targets[part]).to(device))
-        optimiser.zero_grad(); loss.backward(); optimiser.step(); schedule.step(); losses.append(loss.item())
-    return float(np.mean(losses))
+    history = fit_labels(model, lambda films: stem_logits(model, films), data, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, device=device, bf16=bf16, weights=weights, name="warm start")
+    return [h["loss"] for h in history]
 
 # %% ../nbs/api/12_finetune.ipynb #01342e61
 HEALTHY = ("no finding", "normal", "support devices")  # label names that are no illness, in lower case
