@@ -64,9 +64,9 @@ def small_config(
     image_size: int = 192,  # side of the film in pixels: 96, 192 or 384
     labels: tuple = LABELS,  # findings of the label head
     width: int = 192,  # channels of the token grid, a multiple of 32
-    depth: int = 2,  # Swin blocks over the token grid; 0 only after a residual network
     d_model: int = 192,  # width of the decoder
     layers: int = 2,  # decoder layers
+    depth: int = 2,  # Swin blocks over the token grid; 0 only after a residual network
     **kwargs,  # passed on to `ReportVLMConfig`
 ) -> ReportVLMConfig:  # about 2.5 million parameters at the defaults
     "A network small enough for two CPU cores, with the paper's 12×12 token grid."
