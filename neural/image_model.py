@@ -18,12 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
+from fastcore.basics import patch
 
 from .study import LABELS, NeuralError, at_least, make_folder, readable, system_reason
 
 # %% auto #0
-__all__ = ['KIND', 'ResidualBlock', 'start_convolutions', 'LevelNet', 'sight', 'middle', 'pool_patches', 'ImageModel', 'writable',
-           'hash_of_file', 'read_about', 'save_image_model', 'load_image_model']
+__all__ = ['LITE', 'LITE_STAGES', 'KIND', 'ResidualBlock', 'start_convolutions', 'LevelNet', 'sight', 'middle', 'conv_norm',
+           'InvertedBlock', 'eights', 'EfficientNetLite', 'pool_patches', 'ImageModel', 'writable', 'hash_of_file',
+           'read_about', 'save_image_model', 'load_image_model']
 
 # %% ../nbs/api/09_image_model.ipynb #im06
 class ResidualBlock(nn.Module):
@@ -52,7 +54,9 @@ def start_convolutions(
 ) -> None:
     "Begin convolutions with weights of Kaiming's spread, so that a deep stack neither fades nor bursts (He et al. 2015)."
     for conv in module.modules():
-        if isinstance(conv, nn.Conv2d): nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        if not isinstance(conv, nn.Conv2d): continue
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        if conv.groups > 1: conv.weight.data.mul_(math.sqrt(conv.groups))  # each output is fed by its own group only
 
 class LevelNet(nn.Module):
     "A residual network whose feature maps come at strides 4, 8, 16 …, one level each, every cell centred on its own patch."
@@ -101,6 +105,106 @@ def middle(
     at = torch.arange(len(seen), dtype=seen.dtype)
     return ((seen.sum(1) * at).sum() / seen.sum()).item(), ((seen.sum(0) * at).sum() / seen.sum()).item()
 
+# %% ../nbs/api/09_image_model.ipynb #im41
+def conv_norm(
+    before: int,  # channels in
+    width: int,  # channels out
+    kernel: int = 1,  # its side, odd
+    halve: bool = False,  # halve the raster
+    late: bool = False,  # an odd kernel that halves is centred at the lower right of a pair, not at its upper left
+    spread: int = 1,  # cells from one tap of the kernel to the next
+    groups: int = 1,  # `width`: every channel is looked at alone
+    act: bool = True,  # ReLU6 at the end
+) -> list[nn.Module]:
+    "A convolution, batch norm with EfficientNet's epsilon, and ReLU6 (Tan and Le 2019)."
+    reach = spread * (kernel // 2)
+    pad = [nn.ZeroPad2d((reach - 1, reach) * 2)] if late else []
+    conv = nn.Conv2d(before, width, kernel, 2 if halve else 1, 0 if late else reach, spread, groups, bias=False)
+    return [*pad, conv, nn.BatchNorm2d(width, eps=1e-3), *[nn.ReLU6(inplace=True)] * act]
+
+class InvertedBlock(nn.Module):
+    "Widen, look at every channel alone, narrow; a shortcut where nothing changes size (Sandler et al. 2018)."
+
+    def __init__(
+        self,
+        before: int,  # channels in
+        width: int,  # channels out
+        kernel: int = 3,  # side of the kernel that looks around, odd
+        expand: int = 6,  # how many times wider it is inside
+        halve: bool = False,  # halve the raster
+        **where,  # `late` and `spread` of `conv_norm`
+    ):
+        super().__init__()
+        inner = before * expand
+        wider = conv_norm(before, inner) if expand > 1 else []
+        around = conv_norm(inner, inner, kernel, halve, groups=inner, **where)
+        self.body = nn.Sequential(*wider, *around, *conv_norm(inner, width, act=False))
+        self.shortcut = before == width and not halve
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, before, H, W) -> (B, width, H, W), or half of H and W
+        return x + self.body(x) if self.shortcut else self.body(x)
+
+# %% ../nbs/api/09_image_model.ipynb #im45
+LITE = {"efficientnet-lite0": (1.0, 1.0), "efficientnet-lite1": (1.0, 1.1), "efficientnet-lite2": (1.1, 1.2)}  # factors of width and depth
+LITE_STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))  # blocks, kernel, stride, widening, channels
+
+def eights(
+    width: float,  # channels
+) -> int:  # a multiple of 8, never below nine tenths of `width`
+    "Channels to the nearest multiple of eight (Sandler et al. 2018)."
+    near = max(8, int(width + 4) // 8 * 8)
+    return near + 8 * (near < 0.9 * width)
+
+class EfficientNetLite(nn.Module):
+    "EfficientNet-Lite without its classifier, tensor for tensor in the published order (Tan and Le 2019); the token grid is centred."
+
+    def __init__(
+        self,
+        name: str = "efficientnet-lite0",  # or -lite1, -lite2
+        channels: int = 1,  # of the film
+        stride: int = 16,  # of the token grid: 16 or 32
+        wide: bool = True,  # end with the 1280 channels that its classifier reads, not with the 320 before
+    ):
+        super().__init__()
+        if name not in LITE: raise NeuralError(f"no network is called {str(name)[:40]!r}: choose one of {', '.join(LITE)}")
+        if stride not in (16, 32): raise NeuralError(f"the token grid of {name} has stride 16 or 32, got {stride}")
+        wider, deeper = LITE[name]
+        self.name, self.strides, at, spread, before = name, [], 2, 1, 32
+        self.stem = nn.Sequential(*conv_norm(channels, before, 3, True))
+        self.stages = nn.ModuleList()
+        for n, (blocks, kernel, step, expand, width) in enumerate(LITE_STAGES):
+            halve = step == 2 and at < stride
+            at *= 2 if halve else 1
+            stage = [InvertedBlock(before, eights(width * wider), kernel, expand, halve, late=halve and at == stride, spread=spread)]
+            spread *= step // (2 if halve else 1)
+            before, blocks = eights(width * wider), blocks if n in (0, 6) else math.ceil(blocks * deeper)
+            stage += [InvertedBlock(before, before, kernel, expand, spread=spread) for _ in range(blocks - 1)]
+            self.stages.append(nn.Sequential(*stage)); self.strides.append(at)
+        self.top = nn.Sequential(*conv_norm(before, 1280)) if wide else nn.Identity()
+        self.width = 1280 if wide else before
+        start_convolutions(self)
+
+# %% ../nbs/api/09_image_model.ipynb #im46
+@patch
+def levels(
+    self: EfficientNetLite,
+    x: torch.Tensor,  # (B, C, S, S)
+) -> dict:  # stride: (B, width, S/stride, S/stride), from 4 on
+    "Feature maps by stride; the last one is the token grid."
+    last = self.strides[-1]
+    if x.shape[-1] % last: raise NeuralError(f"{self.name} halves a film {last.bit_length() - 1} times: its side must be a multiple of {last}, got {x.shape[-1]}")
+    found, x = {}, self.stem(x)
+    for stride, stage in zip(self.strides, self.stages): found[stride] = x = stage(x)
+    return {s: f for s, f in found.items() if 2 < s < last} | {last: self.top(x)}
+
+@patch
+def forward(
+    self: EfficientNetLite,
+    x: torch.Tensor,  # (B, C, S, S)
+) -> torch.Tensor:  # (B, width, S/stride, S/stride)
+    "The token grid."
+    return self.levels(x)[self.strides[-1]]
+
 # %% ../nbs/api/09_image_model.ipynb #im17
 def pool_patches(
     scores: torch.Tensor,  # (B, N, L) score of every finding at every patch
@@ -125,11 +229,16 @@ class ImageModel(nn.Module):
         dropout: float = 0.2,  # of the patch features in training
         pixel_mean: float = 0.45,  # subtracted from pixels in [0, 1]
         pixel_std: float = 0.25,  # divides after the mean
+        net: str = "levels",  # the network inside: `LevelNet`, or an `EfficientNetLite` by its name
+        stride: int = 16,  # of the token grid of an `EfficientNetLite`, 16 or 32; a `LevelNet` ends where its widths end
+        wide: bool = True,  # an `EfficientNetLite` ends with 1280 channels, not 320
     ):
         super().__init__()
         at_least(1, image_size=image_size); at_least(0, sharpness=sharpness)
-        self.config = dict(labels=list(labels), image_size=image_size, widths=[list(w) for w in widths], last=list(last), sharpness=sharpness, dropout=dropout, pixel_mean=pixel_mean, pixel_std=pixel_std)
-        self.net, self.dropout = LevelNet(widths, last=last), nn.Dropout(dropout)
+        self.config = dict(labels=list(labels), image_size=image_size, widths=[list(w) for w in widths], last=list(last), sharpness=sharpness, dropout=dropout, pixel_mean=pixel_mean, pixel_std=pixel_std,
+                           net=net, stride=stride, wide=wide)
+        self.net = LevelNet(widths, last=last) if net == "levels" else EfficientNetLite(net, stride=stride, wide=wide)
+        self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(self.net.width, len(labels))
         nn.init.zeros_(self.head.weight); nn.init.zeros_(self.head.bias)
 
@@ -211,7 +320,7 @@ def load_image_model(
     try:
         with torch.device("meta"): model = ImageModel(**about.get("config", {}))
         weights = load_file(folder / "model.safetensors")
-    except (TypeError, ValueError, IndexError, RuntimeError, SafetensorError) as e: raise NeuralError(f"the network in {folder.name!r} cannot be rebuilt ({' '.join(str(e).split())[:80]}): copy the folder again") from None
+    except (TypeError, ValueError, IndexError, RuntimeError, SafetensorError, NeuralError) as e: raise NeuralError(f"the network in {folder.name!r} cannot be rebuilt ({' '.join(str(e).split())[:80]}): copy the folder again") from None
     asked = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     odd = [k for k in asked.keys() | weights.keys() if asked.get(k) != (tuple(weights[k].shape) if k in weights else None)]
     if odd: raise NeuralError(f"the weights in {folder.name!r} do not fit its configuration, first {min(odd)}: copy the whole folder, or train again")

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.utils import logging
 
-from .image_model import LevelNet, hash_of_file, pool_patches, start_convolutions, writable
+from .image_model import LITE, EfficientNetLite, LevelNet, hash_of_file, pool_patches, start_convolutions, writable
 from .study import LABELS, NeuralError, at_least, make_folder, readable
 
 # %% auto #0
@@ -42,7 +42,7 @@ class ReportVLMConfig(PreTrainedConfig):
         self,
         swin: dict | None = None,  # `SwinConfig` fields; `image_size` is the film's side in pixels
         decoder: dict | None = None,  # `T5Config` fields; only its decoder is built
-        stem: str = "conv",  # "levels": the residual network of chapter 09; "conv": a shallow convolutional stem; "patch": Swin's own patch embedding, as in the paper
+        stem: str = "conv",  # "levels": the residual network of chapter 09; "efficientnet-lite0", -lite1, -lite2: the one there that can start from ImageNet; "conv": a shallow convolutional stem; "patch": Swin's own patch embedding, as in the paper
         widths: tuple = ((24, 24), (48, 48), (192, 192)),  # of the residual network: channels of the blocks of each level
         label_names: tuple = LABELS,  # findings of the label head, in order
         label_weight: float = 0.5,  # weight of the label loss beside the text loss; the paper uses 0.5
@@ -72,7 +72,7 @@ def small_config(
     "A network small enough for two CPU cores, with the paper's 12×12 token grid."
     if image_size not in (96, 192, 384): raise NeuralError(f"image_size must be 96, 192 or 384 for a 12x12 grid, got {image_size}")
     at_least(1, vocab_size=vocab_size, layers=layers); at_least(0, depth=depth)
-    if not depth and kwargs.get("stem") != "levels": raise NeuralError("without Swin blocks the encoder must be a residual network: stem='levels'")
+    if not depth and kwargs.get("stem") not in ("levels", *LITE): raise NeuralError("without Swin blocks the encoder must be a residual network: stem='levels', or 'efficientnet-lite0'")
     if odd := [n for n, v in dict(width=width, d_model=d_model).items() if v < 32 or v % 32]: raise NeuralError(f"{odd[0]} must be a multiple of 32, at least 32, got {dict(width=width, d_model=d_model)[odd[0]]}")
     swin = dict(image_size=image_size, patch_size=image_size // 12, num_channels=1, embed_dim=width, depths=[depth], num_heads=[width // 32],
                 window_size=12, mlp_ratio=2.0, drop_path_rate=0.0, use_absolute_embeddings=bool(depth))
@@ -126,7 +126,11 @@ def build_encoder(
         net = LevelNet(config.widths, about.num_channels)
         if (2 << len(config.widths), net.width) != (about.patch_size, about.embed_dim): raise NeuralError(f"levels of widths {config.widths} end at stride {2 << len(config.widths)} with {net.width} channels, Swin expects {about.patch_size} and {about.embed_dim}")
         embed.patch_embeddings.projection = net
-    elif config.stem != "patch": raise NeuralError(f"stem must be 'levels', 'conv' or 'patch', got {config.stem!r}")
+    elif config.stem in LITE:
+        net = EfficientNetLite(config.stem, about.num_channels, about.patch_size, wide=about.embed_dim == 1280)
+        if net.width != about.embed_dim: raise NeuralError(f"{config.stem} ends with {net.width} channels, or 1280, Swin expects {about.embed_dim}: give width={net.width}")
+        embed.patch_embeddings.projection = net
+    elif config.stem != "patch": raise NeuralError(f"stem must be 'levels', 'efficientnet-lite0', 'conv' or 'patch', got {config.stem!r}")
     if not any(about.depths): embed.norm, swin.layernorm = nn.Identity(), nn.Identity()  # no block is there to need it, and how strongly a patch speaks is kept
     return swin
 
