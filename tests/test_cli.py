@@ -230,6 +230,28 @@ def test_what_the_bench_measures_is_kept(tmp_path, what, names):
     assert [p.name for p in tmp_path.iterdir()] == ["found.json"]
 
 
+def test_the_bench_of_a_gpu_is_tried_on_a_cpu(tmp_path):
+    from neural.yardstick import machine, read_tables
+    said = neural("bench", "gpu", "--small", "--device", "cpu", "--minutes", 30, "--out", "found/gpu.json", cwd=tmp_path)
+    assert said.returncode == 0 and said.stdout.endswith(machine() + "\n"), said.stderr
+    about, tables = read_tables(tmp_path / "found/gpu.json")
+    assert about == {"command": "neural bench gpu --small --device cpu --minutes 30", "machine": machine()} and sorted(tables) == ["gpu", "settings"]
+    assert tables["settings"]["minutes taken"][0] <= tables["settings"]["minutes allowed"][0] == 30 and [p.name for p in tmp_path.iterdir()] == ["found"]
+
+
+def test_a_bench_of_a_gpu_without_one_is_refused_in_a_line(tmp_path):
+    from torch import cuda
+    if cuda.is_available(): pytest.skip("a GPU is here")
+    said = neural("bench", "gpu", "--out", "found/gpu.json", cwd=tmp_path)
+    assert said.returncode == 1 and said.stderr.count("\n") == 1 and "no GPU that PyTorch can use; --device cpu --small" in said.stderr and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", [("--device", "cpu"), ("--minutes", 3)])
+def test_what_belongs_to_the_bench_of_a_gpu_is_refused_elsewhere(tmp_path, option):
+    said = neural("bench", "read", "--small", *option, "--out", "found/read.json", cwd=tmp_path)
+    assert said.returncode == 2 and "are of `neural bench gpu`" in said.stderr and list(tmp_path.iterdir()) == []
+
+
 def test_a_bench_that_fails_writes_nothing(tmp_path):
     said = neural("bench", "finetune", "--studies", 9, "--out", "found.json", cwd=tmp_path)
     assert said.returncode == 2 and list(tmp_path.iterdir()) == []
