@@ -202,6 +202,8 @@ def run(
     stages: Annotated[Optional[list[str]], typer.Argument(metavar="[STAGE]...", help="Stages by number, name, word or range, such as 20, prune or 51-58; none means those the preset lists, or all.")] = None,
     preset: Annotated[Optional[str], typer.Option(help="smoke, quickstart, paper, or a YAML file of parameters; a run remembers its own.")] = None,
     manifest: Annotated[Optional[Path], typer.Option(help="Manifest of the studies; a run remembers its own.")] = None,
+    root: Annotated[Optional[Path], typer.Option("--root", help="Folder of the data set, if it has moved since it was indexed; the run remembers it.", exists=True, file_okay=False)] = None,
+    images: Annotated[Optional[Path], typer.Option(help="Folder of the images, if they have moved, too.", exists=True, file_okay=False)] = None,
     folder: Annotated[Optional[Path], typer.Option("--run", help="Run folder; runs/<preset> if left out.")] = None,
     notebooks: Annotated[Optional[Path], typer.Option("--stages", help="Folder of stage notebooks; nbs/paper if left out.")] = None,
     assign: Annotated[Optional[list[str]], typer.Option("-p", metavar="NAME=VALUE", help="Set one parameter; may be repeated. A run remembers it.")] = None,
@@ -212,7 +214,7 @@ def run(
     "Run the stages in order; skip those nothing changed for."
     from neural.pipeline import run_pipeline
     place = folder or Path("runs")/(Path(preset).stem if preset else "default")
-    run_pipeline(stage_folder(notebooks, place), place, stages or (), preset, read_assignments(assign or ()), manifest, force, tell=typer.echo, verbose=verbose, time_limit=time_limit)
+    run_pipeline(stage_folder(notebooks, place), place, stages or (), preset, read_assignments(assign or ()), manifest, force, tell=typer.echo, verbose=verbose, time_limit=time_limit, root=root, images=images)
     results = place/"tables/results.md"
     typer.echo(f"run: {place}" + (f"\n\n{results.read_text(encoding='utf-8', errors='replace').strip()}" if results.is_file() else ""))
 

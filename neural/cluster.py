@@ -6,7 +6,8 @@
 from __future__ import annotations
 import logging
 import os
-from contextlib import contextmanager
+import secrets
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
 import torch
@@ -18,7 +19,7 @@ from .study import Exclusions, Manifest, NeuralError
 from .vlm import load_tokenizer, load_vlm, pack
 
 # %% auto #0
-__all__ = ['Worker', 'ray_session', 'build_on_cluster']
+__all__ = ['TOKEN', 'Worker', 'own_token', 'ray_session', 'build_on_cluster']
 
 # %% ../nbs/api/29_cluster.ipynb #65f9862f
 class Worker:
@@ -49,6 +50,19 @@ class Worker:
         made = [(a.study_id, a.to_bytes(), "", "") for a in assets]
         return [dict(batch=row["id"], study=i, data=data, reason=reason, detail=detail) for i, data, reason, detail in [*made, *((i, b"", reason, detail) for i, reason, detail in left)]]
 
+# %% ../nbs/api/29_cluster.ipynb #tokenfun
+TOKEN = secrets.token_hex(32)    # of this process
+
+@contextmanager
+def own_token():
+    "A token for the Ray that this process starts, where the user has none; nothing is written (this companion's choice)."
+    home = os.environ.get("HOME")
+    told = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or (home and os.access(Path(home)/".ray/auth_token", os.R_OK))
+    if not told: os.environ["RAY_AUTH_TOKEN"] = TOKEN
+    try: yield
+    finally:
+        if not told: os.environ.pop("RAY_AUTH_TOKEN", None)
+
 # %% ../nbs/api/29_cluster.ipynb #39a8907a
 @contextmanager
 def ray_session(
@@ -60,12 +74,13 @@ def ray_session(
     try: import ray, ray.data
     except ImportError: raise NeuralError("the ray engine needs Ray, which is not installed: pip install 'neural-companion[ray]', or build with the local engine") from None
     mine = not ray.is_initialized()
-    here = {} if os.environ.get("RAY_ADDRESS") else dict(num_cpus=workers, include_dashboard=False)
-    if mine: ray.init(logging_level=logging.ERROR, log_to_driver=False, **here)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    try: yield ray
-    finally:
-        if mine: ray.shutdown()
+    named = bool(os.environ.get("RAY_ADDRESS"))
+    with own_token() if mine and not named else nullcontext():
+        if mine: ray.init(logging_level=logging.ERROR, log_to_driver=False, **({} if named else dict(num_cpus=workers, include_dashboard=False)))
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        try: yield ray
+        finally:
+            if mine: ray.shutdown()
 
 # %% ../nbs/api/29_cluster.ipynb #24a35d5d
 def build_on_cluster(

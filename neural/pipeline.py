@@ -14,11 +14,11 @@ __all__ = ['SCHEMA', 'RECORD', 'HEAD', 'PACKAGES', 'PACKAGE', 'METRICS_MIME', 'K
            'module_files', 'short_hash', 'look_at', 'run_files', 'upstream', 'stage_inputs', 'why_run',
            'kernel_environment', 'failed_cell', 'what_stopped', 'explain_failure', 'execute_stage', 'shown_record',
            'finish_record', 'settle_manifest', 'refuse_other_cohort', 'tell_settings', 'run_stage', 'stage_line',
-           'kept_values', 'setting_changes', 'change_words', 'out_of_date', 'Plan', 'preset_note', 'noted_preset',
-           'given_now', 'told_before', 'plan_run', 'stages_note', 'start_note', 'add_settings', 'run_pipeline',
-           'checkout', 'hand_run', 'published', 'need', 'files_read', 'stale', 'typed_settings', 'begin',
-           'save_notebook', 'stamp', 'is_fresh', 'machine_paths', 'slim_output', 'clean_outputs', 'with_outputs',
-           'published_files', 'refuse_foreign', 'copy_whole', 'publish']
+           'kept_values', 'setting_changes', 'change_words', 'out_of_date', 'know_anew', 'moved_sides', 'tell_moved',
+           'Plan', 'preset_note', 'noted_preset', 'given_now', 'told_before', 'plan_run', 'stages_note', 'start_note',
+           'add_settings', 'run_pipeline', 'checkout', 'hand_run', 'published', 'need', 'files_read', 'stale',
+           'typed_settings', 'begin', 'save_notebook', 'stamp', 'is_fresh', 'machine_paths', 'slim_output',
+           'clean_outputs', 'with_outputs', 'published_files', 'refuse_foreign', 'copy_whole', 'publish']
 
 # %% ../nbs/api/40_pipeline.ipynb #edba623f
 import ast, contextlib, difflib, hashlib, json, math, os, re, shlex, shutil, subprocess, sys, tempfile, time
@@ -28,7 +28,7 @@ from importlib import metadata
 from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
-from .study import NeuralError, above, at_least, check_relative, make_folder, publish as whole_file, system_reason
+from .study import NeuralError, above, at_least, check_relative, make_folder, moved_side, publish as whole_file, side_text, system_reason, write_side
 
 # %% ../nbs/api/40_pipeline.ipynb #cb9e2071
 @dataclass(frozen=True)
@@ -952,6 +952,47 @@ def out_of_date(
     finished = [(s, e) for s in find_stages(folder) if s.name not in done and (e := read_record(run, s.name)).get("inputs")]
     return [s.name for s, e in finished if e["inputs"].get("upstream") != short_hash(upstream(run, s, e.get("reads")))]
 
+# %% ../nbs/api/40_pipeline.ipynb #movedrun1
+def know_anew(
+    run,        # run folder
+    name: str,  # a file of the run that is about to be written anew, with nothing in it that a result depends on
+    text: str,  # what it will hold
+):
+    "Bring up to date the records that know a file of the run as it is (this companion's choice)."
+    run, data = Path(run), text.encode()
+    now = {"bytes": len(data), "time": 0, "sha256": hashlib.sha256(data).hexdigest()}    # a time that is never that of the file: it is hashed again
+    known = {sha256_of(run/name), now["sha256"]}                     # the second where this was stopped half-way before
+    for stage, entry in stage_records(run).items():
+        new = {part: {**entry[part], name: now} for part in ("outputs", "read") if ((entry.get(part) or {}).get(name) or {}).get("sha256") in known}
+        found = upstream(run, Stage(int(stage.split("_")[0]), stage, Path()), entry.get("reads"))
+        if name in found and (entry.get("inputs") or {}).get("upstream") in [short_hash({**found, name: h}) for h in known]:
+            new["inputs"] = {**entry["inputs"], "upstream": short_hash({**found, name: now["sha256"]})}
+        if new: write_json(run/f"{stage}.json", {**entry, **new})
+
+# %% ../nbs/api/40_pipeline.ipynb #movedrun3
+def moved_sides(
+    run,            # run folder
+    manifest=None,  # the manifest that the run was made from, if it has one
+    root=None,      # where the data lie now; None: as the manifests say
+    images=None,    # where the images lie now; None: as the manifests say
+) -> dict:          # manifest -> what should lie beside it; {} where nothing is said
+    "What the manifests of a run should say once its data have moved; nothing is written yet."
+    if root is None and images is None: return {}
+    own = Path(run)/"manifest.csv"
+    paths = ([Path(manifest)] if manifest else []) + ([own] if own.is_file() and not (manifest and own.samefile(manifest)) else [])
+    if not paths: raise NeuralError(f"{run} has no manifest, so it has no data that could have moved; name one with --manifest")
+    return {p: moved_side(p, root, images) for p in paths}
+
+def tell_moved(
+    run,          # run folder
+    sides: dict,  # of `moved_sides`
+):
+    "Write down where the data of a run lie now; nothing runs again because of it."
+    for path, side in sides.items():
+        beside = path.with_suffix(".json")
+        if beside.is_file() and beside.resolve().parent == Path(run).resolve(): know_anew(run, beside.name, side_text(side))
+        write_side(beside, side)
+
 # %% ../nbs/api/40_pipeline.ipynb #f7cfab26
 @dataclass
 class Plan:
@@ -1083,6 +1124,8 @@ def run_pipeline(
     force=False,    # run stages even if nothing changed, and whatever preset they were made with
     tell=print,     # called with one line per stage, and before them with what differs from the last call
     time_limit=None,# seconds one cell may take; None for no limit
+    root=None,      # folder of the data set, if it has moved
+    images=None,    # folder of the images, if they have moved, too
     **options,      # verbose
 ) -> dict[str, dict]:  # stage name -> finished record
     "Run stages in order, skip those nothing changed for, and stop at the first that fails."
@@ -1090,12 +1133,14 @@ def run_pipeline(
     plan = plan_run(folder, run, wanted, preset, given, force)
     manifest, entries = settle_manifest(run, manifest), {}
     refuse_other_cohort(folder, run, plan.chosen, manifest, force)
+    sides = moved_sides(run, manifest, root, images)
     notes = plan.notes | {"stages": stages_note(folder, run)}
     if manifest: notes["manifest"] = Path(os.path.relpath(manifest, Path(run).resolve())).as_posix()
     with lock_run(run):
         for draft in open_run(run).glob(".*.part"): draft.unlink(missing_ok=True)      # of a run that was killed while it wrote
         open_run(run, **{"from": start_note(run)} | run_notes(run) | notes)
         add_settings(folder, run)
+        tell_moved(run, sides)
         for line in plan.lines: tell(line)
         for stage in plan.chosen:
             start = time.perf_counter()

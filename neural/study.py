@@ -9,8 +9,9 @@ __all__ = ['LABELS', 'SPLITS', 'POLICIES', 'LABEL_VALUES', 'LABEL_CELLS', 'FRONT
            'Exclusions', 'system_reason', 'told_code', 'not_utf8', 'readable', 'bounded', 'check_columns', 'read_table',
            'check_relative', 'inside', 'check_study', 'check_studies', 'Manifest', 'to_rows', 'umask', 'publish',
            'make_folder', 'refuse_overwrite', 'made_here', 'read_side', 'digest_of', 'at_least', 'above', 'write_side',
-           'from_rows', 'read_boxes', 'as_folder', 'refuse_links', 'read_xml', 'xml_sections', 'tar_xml', 'plain_text',
-           'row_starts', 'read_row', 'said', 'whole_report', 'row_text', 'report_text', 'archived']
+           'side_text', 'from_rows', 'read_boxes', 'as_folder', 'refuse_links', 'refuse_missing', 'moved_side',
+           'read_xml', 'xml_sections', 'tar_xml', 'plain_text', 'row_starts', 'read_row', 'said', 'whole_report',
+           'row_text', 'report_text', 'archived']
 
 # %% ../nbs/api/00_study.ipynb #cc3ed7c5
 import csv, errno, gzip, hashlib, importlib, json, math, numbers, os, re, tarfile, tempfile, warnings, zlib
@@ -580,7 +581,13 @@ def write_side(
     side: dict,    # what it says
 ):
     "Writes the JSON beside a manifest."
-    with publish(beside) as f: json.dump(side, f, indent=1, ensure_ascii=False)
+    with publish(beside) as f: f.write(side_text(side))
+
+def side_text(
+    side: dict,  # what the JSON says
+) -> str:        # its text
+    "The JSON beside a manifest, as it is written."
+    return json.dumps(side, indent=1, ensure_ascii=False)
 
 # %% ../nbs/api/00_study.ipynb #96867c2b
 def from_rows(
@@ -658,6 +665,41 @@ def load(cls: Manifest,
     refuse_links(m.image_root, (v.image for s in m for v in s.views), (m.root,))
     refuse_links(m.root, (p for s in m for p in (s.report.partition('#')[0], *(x for v in s.views for x in v.masks)) if p), (m.image_root,))
     return m
+
+# %% ../nbs/api/00_study.ipynb #movedhere
+def refuse_missing(
+    root: Path,             # folder that should hold the files
+    paths: Iterable[str],   # relative to it, as a manifest has them
+    what: str,              # what they are, for the message
+):
+    "Refuses a folder that holds less than half of the files it should."
+    paths = list(dict.fromkeys(paths))
+    gone = [p for p in paths if not any((root/q).is_file() for q in (p, p.partition('#')[0]))]
+    if 2 * len(gone) <= len(paths): return
+    raise NeuralError(f'{root.name!r} holds {len(paths) - len(gone)} of {len(paths)} {what}; not there: {", ".join(gone[:3])}; '
+                      'name the folder that the paths of the manifest start from (--root, or --images where the films lie apart)')
+
+# %% ../nbs/api/00_study.ipynb #movedside
+def moved_side(
+    path: str|Path,               # a manifest
+    root: str|Path=None,          # where its data lie now; None: as the JSON beside it says
+    image_root: str|Path=None,    # where its images lie now; None: as the JSON says, else the root
+) -> dict:                        # what the JSON should say; nothing is written
+    "What lies beside a manifest once its data have moved; refused where the files are not there."
+    m, side = Manifest.load(path, root, image_root), read_side(path)
+    refuse_missing(m.image_root, (s.views[0].image for s in m), 'first radiographs of its studies')
+    refuse_missing(m.root, (s.report for s in m if s.report), 'reports')
+    apart = {'image_root': str(m.image_root)} if m.image_root != m.root else {}
+    return {'root': str(m.root)} | {k: v for k, v in side.items() if k not in ('root', 'image_root')} | apart
+
+@patch(cls_method=True)
+def reroot(cls: Manifest,
+    path: str|Path,               # a manifest
+    root: str|Path=None,          # where its data lie now; None: as the JSON beside it says
+    image_root: str|Path=None,    # where its images lie now; None: as the JSON says, else the root
+):
+    "Tells a manifest where its data lie now, in the JSON beside it; its rows stay as they are."
+    write_side(Path(path).with_suffix('.json'), moved_side(path, root, image_root))
 
 # %% ../nbs/api/00_study.ipynb #bc2aa990
 MAX_REPORT = 2**20  # bytes; no radiology report comes near

@@ -32,7 +32,7 @@ def test_every_command_explains_itself():
         assert said.exit_code == 0 and said.stderr == "" and f"Usage: neural {name} " in said.stdout, name
 
 
-@pytest.mark.parametrize("words", [["run", "--preset", ""], ["run", "--preset="], ["run", "--run", ""], ["run", ""], ["index", "folder", ""], ["index", "folder", ".", "-o", ""], ["phantom", ""],
+@pytest.mark.parametrize("words", [["run", "--preset", ""], ["run", "--preset="], ["run", "--run", ""], ["run", "--root", ""], ["run", "--images", ""], ["run", ""], ["index", "folder", ""], ["index", "folder", ".", "-o", ""], ["phantom", ""],
                                    ["build", "", "store", "--vlm", "."], ["predict", ".", "--classifier", ""], ["bench", "read", "--out", ""], ["inspect", ".", "s1", "--html="], ["publish", ".", "--figures", ""]])
 def test_an_empty_word_is_not_a_word_left_out(tmp_path, monkeypatch, words):
     from typer.testing import CliRunner
@@ -255,3 +255,20 @@ def test_what_belongs_to_the_bench_of_a_gpu_is_refused_elsewhere(tmp_path, optio
 def test_a_bench_that_fails_writes_nothing(tmp_path):
     said = neural("bench", "finetune", "--studies", 9, "--out", "found.json", cwd=tmp_path)
     assert said.returncode == 2 and list(tmp_path.iterdir()) == []
+
+
+def test_a_moved_data_set_is_told_to_a_run_by_an_option(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+    from neural import pipeline
+    from neural.cli import app
+    from neural.study import Manifest, Study, View
+    monkeypatch.chdir(tmp_path); monkeypatch.setattr(pipeline, "run_stage", lambda stage, *a, **k: ({"metrics": {}}, []))
+    for name in ("new", "films", "other"): Path(name).mkdir()
+    Path("new/a.png").write_bytes(b"film"); Path("films/a.png").write_bytes(b"film"); Path("old").mkdir()
+    Manifest([Study("s1", "p1", "test", (View("a.png"),))], "old").save("m.csv"); shutil.rmtree("old")
+    words = ["run", "--stages", str(FIXTURES / "manifest"), "--run", "r", "--manifest", "m.csv"]
+    said = CliRunner().invoke(app, [*words, "--root", "new"]); assert said.exit_code == 0 and Manifest.load("m.csv").root == tmp_path / "new", said.output
+    said = CliRunner().invoke(app, [*words, "--images", "films"]); assert said.exit_code == 0 and Manifest.load("m.csv").image_root == tmp_path / "films", said.output
+    said = CliRunner().invoke(app, [*words, "--root", "gone"]); assert said.exit_code == 2
+    done = neural(*words, "--images", "other", cwd=tmp_path)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "'other' holds 0 of 1 first radiographs of its studies; not there: a.png" in done.stderr, done.stderr

@@ -1,5 +1,7 @@
 "Ray's workers build what one process builds, byte for byte, and a worker that is killed costs nothing."
 import contextlib
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -81,6 +83,58 @@ def test_a_store_begun_here_is_finished_there(cohort, tmp_path):
 def test_without_ray_one_line_says_what_to_do(cohort, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(NeuralError, match="pip install"): build_on_cluster(cohort[1], tmp_path / "s", cohort[0] / "vlm")
+
+
+# a home folder that nobody can write
+
+BUILD = """
+import sys
+from neural.cluster import build_on_cluster
+from neural.study import Manifest
+store, left = build_on_cluster(Manifest.load(sys.argv[1]), sys.argv[2], sys.argv[3], "image-only", batch_size=2, workers=1)
+print(len(store), len(left))
+"""
+
+
+def test_ray_needs_no_home_folder(cohort, tmp_path):
+    home, manifest = cohort
+    (tmp_path / "file").write_text("no folder"); Manifest(list(manifest)[:4], manifest.root, manifest.layout).save(tmp_path / "m.csv")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", BUILD, "m.csv", "s", str(home / "vlm")], cwd=tmp_path, env=clean | {"HOME": str(tmp_path / "file/home")}, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout.strip()) == (0, "4 0"), done.stderr[-2000:]
+
+
+@pytest.fixture
+def nobody(monkeypatch, tmp_path):
+    "A home folder without a token, and none in a variable; the session that Ray is asked for, and its token."
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"): monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path)); asked = []
+    monkeypatch.setattr("ray.is_initialized", lambda: False); monkeypatch.setattr("ray.shutdown", lambda: asked.append(os.environ.get("RAY_AUTH_TOKEN")))
+    monkeypatch.setattr("ray.init", lambda **options: asked.append((os.environ.get("RAY_AUTH_TOKEN"), options)))
+    return asked
+
+
+def test_a_session_of_our_own_has_a_token_that_lies_in_no_file(nobody, tmp_path):
+    for _ in range(2):                                                               # the second session of a process talks to Ray by the same token
+        with cluster_module.ray_session(3): pass
+    (first, options), last, (second, _), _ = nobody
+    assert first == last == second and len(first) == 64 and options["num_cpus"] == 3 and "RAY_AUTH_TOKEN" not in os.environ and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["variable", "path", "file"])
+def test_a_token_of_the_user_is_used_as_it_is(nobody, monkeypatch, tmp_path, where):
+    if where == "variable": monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
+    if where == "path": monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "t"))
+    if where == "file": (tmp_path / ".ray").mkdir(); (tmp_path / ".ray/auth_token").write_text("mine")
+    before = dict(os.environ)
+    with cluster_module.ray_session(1): pass
+    assert nobody[0][0] == ("mine" if where == "variable" else None) and {k: v for k, v in os.environ.items() if "AUTH" in k} == {k: v for k, v in before.items() if "AUTH" in k}
+
+
+def test_a_cluster_that_is_named_keeps_its_own_rules(nobody, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with cluster_module.ray_session(1): pass
+    assert nobody[0][0] is None and "num_cpus" not in nobody[0][1]
 
 
 # the driver, its workers in this process

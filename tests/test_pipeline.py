@@ -556,3 +556,77 @@ def test_cohorts_have_a_folder_each_and_nothing_is_deleted_that_a_run_reads(tmp_
     (tmp_path / "build/store").mkdir(); write_json(tmp_path / "runs/a/run.json", {"manifest": "../../build/phantom-14-12-64-0.38/manifest.csv"})
     assert "kept: build/phantom-14-12-64-0.38" in make("clean")
     assert sorted(p.name for p in (tmp_path / "build").iterdir()) == ["phantom-13-12-64-0.38.before-1", "phantom-14-12-64-0.38", "phantom-14-12-64-0.38.made", "store"]
+
+
+# a data set that has moved
+
+READS = 'manifest: str = ""  # studies'
+
+def begun_with_films(home: Path) -> tuple[Path, Path]:
+    "Three stages: one that leaves a manifest of its own in the run, one that reads all of it, one that reads the CSV alone; and a manifest with its films."
+    from neural.study import Manifest, Study, View
+    for i in range(4): (home / "disk1").mkdir(exist_ok=True); (home / f"disk1/{i}.png").write_bytes(b"film")
+    Manifest([Study(f"s{i}", f"p{i}", "test", (View(f"{i}.png"),)) for i in range(4)], home / "disk1").save(home / "m.csv")
+    own = 'studies = Manifest.load(manifest or run + "/manifest.csv"); studies = Manifest(studies.studies[:3], studies.root); studies.save(run + "/manifest.csv")'
+    for name, parameters, body, reads in (("10_own", f'run: str = "."  # run folder\n{READS}', own, None),
+                                          ("20_all", 'run: str = "."  # run folder', 'studies = Manifest.load(run + "/manifest.csv")', None),
+                                          ("30_rows", 'run: str = "."  # run folder', 'studies = Manifest.load(run + "/manifest.csv")', ["manifest.csv"])):
+        cells = [parameters, "from neural.pipeline import files_read, record\nfrom neural.study import Manifest", body,
+                 f'record("{name}", run, {{"studies": len(studies)}}, reads={reads}, read=files_read(run, {{}} if "{name}" == "10_own" else {{"10_own": ["manifest.csv", "manifest.json"]}}))']
+        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}); nb.cells[0].metadata["tags"] = ["parameters"]
+        (home / "stages").mkdir(exist_ok=True); nbformat.write(nb, home / f"stages/{name}.ipynb")
+    return home / "stages", home / "run"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_is_told_where_its_films_lie_now_and_nothing_runs_again(tmp_path):
+    from neural.study import Manifest
+    folder, run = begun_with_films(tmp_path)
+    assert ran(told(folder, run, manifest=tmp_path / "m.csv")) == ["10_own", "20_all", "30_rows"] and ran(told(folder, run)) == []
+    rows = {p: p.read_bytes() for p in (tmp_path / "m.csv", run / "manifest.csv")}
+    (tmp_path / "disk1").rename(tmp_path / "disk2"); before = tree(tmp_path)
+    with pytest.raises(NeuralError, match="holds 0 of 4 first radiographs of its studies; not there: 0.png, 1.png, 2.png;"): told(folder, run, root=tmp_path / "stages")
+    assert tree(tmp_path) == before
+    assert ran(told(folder, run, root=tmp_path / "disk2")) == []
+    assert {Manifest.load(p).root for p in rows} == {tmp_path / "disk2"} and all(p.read_bytes() == b for p, b in rows.items())
+    assert ran(told(folder, run)) == [] and pipeline.out_of_date(folder, run, []) == []                       # and it is remembered
+    assert not [line for line in pipeline.stale(run, {"20_all": [], "30_rows": []}, {}) if line.startswith("stale")]
+    assert ran(told(folder, run, ["20"], force=True)) == ["20_all"]                                           # which finds its films
+    (tmp_path / "films").mkdir(); [p.rename(tmp_path / "films" / p.name) for p in (tmp_path / "disk2").iterdir()]
+    assert ran(told(folder, run, images=tmp_path / "films")) == [] and Manifest.load(run / "manifest.csv").image_root == tmp_path / "films"
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_was_out_of_date_before_the_move_still_runs(tmp_path):
+    folder, run = begun_with_films(tmp_path)
+    told(folder, run, manifest=tmp_path / "m.csv")
+    old = (run / "20_all.json").read_text()
+    entry = json.loads(old); entry["inputs"]["upstream"] = "0" * 16; write_json(run / "20_all.json", entry)
+    (tmp_path / "disk1").rename(tmp_path / "disk2")
+    assert ran(told(folder, run, ["30"], root=tmp_path / "disk2")) == [] and pipeline.out_of_date(folder, run, []) == ["20_all"]
+    assert ran(told(folder, run)) == ["20_all"]
+    (run / "manifest.json").write_text((run / "manifest.json").read_text() + "\n")                              # by hand, so stage 10 is out of date
+    (tmp_path / "disk2").rename(tmp_path / "disk3")
+    assert ran(told(folder, run, root=tmp_path / "disk3"))[0] == "10_own"
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("writes", range(6))
+def test_a_move_that_is_killed_is_finished_by_the_same_call(tmp_path, monkeypatch, writes):
+    class Killed(BaseException): pass
+    folder, run = begun_with_films(tmp_path)
+    told(folder, run, manifest=tmp_path / "m.csv"); (tmp_path / "disk1").rename(tmp_path / "disk2"); real, left = os.replace, iter(range(writes))
+
+    def replaced(a, b):
+        if next(left, None) is None: raise Killed
+        real(a, b)
+    with monkeypatch.context() as m:
+        m.setattr(os, "replace", replaced)
+        with contextlib.suppress(Killed): told(folder, run, root=tmp_path / "disk2")
+    assert ran(told(folder, run, root=tmp_path / "disk2")) == [] == ran(told(folder, run))
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_without_a_manifest_has_no_data_that_could_have_moved(stages, tmp_path):
+    with pytest.raises(NeuralError, match="has no manifest, so it has no data that could have moved; name one with --manifest"): told(stages, tmp_path / "run", root=tmp_path)
+    assert not (tmp_path / "run").exists()

@@ -411,3 +411,57 @@ def test_a_name_that_moved_is_found_with_a_word_about_its_home(name):
     from neural import study
     assert name in study.MOVED
     with pytest.warns(DeprecationWarning, match=f"{name} is in neural.layouts now"): assert getattr(study, name) is getattr(module, name)
+
+
+# data that have moved
+
+def far(home: Path, reports="", films=6) -> Path:
+    "A manifest whose six films lie on a disk of their own."
+    studies = [one_study(study_id=f"s{i}", patient_id=f"p{i}", views=(View(f"films/{i}.png", "frontal"), View(f"films/{i}b.png", "lateral")), report=reports and f"{reports}/{i}.txt") for i in range(6)]
+    for i in range(films): write(home / f"disk1/films/{i}.png")
+    (home / "disk1").mkdir(exist_ok=True)
+    Manifest(studies, home / "disk1", "folder", "by hand", notes={"rows": 12}).save(home / "m.csv", made="once")
+    return home / "m.csv"
+
+
+def test_a_manifest_is_told_where_its_data_lie_now_and_nothing_else_changes(tmp_path):
+    path = far(tmp_path); (tmp_path / "disk1").rename(tmp_path / "disk2")
+    rows, side = path.read_bytes(), json.loads(path.with_suffix(".json").read_text())
+    with pytest.raises(NeuralError, match="not a folder here"): Manifest.load(path)
+    Manifest.reroot(path, tmp_path / "disk2")
+    now = json.loads(path.with_suffix(".json").read_text())
+    assert path.read_bytes() == rows and now == side | {"root": str(tmp_path / "disk2")} and list(now)[0] == "root" and now["made"] == "once"
+    assert Manifest.load(path).root == tmp_path / "disk2" and Manifest.load(path).notes == {"rows": 12}
+    Manifest.load(path).save(path)                                               # still known as ours, so it may be replaced
+    path.with_suffix(".json").unlink(); Manifest.reroot(path, tmp_path / "disk2"); assert Manifest.load(path).root == tmp_path / "disk2"
+
+
+def test_films_that_moved_apart_from_their_reports(tmp_path):
+    path = far(tmp_path, "text")
+    for i in range(6): write(tmp_path / f"disk1/text/{i}.txt", f"FINDINGS: Toy {i}.")
+    (tmp_path / "disk2").mkdir(); (tmp_path / "disk1/films").rename(tmp_path / "disk2/films")
+    Manifest.reroot(path, image_root=tmp_path / "disk2"); m = Manifest.load(path)
+    assert (m.root, m.image_root) == (tmp_path / "disk1", tmp_path / "disk2") and m.image_path(m["s3"].frontal).is_file() and report_text(m, m["s3"]) == "FINDINGS: Toy 3."
+    (tmp_path / "disk1").rename(tmp_path / "disk3"); Manifest.reroot(path, tmp_path / "disk3")     # the films stay where they are
+    m = Manifest.load(path); assert (m.root, m.image_root) == (tmp_path / "disk3", tmp_path / "disk2")
+    before = path.with_suffix(".json").read_bytes()
+    with pytest.raises(NeuralError, match="'disk2' holds 0 of 6 reports; not there: text/0.txt, text/1.txt, text/2.txt;"): Manifest.reroot(path, tmp_path / "disk2")
+    assert path.with_suffix(".json").read_bytes() == before
+
+
+@pytest.mark.parametrize("films", [0, 2, 3, 6])
+def test_a_folder_without_half_of_the_films_is_not_where_they_lie(tmp_path, films):
+    path = far(tmp_path, films=films); before = path.with_suffix(".json").read_bytes(); (tmp_path / "disk1").rename(tmp_path / "disk2")
+    if films >= 3: Manifest.reroot(path, tmp_path / "disk2"); assert Manifest.load(path).root == tmp_path / "disk2"; return
+    gone = ", ".join(f"films/{i}.png" for i in range(films, films + 3))
+    with pytest.raises(NeuralError) as said: Manifest.reroot(path, tmp_path / "disk2")
+    assert f"'disk2' holds {films} of 6 first radiographs of its studies; not there: {gone}; name the folder" in str(said.value) and "\n" not in str(said.value)
+    assert path.with_suffix(".json").read_bytes() == before
+
+
+def test_a_manifest_with_reports_in_an_archive_and_a_table_moves_too(tmp_path):
+    refs = ("t.tgz#1.xml", "t.csv#a.png", "12#1.txt")
+    studies = [one_study(study_id=f"s{i}", patient_id=f"p{i}", views=(View(f"{i}.png"),), report=r) for i, r in enumerate(refs)]
+    for i, r in enumerate(("t.tgz", "t.csv", "12#1.txt")): write(tmp_path / "films" / f"{i}.png"); write(tmp_path / "new" / r)
+    (tmp_path / "old").mkdir(); Manifest(studies, tmp_path / "old", image_root=tmp_path / "films").save(tmp_path / "m.csv")
+    Manifest.reroot(tmp_path / "m.csv", tmp_path / "new"); assert Manifest.load(tmp_path / "m.csv").root == tmp_path / "new"
