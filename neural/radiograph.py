@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_BYTES', 'LIBRARY_ERRORS', 'DENSEST', 'MAX_SCANS', 'MAX_PIECES', 'READ', 'MAX_ELEMENT',
            'NO_PREAMBLE', 'REFUSED', 'IRRELEVANT', 'OVERLAYS', 'PICTURE_TAGS', 'MODALITIES', 'CLASSES', 'CHEST',
-           'DECODERS', 'LOSSLESS', 'COLOURS', 'FRAME_MARKS', 'STYLE_MARKS', 'PERCENTILES', 'TURNS', 'RECIPE', 'FILMS',
-           'RadiographError', 'HeaderError', 'MachineError', 'refusing', 'check_size', 'check_density', 'read_bytes',
-           'CountedFile', 'numbers', 'one', 'whole', 'codes', 'check_kind', 'check_view', 'read_header', 'check_depth',
-           'overlay_bits', 'coding', 'check_colours', 'check_shape', 'check_length', 'check_surplus', 'check_header',
-           'coded_header', 'coding_styles', 'coded_pieces', 'unpacked_length', 'check_frame', 'whole_frame',
-           'check_coding', 'check_runs', 'check_pieces', 'read_lut', 'look_up', 'luts', 'stored_values',
-           'modality_values', 'window', 'ends', 'voi_values', 'padding_range', 'is_padding', 'tone_curve', 'in_bands',
-           'check_spare', 'grey_values', 'unpack', 'spare_halvings', 'decode_halved', 'read_dicom', 'decoded',
-           'full_scale', 'check_picture', 'read_picture', 'read_radiograph', 'placement', 'weights', 'into_square',
-           'fit_square', 'load_radiograph', 'fit_box', 'unfit_box', 'box_mask', 'fit_mask', 'patch_coverage',
-           'read_mask', 'digest', 'film_key', 'read_about', 'RadiographCache', 'Passing', 'decode_film', 'decode_chunk',
-           'start_worker', 'open_pool', 'decode_alone', 'decode_pooled', 'decode_films', 'filling', 'write_whole',
-           'Draft', 'open_cache', 'check_ours', 'fill_cache', 'cache_radiographs']
+           'DECODERS', 'LOSSLESS', 'COLOURS', 'FRAME_MARKS', 'STYLE_MARKS', 'PERCENTILES', 'NOISE', 'CUT', 'TURNS',
+           'RECIPE', 'FILMS', 'RadiographError', 'HeaderError', 'MachineError', 'refusing', 'check_size',
+           'check_density', 'read_bytes', 'CountedFile', 'numbers', 'one', 'whole', 'codes', 'check_kind', 'check_view',
+           'read_header', 'check_depth', 'overlay_bits', 'coding', 'check_colours', 'check_shape', 'check_length',
+           'check_surplus', 'check_header', 'coded_header', 'coding_styles', 'coded_pieces', 'unpacked_length',
+           'check_frame', 'whole_frame', 'check_coding', 'check_runs', 'check_pieces', 'read_lut', 'look_up', 'luts',
+           'stored_values', 'modality_values', 'window', 'ends', 'voi_values', 'padding_range', 'is_padding',
+           'tone_curve', 'in_bands', 'check_spare', 'grey_values', 'ends_early', 'unpack', 'spare_halvings',
+           'decode_halved', 'read_dicom', 'decoded', 'full_scale', 'check_picture', 'read_picture', 'read_radiograph',
+           'placement', 'weights', 'into_square', 'fit_square', 'load_radiograph', 'fit_box', 'unfit_box', 'box_mask',
+           'fit_mask', 'patch_coverage', 'read_mask', 'digest', 'film_key', 'read_about', 'RadiographCache', 'Passing',
+           'decode_film', 'decode_chunk', 'start_worker', 'open_pool', 'decode_alone', 'decode_pooled', 'decode_films',
+           'filling', 'write_whole', 'Draft', 'open_cache', 'check_ours', 'fill_cache', 'cache_radiographs']
 
 # %% ../nbs/api/02_radiograph.ipynb #01d5081a
 import hashlib, json, multiprocessing, os, re, signal, struct, sys, threading, warnings, zlib
@@ -744,6 +744,24 @@ def grey_values(
     for rows, _, at in in_bands(words, ds): np.take(curve, at, out=grey[rows], mode='clip')
     return grey
 
+# %% ../nbs/api/02_radiograph.ipynb #endfun
+_NOISE = hashlib.sha512(b'noise').digest().replace(b'\xff', b'')    # no 0xFF, which would begin a mark
+NOISE = _NOISE + b''.join(bytes((255, mark)) + _NOISE for mark in range(0xD0, 0xD8))    # also behind each of the eight restart marks
+
+CUT = 'PixelData ends before its picture does; copy the file again or leave it out'
+
+def ends_early(
+    frame: bytes,  # a JPEG
+    corner,        # values of its last pixel, as decoded
+) -> bool:         # True where the picture does not come to its end
+    "Whether the data of a JPEG end before its picture does, whatever mark stands behind them (this companion's choice)."
+    _, _, bits, _, mark = coded_header(frame)
+    if not mark or mark != 0xC2 and np.abs(np.asarray(corner, np.int64) % 2**bits - (2**(bits - 1) - .5)).max() > .5: return False
+    at = 2
+    while frame[at + 1] != 0xDA: at += 1 if frame[at + 1] == 0xFF else 2 + struct.unpack('>H', frame[at + 2:at + 4])[0]
+    at = frame.index(b'\xff\xd9', at)
+    return not np.array_equal(*(imagecodecs.jpeg8_decode(frame[:at] + more + frame[at:]) for more in (b'', NOISE)))
+
 # %% ../nbs/api/02_radiograph.ipynb #4776e54e
 def unpack(
     ds: pydicom.Dataset,  # from `read_header`, its pixel data in one of LOSSLESS; uncompressed afterwards
@@ -751,7 +769,8 @@ def unpack(
     "Lossless JPEG and JPEG-LS become plain pixel data, components as they were coded (DICOM PS3.5 A.4.2, A.4.3)."
     decode, grey = LOSSLESS[ds.file_meta.TransferSyntaxUID], ds.SamplesPerPixel == 1
     asis = {} if grey or decode is imagecodecs.jpegls_decode else dict(colorspace='RGB', outcolorspace='RGB')       # no change of colours
-    pixels = decode(get_frame(ds.PixelData, 0, number_of_frames=1), **asis)
+    frame = get_frame(ds.PixelData, 0, number_of_frames=1); pixels = decode(frame, **asis)
+    if decode is imagecodecs.jpeg8_decode and ends_early(frame, pixels[-1, -1]): raise HeaderError(CUT)
     if pixels.shape != ((ds.Rows, ds.Columns) if grey else (ds.Rows, ds.Columns, 3)) or 8 * pixels.itemsize > ds.BitsAllocated: raise ValueError('another size than the header says')
     ds.PixelData, ds.PlanarConfiguration = pixels.astype(f'<u{ds.BitsAllocated // 8}').tobytes(), 0
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -791,6 +810,7 @@ def read_dicom(
         check_frame(ds, name); halvings = spare_halvings(ds, size)
         if ds.file_meta.TransferSyntaxUID in LOSSLESS: unpack(ds)
         pixels = decode_halved(ds, halvings) if halvings else decoded(ds)
+        if coding(ds) == 'JPEG' and ends_early(get_frame(ds.PixelData, 0, number_of_frames=1), pixels[-1, -1]): raise HeaderError(CUT)
         if pixels.shape[:2] != (ds.Rows >> halvings, ds.Columns >> halvings): raise ValueError('another size than the header says')
         return grey_values(pixels, ds) if pixels.ndim == 2 else (pixels @ np.float32([.299, .587, .114])) / 255
 
@@ -835,7 +855,9 @@ def read_picture(
     if data.startswith(b'\xff\xd8') and (coded := coded_header(data))[4] not in (0, 0xC0, 0xC1, 0xC2) or data.startswith(b'\xff\xd8') and coded[2] > 8:
         raise RadiographError(f'{name}: a JPEG of {coded[2]} bits or of a coding that is not read; save it as PNG')
     with refusing(name, 'cannot be read as PNG or JPEG'), Image.open(CountedFile(data), formats=('PNG', 'JPEG')) as im:
-        check_picture(im, data, name); turn = TURNS.get(im.getexif().get(0x112), 0)
+        check_picture(im, data, name)
+        if data.startswith(b'\xff\xd8') and ends_early(data, im.getpixel((im.width - 1, im.height - 1))): raise RadiographError(f'{name}: the JPEG ends before its picture does; copy the file again or leave it out')
+        turn = TURNS.get(im.getexif().get(0x112), 0)
         if im.mode.startswith('I'):
             deep = np.where((grey := np.asarray(im)) == im.info.get('transparency', -1), 0, grey)
             return np.ascontiguousarray(np.rot90(np.clip(deep.astype(np.float32) / full_scale(int(deep.max())), 0, 1), turn))

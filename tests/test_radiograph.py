@@ -519,6 +519,62 @@ def test_a_compressed_picture_cut_inside_a_whole_file(tmp_path):
         message_of(tmp_path / "cut.dcm")
 
 
+def grain(bits=8) -> np.ndarray:
+    "A drawing with grain, so that its data are spread over the file as a film's are."
+    return drawing(300, 260, bits) + np.random.default_rng(0).integers(0, 2**(bits - 4), (300, 260)).astype(np.uint16 if bits > 8 else np.uint8)
+
+
+def half_of(jpeg: bytes, share: float) -> bytes:
+    "A JPEG that broke off, and was given an end mark."
+    assert jpeg.rstrip(b"\0").endswith(b"\xff\xd9")
+    return jpeg[:int(share * len(jpeg))].rstrip(b"\xff") + b"\xff\xd9"
+
+
+def jpeg_with(pixels, **how) -> bytes:
+    out = io.BytesIO(); Image.fromarray(pixels).save(out, "JPEG", **how)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("share", [.3, .6, .9, .99])
+@pytest.mark.parametrize("how", [{}, {"progressive": True}, {"restart_marker_rows": 1}, {"restart_marker_blocks": 7}, {"optimize": True}])
+@pytest.mark.parametrize("colour", [False, True])
+def test_half_a_jpeg_with_an_end_mark_is_no_whole_one(tmp_path, how, colour, share):
+    pixels = np.stack([grain()] * 3, -1) if colour else grain()
+    whole = jpeg_with(pixels, **how); (tmp_path / "whole.jpg").write_bytes(whole); read_radiograph(tmp_path / "whole.jpg")
+    (tmp_path / "half.jpg").write_bytes(half_of(whole, share))
+    assert message_of(tmp_path / "half.jpg") == "half.jpg: the JPEG ends before its picture does; copy the file again or leave it out"
+    photo = "YBR_FULL_422" if colour else "MONOCHROME2"
+    if "progressive" in how: return                                                                                 # not what the syntax stands for
+    for frame, right in ((whole, True), (half_of(whole, share), False)):
+        path = save(tmp_path / "x.dcm", pixels, 8, JPEGBaseline8Bit, PixelData=encapsulate([frame]), PhotometricInterpretation=photo, SamplesPerPixel=3 if colour else 1, PlanarConfiguration=0)
+        if right: read_radiograph(path)
+        else: assert message_of(path) == "x.dcm: PixelData ends before its picture does; copy the file again or leave it out"
+
+
+@pytest.mark.parametrize("share", [.3, .6, .9, .99])
+@pytest.mark.parametrize("kind", ["JPEGLosslessProcess14", "JPEGLosslessProcess14_1", "JPEGLSLossless", "JPEG2000Lossless", "JPEG2000"])
+def test_half_a_compressed_picture_with_an_end_mark_is_no_whole_one(tmp_path, kind, share):
+    ds = pydicom.dcmread(recoded(save(tmp_path / "plain.dcm", grain(12)), tmp_path / "x.dcm", getattr(gdcm.TransferSyntax, kind))); read_radiograph(tmp_path / "x.dcm")
+    ds.PixelData = encapsulate([half_of(get_frame(ds.PixelData, 0, number_of_frames=1).rstrip(b"\0"), share)]); ds.save_as(tmp_path / "half.dcm")
+    message_of(tmp_path / "half.dcm")
+
+
+@pytest.mark.parametrize("grey", [127, 128])
+def test_a_jpeg_that_ends_in_middle_grey_by_itself_is_whole(tmp_path, grey):
+    pixels = grain(); pixels[-40:] = grey
+    for how in ({}, {"progressive": True}, {"restart_marker_rows": 2}):
+        (tmp_path / "a.jpg").write_bytes(jpeg_with(pixels, **how) + bytes(7))                                       # and bytes behind its end
+        assert abs(read_radiograph(tmp_path / "a.jpg")[0, -1, -1] - grey / 255) < 3e-3
+    lossless = save(tmp_path / "b.dcm", np.full((64, 48), 2048, np.uint16)); read_radiograph(recoded(lossless, tmp_path / "c.dcm", gdcm.TransferSyntax.JPEGLosslessProcess14_1))
+
+
+def test_a_small_picture_inside_another_s_header_is_not_where_it_ends(tmp_path):
+    thumbnail = b"Exif\0\0" + jpeg_with(grain()[:16, :16])                                                         # with scan and end mark of its own
+    whole = jpeg_with(grain()); whole = whole[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(thumbnail)) + thumbnail + whole[2:]
+    (tmp_path / "a.jpg").write_bytes(whole); read_radiograph(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").write_bytes(half_of(whole, .7)); assert "ends before its picture does" in message_of(tmp_path / "a.jpg")
+
+
 def test_what_is_no_radiograph_at_all(tmp_path):
     (tmp_path / "a.dcm").write_bytes(b"DICM" * 100); (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n"); (tmp_path / "c.jpg").write_bytes(b"\xff\xd8\xff")
     (tmp_path / "d.dcm").write_bytes(bytes(128) + b"DICM"); (tmp_path / "e.gif").write_bytes(b"GIF89a" + bytes(50)); (tmp_path / "f.dcm").mkdir()
