@@ -257,18 +257,19 @@ def _short_forms() -> dict[str, str]: # short form as written (pna, Pna, PNA, PN
 
 # %% ../nbs/api/04_report.ipynb #rends002
 _CARRY_ON = {"or", "and", "nor", "but", "in", "on", "at", "with", "without", "is", "are", "has", "have"}
-_BARE_ANSWERS = {"no", "none", "not", "nil", "absent", "negative", "yes", "present"}
-_UNENDED = re.compile(r"[?;]|[A-Za-z]\. [a-z]")   # where a mark, a semicolon or a stop may end no sentence
+_BARE_ANSWERS = {"no", "none", "not", "nil", "absent", "negative", "yes", "present", "n", "n.", "y", "y."}
+_UNENDED = re.compile(r"[?;]|[A-Za-z]\. [a-z]|[:=?-] ?[NY]\.")   # where a mark, a semicolon or a stop may end no sentence, or 'N.' ends one
 
 
 # %% ../nbs/api/04_report.ipynb #rends003
 @Language.component("sentence_ends")
 def _sentence_ends(doc: Doc) -> Doc:
-    "Takes back the sentence ends that are none: 'pl. effusion', '?pneumonia', 'Pneumothorax? No.'"
+    "Takes back the sentence ends that are none: 'pl. effusion', '?pneumonia', 'Pneumothorax? No.'; ends one after 'Edema: N.'"
     if not _UNENDED.search(doc.text): return doc
     forms = load_lexicon()["short_forms"]
     for i in range(1, len(doc)):
         mark, t = doc[i - 1], doc[i]
+        if mark.text in ("N.", "Y.") and i > 1 and doc[i - 2].text[-1] in ":=?-" and not t.text[0].islower(): t.is_sent_start = True
         if not t.is_sent_start: continue
         asks = mark.text == "?" and (i == 1 or doc[i - 2].whitespace_ or not mark.whitespace_)
         bare = t.lower_ in _BARE_ANSWERS and (t.lower_ == "none" or i + 1 == len(doc) or doc[i + 1].is_punct)
@@ -447,6 +448,17 @@ def _has_verb(items: list[_Item], at: int, gaps: _Gaps) -> bool:
 _COURSE = ("stable", "improved", "worse")
 
 # %% ../nbs/api/04_report.ipynb #fe94b9c0
+_PARTS, _NOT = {",", ":", ";", "=", "-", "--", "–", "—", "and"}, {"no", "not", "nor", "n't", "cannot", "without", "never", "neither", "of", "for", "or"}
+
+def _beyond(place: _Item, word: _Item, parts: set) -> bool:
+    "Whether a colon, dash, comma or 'and' parts these words from a 'no' before them ('no effusion: angles sharp')."
+    doc, first, last = word.span.doc, min(place.span.start, word.span.start), max(place.span.start, word.span.start)
+    if any(t.lower_ in _NOT for t in doc[first:last]): return False
+    near = next((t for t in reversed(doc[max(0, first - 8):first]) if t.lower_ in parts | _NOT), None)
+    if near is None or near.lower_ in _NOT or not near.i: return False
+    opens = doc[near.i - 1].lower_ in _NOT | {"following", "evidence"}          # 'no evidence of: ...', a list of what is denied
+    return not opens or near.i > 1 and doc[near.i - 1].lower_ == "no" and doc[near.i - 2].lower_ in _PARTS
+
 def _own_clause(items: list[_Item], subject: int, word: int, gaps: _Gaps) -> bool:
     "Whether subject and word make a clause of their own after a comma or a join: a 'no' before it does not reach in."
     if subject > word or not gaps.between(items[subject], items[word])[1]: return False
@@ -477,7 +489,9 @@ def _read_places(self: ReportReader, items: list[_Item], gaps: _Gaps) -> None:
             rule = self.readings.get((place.concept, item.concept))
             if rule: places[rule["finding"], rule["assertion"]].append(place)
         near = [p for there in places.values() for p in there][:1]
-        said = "present" if near and near[0].assertion == item.assertion == "absent" and _own_clause(items, items.index(near[0]), at, gaps) else item.assertion
+        told = bool(near) and item.assertion == "absent" and _beyond(near[0], item, _PARTS if item.concept in self.lexicon["normality"] else {":"})
+        own = bool(near) and near[0].assertion == item.assertion == "absent" and _own_clause(items, items.index(near[0]), at, gaps)
+        said = "present" if told or own else item.assertion
         hedged = any(h in item.span.text.lower() for h in self.hedges) or item.concept == "borderline"
         item.also = [replace(item, group="finding", concept=finding, assertion=_read(affirmed, said, hedged), heads=[(p, "located_at") for p in there], also=[])
                      for (finding, affirmed), there in places.items()]

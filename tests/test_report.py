@@ -373,6 +373,32 @@ def test_a_shape_leaves_other_findings_alone(reader):
         assert labels_of(reader(text))[label] == value, text
 
 
+@pytest.mark.parametrize("text, labels", [
+    ("Pneumothorax: N", {"Pneumothorax": 0}), ("PNEUMOTHORAX: Y", {"Pneumothorax": 1}), ("Pneumothorax:N Effusion:Y Edema:N", {"Pneumothorax": 0, "Pleural Effusion": 1, "Edema": 0}),
+    ("Pneumothorax: N. Effusion: Y. The heart is enlarged.", {"Pneumothorax": 0, "Pleural Effusion": 1, "Cardiomegaly": 1}), ("Fracture - N; nodule - Y", {"Fracture": 0, "Lung Lesion": 1}),
+    ("Pleural effusion (Y/N): N", {"Pleural Effusion": 0}), ("Pleural effusion (Y/N): Y", {"Pleural Effusion": 1}), ("Edema? N", {"Edema": 0}), ("Consolidation = [N], right base", {"Consolidation": 0}),
+    ("Effusion, left: N, right: Y", {"Pleural Effusion": 1}), ("No pneumothorax: Y", {"Pneumothorax": 0}), ("Effusion: N (old blunted angle)", {"Pleural Effusion": 0}), ("Pneumonia (N), effusion (Y)", {"Pneumonia": 0, "Pleural Effusion": 1})])
+def test_one_letter_answers(reader, text, labels):
+    read = labels_of(reader(evidence(split_sections(f"FINDINGS: {text}"))))
+    assert {k: read[k] for k in labels} == labels, text
+
+
+@pytest.mark.parametrize("text", ["Pneumothorax: N/A", "Nodule: N/Y", "Pneumothorax in N. Smith", "Vitamin N deficiency, nodule", "Opacity: N95 mask in view"])
+def test_a_letter_that_is_no_answer_denies_nothing(reader, text):
+    assert 0.0 not in {labels_of(reader(text))[k] for k in LABELS[1:]}, text
+
+
+@pytest.mark.parametrize("text, label, value", [
+    ("No infiltrate: lungs clear.", "Lung Opacity", 0), ("No infiltrate: lungs are clear", "Lung Opacity", 0), ("no focal opacity - lungs clear", "Lung Opacity", 0), ("No effusion \u2013 sharp costophrenic angles.", "Pleural Effusion", 0),
+    ("No fracture: bones intact", "Fracture", 0), ("No edema: normal vasculature", "Edema", 0), ("No effusion, lungs clear, heart normal", "Cardiomegaly", 0), ("No pneumothorax: normal heart size.", "Cardiomegaly", 0),
+    ("Infiltrate: no, lungs clear.", "Lung Opacity", 0), ("Effusion: no. Lungs clear.", "Lung Opacity", 0), ("No pneumothorax: heart enlarged.", "Cardiomegaly", 1), ("The heart is not enlarged and lungs clear", "Lung Opacity", 0),
+    ("No effusion: heart not normal.", "Cardiomegaly", 1), ("No effusion - lungs not clear", "Lung Opacity", 1), ("Lungs: not clear", "Lung Opacity", 1), ("No evidence of normal heart", "Cardiomegaly", 1),   # a denied 'normal' still affirms
+    ("No evidence of: enlarged heart, effusion", "Cardiomegaly", 0), ("Negative for: enlarged heart", "Cardiomegaly", 0), ("No consolidation, effusion, enlarged heart.", "Cardiomegaly", 0),
+    ("No effusion, cardiac enlargement, or nodule.", "Cardiomegaly", 0), ("No effusion or enlarged heart", "Cardiomegaly", 0), ("No effusion - cardiac enlargement", "Cardiomegaly", 0)])                       # and a list stays one
+def test_a_no_ends_where_the_next_words_begin(reader, text, label, value):
+    assert labels_of(reader(text))[label] == value, text
+
+
 # --- headers as people write them
 HEADED = ["{f}: {a}\n{i}: {b}", "{f}:\n{a}\n\n{i}:\n{b}", "{f}\n{a}\n\n{i}\n{b}", "{f} - {a}\n{i} - {b}", "{f} \u2013 {a}\n{i} \u2014 {b}", "**{f}:** {a}\n**{i}:** {b}", "**{f}**\n{a}\n\n**{i}**\n{b}",
           "## {f}\n{a}\n\n## {i}\n{b}", "\ufeff{f}: {a}\n{i}: {b}", "1. {f}: {a}\n2. {i}: {b}", "II) {f}: {a}\nIII) {i}: {b}", "{f}\n-----\n{a}\n\n{i}\n-----\n{b}", "{f}: {a} {i}: {b}", "{f}:\r\n{a}\r\n{i}:\r\n{b}",
