@@ -43,7 +43,8 @@ def _header_pattern() -> re.Pattern: # the header in one of the groups: mark, al
     "Finds everything that may be a header: known names (the lexicon's) in any dress, and capitals before a colon."
     lexicon = load_lexicon()
     names = sorted({n for many in lexicon["sections"].values() for n in many}, key=len, reverse=True)
-    either = "(?:" + "|".join(re.escape(n).replace(r"\ ", r"[ \t]+") for n in names) + ")"
+    letters = {n[0]: [re.escape(m[1:]).replace(r"\ ", r"[ \t]+") for m in names if m[0] == n[0]] for n in names}    # by first letter: one look instead of a hundred
+    either = "(?:" + "|".join(f"{letter}(?:{'|'.join(rest)})" for letter, rest in letters.items()) + ")"
     told = r"(?=(?:finding|impression|conclusion|interpretation|opinion|observation|result|comment|diagnos|summar))"
     name = rf"(?:(?:(?:{'|'.join(lexicon['header_qualifiers'])})[ \t]+){{1,2}}{told})?{either}(?:[ \t]*(?:/|&|\+|,|[ \t]and[ \t])[ \t]*{either})*(?:[ \t]+#?\d{{1,2}}\b)?"
     capitals = re.sub(r"(?<!\\)[a-z]", lambda m: m[0].upper(), name)
@@ -95,13 +96,16 @@ def _names_body(header: str) -> bool:
     return any(" ".join(words[i:j]) in _body_phrases() for i in range(len(words)) for j in range(i + 1, min(i + 5, len(words)) + 1))
 
 # %% ../nbs/api/04_report.ipynb #rhead002
+@functools.cache
+def _synonyms() -> dict[str, str]: # header in lower case -> canonical name
+    return {n: section for section, many in load_lexicon()["sections"].items() for n in many}
+
 def _section_name(
     header: str,   # as matched, any case
     current: str,  # section that is open
 ) -> str | None:   # canonical name; None: the header belongs to the open section
     "Which section a header opens, by the lexicon's synonyms."
-    lexicon, header = load_lexicon(), re.sub(r"\s*#?\s*\d+$", "", " ".join(header.lower().split()))
-    names = {n: section for section, many in lexicon["sections"].items() for n in many}
+    lexicon, names, header = load_lexicon(), _synonyms(), re.sub(r"\s*#?\s*\d+$", "", " ".join(header.lower().split()))
     bare = re.sub(rf"^(?:(?:{'|'.join(lexicon['header_qualifiers'])})\s+)+", "", header)
     for name in (header, bare):
         if name in names: return None if names[name] == current == "preamble" else names[name]
@@ -606,11 +610,15 @@ _TOKEN = re.compile(r"[a-z]+|[:=(?>]|--|[-–—…0]|\.\.\.")
 
 @patch
 def _tells(self: ReportReader, words: Iterable[str]) -> list[int]: # rows of the lexicon's shapes, in order
-    "Which shapes these words can fill; each word is looked up once in a reader's life."
-    for w in (words := set(words)) - self.told.keys():
-        self.told[w] = {(r, n) for r, (needs, _) in enumerate(_compiled()) for n, need in enumerate(needs) if need.fullmatch(w)}
-    hits = set().union(*(self.told[w] for w in words))
-    return [r for r in sorted({r for r, _ in hits}) if all((r, n) in hits for n in range(len(_compiled()[r][0])))] if hits else []
+    "Which shapes these words can fill; each word is looked up once in a reader's life, and kept as bits, one for each row."
+    first = second = 0
+    for w in set(words):
+        if w not in self.told:
+            fits = [[n >= len(needs) or needs[n].fullmatch(w) for needs, _ in _compiled()] for n in (0, 1)]
+            self.told[w] = [sum(1 << r for r, fit in enumerate(row) if fit) for row in fits]
+        first, second = first | self.told[w][0], second | self.told[w][1]
+    both = first & second
+    return [r for r in range(both.bit_length()) if both >> r & 1]
 
 # %% ../nbs/api/04_report.ipynb #rshape08
 def _same(match: re.Match, at: dict[int, _Item]) -> bool:
