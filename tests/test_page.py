@@ -47,7 +47,7 @@ def test_every_number_of_the_page_is_in_a_record():
     mine = page[page.data == "phantoms"]
     assert len(mine) > 40
     lost = [(q, n) for q, m, c in zip(mine.question, mine.measured, mine.command) for n in m.replace("[", "").replace("]", "").replace(",", "").split()
-            if n.lstrip("-").replace(".", "").isdigit() and len(n.lstrip("-")) == 5 and n not in known[c.split()[2]]]
+            if n.lstrip("-").replace(".", "").isdigit() and len(n.lstrip("-")) == 5 and n not in known[c.split()[2].rpartition("-")[2]]]    # "neural run 10-52": the last stage measured it
     assert lost == []
 
 
