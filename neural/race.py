@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARPER', 'LOOPS', 'BUILDING', 'STEPPING', 'paper_network', 'bench_cohort', 'bench_network', 'held_twice', 'opened',
            'plain_reading', 'racer', 'release_way', 'our_way', 'operations', 'racers', 'race', 'rates_of_parts',
-           'rates_of_reading', 'bench_build', 'step_network', 'StepStudies', 'reference_step', 'update', 'fast_step',
+           'rates_of_reading', 'bench_build', 'step_network', 'StepStudies', 'update', 'reference_step', 'fast_step',
            'frozen_step', 'stepper', 'step_work', 'step_growth', 'bench_finetune', 'ready_studies', 'store_of',
            'building', 'stepping', 'measured_part', 'as_many_as_fit', 'small_networks', 'rounding', 'bench_gpu']
 
@@ -302,6 +302,23 @@ class StepStudies:
 
     def words(self, part): return torch.nn.utils.rnn.pad_sequence([self.ids[i] for i in part], True, -100)
 
+# %% ../nbs/api/36_race.ipynb #gpu36x
+def update(
+    model,       # ReportVLM in training
+    optimiser,   # of its weights
+    batch: tuple,  # films, words, targets, on the model's device
+    half=True,   # products in bfloat16
+    plain=False,   # as transformers has it, on a CPU too
+) -> float:      # loss
+    "Forward, backward and the update of the weights, as `finetune` runs them: on a CPU with windows a handful at a time and perceptrons that keep half."
+    device = model.device.type
+    with thrifty(model) if device == "cpu" and not plain else nullcontext():
+        with torch.autocast(device, torch.bfloat16, enabled=half): loss = model(*batch).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return loss.item()
+
 # %% ../nbs/api/36_race.ipynb #f2858dad
 def reference_step(
     studies,  # StepStudies
@@ -318,22 +335,6 @@ def reference_step(
         optimiser.zero_grad(); loss.backward(); optimiser.step()
         return loss.item()
     return step
-
-def update(
-    model,       # ReportVLM in training
-    optimiser,   # of its weights
-    batch: tuple,  # films, words, targets, on the model's device
-    half=True,   # products in bfloat16
-    plain=False,   # as transformers has it, on a CPU too
-) -> float:      # loss
-    "Forward, backward and the update of the weights, as `finetune` runs them: on a CPU with windows a handful at a time and perceptrons that keep half."
-    device = model.device.type
-    with thrifty(model) if device == "cpu" and not plain else nullcontext():
-        with torch.autocast(device, torch.bfloat16, enabled=half): loss = model(*batch).loss
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-    return loss.item()
 
 def fast_step(
     studies,  # StepStudies
@@ -464,6 +465,8 @@ def building(
     return alone
 
 BUILDING = ('plain, float32', 'float32', 'bfloat16', 'bfloat16, read once', 'bfloat16, the network alone')
+
+# %% ../nbs/api/36_race.ipynb #gpu36v
 STEPPING = ('plain, float32', 'plain, bfloat16', 'bfloat16')
 
 def stepping(
