@@ -111,14 +111,14 @@ def conv_norm(
     width: int,  # channels out
     kernel: int = 1,  # its side, odd
     halve: bool = False,  # halve the raster
-    late: bool = False,  # an odd kernel that halves is centred at the lower right of a pair, not at its upper left
+    late: bool = False,  # the kernel stands one cell further down and right
     spread: int = 1,  # cells from one tap of the kernel to the next
     groups: int = 1,  # `width`: every channel is looked at alone
     act: bool = True,  # ReLU6 at the end
 ) -> list[nn.Module]:
     "A convolution, batch norm with EfficientNet's epsilon, and ReLU6 (Tan and Le 2019)."
     reach = spread * (kernel // 2)
-    pad = [nn.ZeroPad2d((reach - 1, reach) * 2)] if late else []
+    pad = [nn.ZeroPad2d((reach - 1, reach + 1) * 2)] if late else []
     conv = nn.Conv2d(before, width, kernel, 2 if halve else 1, 0 if late else reach, spread, groups, bias=False)
     return [*pad, conv, nn.BatchNorm2d(width, eps=1e-3), *[nn.ReLU6(inplace=True)] * act]
 
@@ -156,7 +156,7 @@ def eights(
     return near + 8 * (near < 0.9 * width)
 
 class EfficientNetLite(nn.Module):
-    "EfficientNet-Lite without its classifier, tensor for tensor in the published order (Tan and Le 2019); the token grid is centred."
+    "EfficientNet-Lite without its classifier, tensor for tensor in the published order (Tan and Le 2019); for weights that were taught."
 
     def __init__(
         self,
@@ -170,12 +170,13 @@ class EfficientNetLite(nn.Module):
         if stride not in (16, 32): raise NeuralError(f"the token grid of {name} has stride 16 or 32, got {stride}")
         wider, deeper = LITE[name]
         self.name, self.strides, at, spread, before = name, [], 2, 1, 32
-        self.stem = nn.Sequential(*conv_norm(channels, before, 3, True))
+        self.stem = nn.Sequential(*conv_norm(channels, before, 3, True, late=True))
         self.stages = nn.ModuleList()
         for n, (blocks, kernel, step, expand, width) in enumerate(LITE_STAGES):
             halve = step == 2 and at < stride
             at *= 2 if halve else 1
-            stage = [InvertedBlock(before, eights(width * wider), kernel, expand, halve, late=halve and at == stride, spread=spread)]
+            late = step == 2 and not (halve and at == stride == 16)
+            stage = [InvertedBlock(before, eights(width * wider), kernel, expand, halve, late=late, spread=spread)]
             spread *= step // (2 if halve else 1)
             before, blocks = eights(width * wider), blocks if n in (0, 6) else math.ceil(blocks * deeper)
             stage += [InvertedBlock(before, before, kernel, expand, spread=spread) for _ in range(blocks - 1)]
