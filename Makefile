@@ -34,26 +34,26 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 reproduce: cohort
-	@$(BIN)/neural run --preset $(PRESET) --manifest $(COHORT)/manifest.csv --run "$(RUN)"
+	@"$(BIN)/neural" run --preset $(PRESET) --manifest $(COHORT)/manifest.csv --run "$(RUN)"
 
 # The environment is made again only when the lock or the packaging changed.
 install:
 	@if ! "$(PYTHON)" -c '$(IS_311)' 2>/dev/null; then echo "Python 3.11 is needed and was not found. Install it, or name it: make install PYTHON=/path/to/python3.11" >&2; exit 1; fi
 	@want="$$(cat requirements.lock pyproject.toml | cksum) $$(pwd)"; \
-	if [ "$$(cat $(VENV)/.installed 2>/dev/null || true)" != "$$want" ]; then \
+	if [ "$$(cat "$(VENV)/.installed" 2>/dev/null || true)" != "$$want" ]; then \
 	  echo "installing the environment into $(VENV) (a few minutes, about 2 GB)"; \
-	  "$(PYTHON)" -m venv $(VENV) || { echo "python -m venv failed; on Debian and Ubuntu install python3.11-venv" >&2; exit 1; }; \
-	  $(BIN)/python -m pip install -qq -r requirements.lock; \
-	  $(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e .; \
-	  echo "$$want" > $(VENV)/.installed; \
+	  "$(PYTHON)" -m venv "$(VENV)" || { echo "python -m venv failed; on Debian and Ubuntu install python3.11-venv" >&2; exit 1; }; \
+	  "$(BIN)/python" -m pip install -qq -r requirements.lock; \
+	  "$(BIN)/python" -m pip install -qq --no-deps --no-build-isolation -e .; \
+	  echo "$$want" > "$(VENV)/.installed"; \
 	fi
 
 # $(call seen,FILE): a file as the run folder sees it, which is how a stage is told of one
-seen = $$($(BIN)/python -c "import os, sys; print(os.path.relpath(sys.argv[1], sys.argv[2]))" $(1) "$(RUN)")
+seen = $$("$(BIN)/python" -c "import os, sys; print(os.path.relpath(sys.argv[1], sys.argv[2]))" $(1) "$(RUN)")
 
 # The audit also reads the same studies at 1024 pixels, a cohort drawn from another seed, and the published numbers of Open-i.
 audit: cohort fine elsewhere
-	@$(BIN)/neural run 10-59 --preset $(PRESET) --manifest $(COHORT)/manifest.csv --run "$(RUN)" -p fine="$(call seen,$(FINE)/manifest.csv)" -p elsewhere="$(call seen,$(ELSEWHERE)/manifest.csv)" -p beside="$(call seen,figures/open-i)"
+	@"$(BIN)/neural" run 10-59 --preset $(PRESET) --manifest $(COHORT)/manifest.csv --run "$(RUN)" -p fine="$(call seen,$(FINE)/manifest.csv)" -p elsewhere="$(call seen,$(ELSEWHERE)/manifest.csv)" -p beside="$(call seen,figures/open-i)"
 
 # Memory a film leaves is kept for the next one, not handed back to the kernel page by page: a sixth of the drawing, on Linux.
 KEEP = MALLOC_TRIM_THRESHOLD_=268435456 MALLOC_MMAP_THRESHOLD_=33554432
@@ -64,11 +64,11 @@ define draw
 	@cohort=$(call folder,$(1),$(2),$(3)); want="$$(cat neural/phantom.py neural/study.py neural/layouts.py | cksum)"; \
 	if [ "$$(cat $$cohort.made 2>/dev/null || true)" != "$$want" ]; then \
 	  rm -rf $$cohort.part $$cohort.index; mkdir -p build; \
-	  $(KEEP) $(BIN)/neural phantom $$cohort.part --studies $(1) --size $(2) --seed $(3) --test $(TEST) | sed 's/\.part:/:/'; \
+	  $(KEEP) "$(BIN)/neural" phantom $$cohort.part --studies $(1) --size $(2) --seed $(3) --test $(TEST) | sed 's/\.part:/:/'; \
 	  if [ -d $$cohort ] && diff -rq -x manifest.csv -x manifest.json -x exclusions.csv $$cohort $$cohort.part >/dev/null; then rm -rf $$cohort.part; \
 	  elif [ -e $$cohort ]; then n=1; while [ -e $$cohort.before-$$n ]; do n=$$((n + 1)); done; mv $$cohort $$cohort.before-$$n; echo "the studies as they were drawn before are kept in $$cohort.before-$$n"; fi; \
 	  if [ -d $$cohort.part ]; then mv $$cohort.part $$cohort; fi; \
-	  $(BIN)/neural index mimic-cxr $$cohort -o $$cohort.index/manifest.csv --labels $$cohort/truth/labels.csv | sed 's/\.index//'; \
+	  "$(BIN)/neural" index mimic-cxr $$cohort -o $$cohort.index/manifest.csv --labels $$cohort/truth/labels.csv | sed 's/\.index//'; \
 	  mv $$cohort.index/* $$cohort; rmdir $$cohort.index; echo "$$want" > $$cohort.made; \
 	fi
 endef
@@ -85,8 +85,8 @@ elsewhere: install
 # Each part says how long it took.
 test: install
 	@$(MAKE) --no-print-directory drift
-	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/api --n_workers 2; echo "chapters: $$SECONDS s"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile; echo "tests: $$SECONDS s"
+	@OMP_NUM_THREADS=1 "$(BIN)/nbdev_test" --path nbs/api --n_workers 2; echo "chapters: $$SECONDS s"
+	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n 2 --dist loadfile; echo "tests: $$SECONDS s"
 	@$(MAKE) --no-print-directory smoke; echo "smoke run: $$SECONDS s"
 	@$(MAKE) --no-print-directory docs; echo "pages: $$SECONDS s"
 
@@ -94,24 +94,24 @@ test: install
 drift:
 	@if ! git rev-parse --git-dir >/dev/null 2>&1; then echo "drift check left out: not a git checkout"; \
 	elif [ -n "$$(git status --porcelain)" ]; then echo "drift check left out: the checkout has changes of its own"; \
-	else $(BIN)/nbdev_export; $(BIN)/nbdev_clean; changed="$$(git status --porcelain)"; \
+	else "$(BIN)/nbdev_export"; "$(BIN)/nbdev_clean"; changed="$$(git status --porcelain)"; \
 	  if [ -n "$$changed" ]; then echo "notebooks and modules have drifted apart; run nbdev_export and nbdev_clean, and commit:" >&2; echo "$$changed" >&2; exit 1; fi; fi
 
 # Every stage notebook, small, by papermill.
 smoke: install
 	@rm -rf build/smoke; mkdir -p build
-	@$(BIN)/neural phantom build/smoke/cohort --studies 160 --size 192 --seed 3
-	@$(BIN)/neural index mimic-cxr build/smoke/cohort -o build/smoke/manifest.csv --labels build/smoke/cohort/truth/labels.csv
-	@$(BIN)/neural run --preset smoke --manifest build/smoke/manifest.csv --run build/smoke/run
+	@"$(BIN)/neural" phantom build/smoke/cohort --studies 160 --size 192 --seed 3
+	@"$(BIN)/neural" index mimic-cxr build/smoke/cohort -o build/smoke/manifest.csv --labels build/smoke/cohort/truth/labels.csv
+	@"$(BIN)/neural" run --preset smoke --manifest build/smoke/manifest.csv --run build/smoke/run
 
 docs: install
-	@$(BIN)/python -m neural.docs
+	@"$(BIN)/python" -m neural.docs
 
 lab: install
-	@$(BIN)/jupyter lab nbs
+	@"$(BIN)/jupyter" lab nbs
 
 hooks: install
-	@$(BIN)/nbdev_install_hooks
+	@"$(BIN)/nbdev_install_hooks"
 
 # Of build/ only what was made here goes: a cohort that a run still reads stays, and so does whatever else was put there.
 clean:
@@ -121,4 +121,4 @@ clean:
 	  elif grep -qs -- "/$${cohort##*/}/" runs/*/*.json; then echo "kept: $$cohort, which a run still reads"; \
 	  else rm -rf "$$cohort" "$$made"; fi; done
 	@rmdir build 2>/dev/null || true
-	@find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print0 | xargs -0 rm -rf
+	@find . -path "./$(VENV)" -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print0 | xargs -0 rm -rf

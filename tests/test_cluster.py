@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -54,16 +53,16 @@ def workers():
 def test_a_worker_killed_midway_changes_nothing(cohort, tmp_path):
     home, manifest = cohort
     alone, missing = build_store(manifest, tmp_path / "alone", home / "vlm", batch_size=2, workers=0)
-    killed = []
+    killed, built = [], threading.Event()
 
     def kill():
-        "The first worker there is, once the store has begun to fill."
-        for _ in range(3000):
+        "The first worker there is, once the store has begun to fill, however long Ray takes to start."
+        while not built.wait(0.01):
             if list((tmp_path / "together").glob("shard-*.parquet")) and (found := workers()): found[0].kill(); return killed.append(found[0].pid)
-            time.sleep(0.01)
 
     thread = threading.Thread(target=kill); thread.start()
-    together, left_out = build_on_cluster(manifest, tmp_path / "together", home / "vlm", batch_size=2, workers=2)
+    try: together, left_out = build_on_cluster(manifest, tmp_path / "together", home / "vlm", batch_size=2, workers=2)
+    finally: built.set()
     thread.join()
     assert killed, "no worker was there to be killed: the test tested nothing"
     assert files(together) == files(alone) and list(left_out) == list(missing) and len(left_out) >= 1
