@@ -1,5 +1,6 @@
 "Weights from outside: known by their hash, read as tensors, fitted in order; and what starts from them behaves like any image model."
 import hashlib
+import json
 import sys
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from neural import warmstart
 from neural.image_model import EfficientNetLite, ImageModel, load_image_model, save_image_model
 from neural.study import NeuralError
-from neural.vlm import ReportVLM, build_encoder, load_vlm, save_vlm, small_config
+from neural.vlm import ReportVLM, build_encoder, small_config
 from neural.warmstart import LiteClassifier, fill, first_kernels, imagenet_classifier, imagenet_model, imagenet_weights, packaged_file, start_from_imagenet
 
 NAME = "efficientnet-lite0"
@@ -129,7 +130,6 @@ def test_what_started_so_is_saved_and_loaded_without_the_package(package, tmp_pa
 
 
 def test_a_model_saved_before_networks_had_names_still_loads(tmp_path):
-    import json
     model = ImageModel(("a",), 64, ((8,), (8,)))
     save_image_model(model, tmp_path / "old")
     about = json.loads((tmp_path / "old/config.json").read_text())
@@ -138,7 +138,7 @@ def test_a_model_saved_before_networks_had_names_still_loads(tmp_path):
     assert load_image_model(tmp_path / "old").config["net"] == "levels"
 
 
-def test_a_report_generator_can_start_so(package, tmp_path):
+def test_a_report_generator_can_start_so(package):
     package()
     config = small_config(60, width=320, depth=0, d_model=32, layers=1, stem=NAME, pixel_mean=[warmstart.PIXEL_MEAN], pixel_std=[warmstart.PIXEL_STD])
     model = ReportVLM(config)
