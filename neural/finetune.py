@@ -31,9 +31,9 @@ from .vlm import ReportVLM, kept_memory, label_loss, load_vlm, quiet, writable
 # %% auto #0
 __all__ = ['HEALTHY', 'StudyDataset', 'mirror', 'poses', 'moved', 'augment', 'report_ids', 'Collator', 'pad_rows', 'focus_batch',
            'parameter_groups', 'label_epoch', 'film_logits', 'fit_labels', 'stem_logits', 'warm_start', 'draw_weights',
-           'focus_loss', 'WindowLook', 'GeluLinear', 'learnt_bias', 'WindowAttention', 'GeluMLP', 'thrifty',
-           'freeze_stages', 'ReportTrainer', 'training_arguments', 'Stop', 'interrupts', 'last_checkpoint', 'digest',
-           'data_name', 'network_name', 'refuse_other_run', 'finetune', 'read_labels']
+           'rare_weights', 'focus_loss', 'WindowLook', 'GeluLinear', 'learnt_bias', 'WindowAttention', 'GeluMLP',
+           'thrifty', 'freeze_stages', 'ReportTrainer', 'training_arguments', 'Stop', 'interrupts', 'last_checkpoint',
+           'digest', 'data_name', 'network_name', 'refuse_other_run', 'finetune', 'read_labels']
 
 # %% ../nbs/api/12_finetune.ipynb #31d8fa23
 class StudyDataset(Dataset):
@@ -201,9 +201,11 @@ def label_epoch(
     batch_size: int,  # films per step
     device: str = "cpu",  # "cpu" or "cuda"
     bf16: bool = True,  # autocast to bfloat16
+    draw: np.ndarray | None = None,  # (n,) weight of each study in the draw, with replacement; None: each once
 ) -> float:  # mean loss, nats per known label
     "One pass over the training films, augmented, with the masked label loss and no words."
-    order, losses = torch.randperm(len(data), generator=generator).tolist(), []
+    drawn = torch.randperm(len(data), generator=generator) if draw is None else torch.multinomial(torch.as_tensor(draw, dtype=torch.float64), len(data), True, generator=generator)
+    order, losses = drawn.tolist(), []
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         films = augment(torch.as_tensor(np.asarray(data.films.batch([data.ids[i] for i in part]))), generator).to(device)
@@ -242,16 +244,18 @@ def fit_labels(
     bf16: bool = True,  # autocast to bfloat16
     weights: list | None = None,  # parameters that learn; None: all
     name: str = "findings",  # of the bar
+    draw: np.ndarray | None = None,  # (n,) weight of each training study in the draw, from `rare_weights`; None: each once a pass
 ) -> list[dict]:  # one per pass: epoch, loss and, with validate, eval_loss; nats per known label
     "Teach a network the findings alone: AdamW, one cycle of the learning rate, augmented films (Loshchilov and Hutter 2019; Smith 2018)."
     at_least(1, epochs=epochs, batch_size=batch_size); at_least(0, seed=seed); above(0, lr=lr)
+    if draw is not None and len(draw) != len(train): raise NeuralError(f"{len(draw)} draw weights for {len(train)} training studies; make them from the same targets")
     if not len(train): raise NeuralError(f"the {name} need training studies, got none; look at the split column of the manifest")
     torch.manual_seed(seed); generator, history = torch.Generator().manual_seed(seed), []
     optimiser = torch.optim.AdamW(model.to(device).parameters() if weights is None else weights, lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, epochs=epochs, steps_per_epoch=-(-len(train) // batch_size), pct_start=0.2)
     for epoch in tqdm(range(epochs), desc=name, disable=None):
         model.train()
-        history.append(dict(epoch=epoch + 1, loss=label_epoch(logits_of, train, optimiser, schedule, generator, batch_size, device, bf16)))
+        history.append(dict(epoch=epoch + 1, loss=label_epoch(logits_of, train, optimiser, schedule, generator, batch_size, device, bf16, draw)))
         if validate is None: continue
         history[-1]["eval_loss"] = label_loss(film_logits(model, validate, bf16=bf16, logits_of=logits_of), torch.as_tensor(validate.targets)).item()
     return history
@@ -298,6 +302,21 @@ def draw_weights(
     if oversample == 1: return None
     ill = [j for j, n in enumerate(names) if n.lower() not in HEALTHY]
     return np.where((np.nan_to_num(np.asarray(targets, float))[:, ill] >= 0.5).any(1), float(oversample), 1.0)
+
+# %% ../nbs/api/12_finetune.ipynb #rarew02
+def rare_weights(
+    targets: np.ndarray,  # (n, L) in [0, 1], NaN where unknown
+    names: list[str],  # L label names
+    share: float = 0.12,  # a finding this common is drawn twice as often as a study without any; a rarer one more, a commoner one less
+    most: float = 4.0,  # largest extra weight
+) -> np.ndarray:  # (n,) between 1 and 1 + most
+    "How often each training study is drawn, by its rarest finding (this companion's choice)."
+    above(0, share=share); at_least(0, most=most)
+    y = np.asarray(targets, float)
+    ill = [j for j, n in enumerate(names) if n.lower() not in HEALTHY]
+    there = np.nan_to_num(y[:, ill]) >= 0.5
+    common = np.where(np.isnan(y[:, ill]), 0, there).sum(0) / np.maximum((~np.isnan(y[:, ill])).sum(0), 1)
+    return 1 + (there * np.minimum(most, share / np.maximum(common, 1e-9))).max(1, initial=0)
 
 # %% ../nbs/api/12_finetune.ipynb #ba02e8a4
 def focus_loss(
