@@ -23,6 +23,7 @@ from .codec import Codebook
 from .finetune import pad_rows, report_ids
 from .graph import concept_looks, concept_nodes, fuse, grounding_links, knowledge_graph, visual_graph
 from .picture import encode_tiles, pad_square, thumbnail
+from .prompt import NewSentences, own_prompts
 from .prune import keep_count, retain
 from .radiograph import load_radiograph, open_pool, read_radiograph
 from .relevance import all_tokens, finding_tokens, lift, mean_relevance, mention_relevance, pick_layer, relevance, with_fallback
@@ -33,10 +34,11 @@ from .vlm import ReportVLM, hash_of_file, kept_memory, load_tokenizer, load_vlm,
 # %% auto #0
 __all__ = ['TRACKS', 'ZONES', 'SIDES', 'TABLES', 'SCHEMAS', 'Aggregation', 'Reading', 'word_mask', 'named_findings', 'guided',
            'region', 'mention_regions', 'finding_places', 'read_batch', 'wanted_findings', 'by_activation', 'look',
-           'habit', 'write_reports', 'Packing', 'corners', 'hide', 'reading_rows', 'save_readings', 'load_readings',
-           'save_aggregation', 'load_aggregation', 'lead', 'close_calls', 'settle', 'in_groups', 'shard_of',
-           'read_groups', 'decode_films', 'film_paths', 'ahead', 'usable', 'unnamed', 'hash_of', 'reading_settings',
-           'dataset_name', 'open_store', 'begin', 'packed_shard', 'fill_store', 'build_store', 'kept']
+           'habit', 'write_reports', 'prompted_looks', 'Packing', 'corners', 'hide', 'reading_rows', 'save_readings',
+           'load_readings', 'save_aggregation', 'load_aggregation', 'lead', 'close_calls', 'settle', 'in_groups',
+           'shard_of', 'read_groups', 'decode_films', 'film_paths', 'ahead', 'usable', 'unnamed', 'hash_of',
+           'reading_settings', 'dataset_name', 'open_store', 'begin', 'packed_shard', 'fill_store', 'build_store',
+           'kept']
 
 # %% ../nbs/api/21_build.ipynb #c9a646cf
 TRACKS = ("image+report", "image-only")
@@ -225,11 +227,12 @@ def look(
     layer: int | str = "mean",  # decoder layer to read; "mean" brings them all
     grids: torch.Tensor | None = None,  # (B, N, d), where the encoder has seen the films already
     lower: bool = False,  # in bfloat16
+    prompts: torch.Tensor | None = None,  # (B, P) prompt token ids, chapter 13; None: the decoder without, as in the paper
 ) -> tuple:  # token grid (B, N, d), and cross-attentions, one (B, heads, T, N) per layer asked for
     "One pass of encoder and decoder over films and their reports, as far as the layer that is read."
     with torch.autocast(model.device.type, torch.bfloat16, enabled=lower):
         tokens = model.encode(films) if grids is None else grids
-        return tokens.float(), model.read_report(tokens, labels)[1] if layer == "mean" else (model.attend(tokens, labels, layer),)
+        return tokens.float(), model.read_report(tokens, labels, prompts=prompts)[1] if layer == "mean" else (model.attend(tokens, labels, layer, prompts),)
 
 # %% ../nbs/api/21_build.ipynb #079871f7
 def habit(
@@ -265,9 +268,35 @@ def write_reports(
     max_tokens: int = 96,  # longest report in tokens
     num_beams: int = 1,  # 1 is greedy
     grids: torch.Tensor | None = None,  # (B, N, d), where the encoder has seen the films already
+    prompted: bool | None = None,  # tell the decoder what the label head says; None: where the network has thresholds for it
+    apart: int | None = None,  # no sentence is written again within so many, 0: anything goes; None: as the network is set
 ) -> list[str]:  # may hold an empty text
     "What the network writes about each film."
-    return [t.strip() for t in tokenizer.batch_decode(model.write(films, max_tokens, num_beams, grids), skip_special_tokens=True)]
+    writer = model.config.writer or {}
+    if prompted is None: prompted = "thresholds" in writer
+    if apart is None: apart = writer.get("apart", 0)
+    if prompted and grids is None: grids = model.encode(films)
+    more = dict(prompts=own_prompts(model, grids) if prompted else None, rules=(NewSentences(tokenizer, apart),) if apart else ())
+    return [t.strip() for t in tokenizer.batch_decode(model.write(films, max_tokens, num_beams, grids, **more), skip_special_tokens=True)]
+
+# %% ../nbs/api/21_build.ipynb #bprom002
+@torch.no_grad()
+def prompted_looks(
+    model: ReportVLM,  # trained with prompts
+    films: torch.Tensor,  # (B, 1, S, S) in [0, 1]
+    labels: torch.Tensor,  # (B, T) report token ids, −100 where padded
+    words: torch.Tensor,  # bool (B, T) tokens whose looks count, from `word_mask`
+    marks: torch.Tensor,  # (B, N) share of each patch that a mark covers
+    prompts: torch.Tensor | None = None,  # (B, P); None: the network's own
+    layer: int = -1,  # decoder layer
+) -> dict:  # "without", "with", "even": float32 (B,) share of attention on marked patches; "moved": (B,) how much of the gaze is elsewhere; NaN where nothing is marked or said
+    "What prompts do to where the words of a given report look (teacher forcing)."
+    tokens = model.encode(films); prompts = own_prompts(model, tokens) if prompts is None else prompts
+    counts = words.float().to(tokens.device); counts = counts / counts.sum(1, keepdim=True)
+    looks = [torch.einsum("bt,btn->bn", counts, model.attend(tokens, labels, layer, p).mean(1)) for p in (None, prompts)]
+    lesion = (marks > 0).float().to(tokens.device); lesion = torch.where(lesion.any(1, keepdim=True), lesion, torch.nan)
+    out = dict(zip(("without", "with"), ((look * lesion).sum(1) for look in looks)), even=lesion.mean(1) + 0 * looks[0].sum(1))
+    return {k: v.cpu() for k, v in {**out, "moved": (looks[0] - looks[1]).abs().sum(1) / 2}.items()}
 
 # %% ../nbs/api/21_build.ipynb #9797c1bc
 @patch

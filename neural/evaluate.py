@@ -10,11 +10,11 @@ __all__ = ['PREDICTION_KEY', 'PREDICTION_COLUMNS', 'ANATOMY', 'FINDINGS', 'known
            'reliability_plot', 'roc_band', 'roc_plot', 'finding_patches', 'patches_hit', 'lesion_mask',
            'lesion_coverage', 'hit_rate', 'precision', 'random_hit_rate', 'random_precision', 'relevance_mass',
            'pointing_game', 'mean_interval', 'finding_counts', 'finding_table', 'finding_summary', 'finding_difference',
-           'negation_table', 'text_metrics', 'rouge_l', 'bleu', 'typical_report', 'other_patient', 'report_quality',
-           'file_bytes', 'image_bytes', 'results_table', 'markdown_table']
+           'negation_table', 'text_metrics', 'rouge_l', 'bleu', 'typical_report', 'other_patient', 'nearest_report',
+           'sentences', 'variety', 'report_quality', 'file_bytes', 'image_bytes', 'results_table', 'markdown_table']
 
 # %% ../nbs/api/24_evaluate.ipynb #afa74347
-import io, math
+import io, math, re
 from importlib.metadata import version
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
@@ -727,6 +727,32 @@ def other_patient(
     out = np.empty(len(of), np.int64); out[order] = np.roll(order, -sizes.max())
     return out
 
+# %% ../nbs/api/24_evaluate.ipynb #evdist02
+def nearest_report(
+    p: np.ndarray,      # (n, L) probabilities of the label head for the studies that want a report
+    stock: np.ndarray,  # (m, L) the same for TRAINING studies
+) -> np.ndarray:        # int64 [n], place of the nearest training study, the first of equals
+    "The training study whose label head speaks most alike, in logits (retrieval, this companion's control)."
+    p, stock = (np.asarray(a, float) for a in (p, stock))
+    if p.ndim != 2 or not len(stock) or stock.shape[1:] != p.shape[1:]: raise NeuralError(f"probabilities {p.shape} and {stock.shape} must be (studies, findings) of the same findings, with at least one study to choose from")
+    z, s = (np.log(a/(1-a)) for a in (np.clip(v, 1e-4, 1-1e-4) for v in (p, stock)))
+    return np.array([np.argmin(np.round(((s - row)**2).sum(1), 9)) for row in z], np.int64)
+
+def sentences(
+    text: str,    # one report
+) -> list[str]:   # in lower case, single spaces, without their end marks
+    "The sentences of a report, for comparing them with each other."
+    parts = (" ".join(p.casefold().split()).rstrip(" .!?;") for p in re.split(r"(?<=[.!?;])\s+|\n\s*\n", text))
+    return [p for p in parts if p]
+
+def variety(
+    written: list[str],   # reports
+) -> dict:                # share of distinct reports; reports in which a sentence stands twice in a row, and such sentences
+    "Whether a writer says something of its own about each film (this companion's choice)."
+    if not len(written): raise NeuralError("no report to look at")
+    twice = [sum(a == b for a, b in zip(s, s[1:])) for s in map(sentences, written)]
+    return {'distinct': len({" ".join(w.casefold().split()) for w in written})/len(written), 'with a repeat': sum(n > 0 for n in twice), 'repeats': sum(twice)}
+
 # %% ../nbs/api/24_evaluate.ipynb #e62bad71
 def report_quality(
     references: list[str],  # evidence of the radiologists' reports, none empty
@@ -737,13 +763,15 @@ def report_quality(
     policy='ones',          # what uncertain counts as
     samples=1000,           # bootstrap samples
     seed=0,                 # of the bootstrap
-) -> dict:                  # studies, empty, figures of `finding_summary`, denials kept and turned, ROUGE-L [value, low, high], BLEU
+    truth=None,             # label -> 1, 0, -1 or None of each study, from the manifest; None: what the radiologists' reports say
+) -> dict:                  # studies, empty, distinct and repeated, figures of `finding_summary`, denials kept and turned, ROUGE-L [value, low, high], BLEU
     "How good written reports are: findings first, then denials, then words (this companion's choice)."
     _texts(references, written)
-    truth, said = ([labels_of(a) for a in reader.pipe(texts)] for texts in (references, written))
-    denials = negation_table(truth, said, labels).sum()
+    told, said = ([labels_of(a) for a in reader.pipe(texts)] for texts in (references, written))
+    denials = negation_table(told, said, labels).sum()
+    counts = finding_counts(told, said, labels, policy) if truth is None else finding_counts(truth, said, labels, policy, silent=np.nan)
     share = lambda name: float(denials[name]/denials.denied) if denials.denied else float('nan')
-    return {'studies': len(written), 'empty': sum(not w.strip() for w in written), **finding_summary(finding_counts(truth, said, labels, policy), patients, samples, seed),
+    return {'studies': len(written), 'empty': sum(not w.strip() for w in written), **variety(written), **finding_summary(counts, patients, samples, seed),
             'denials kept': share('kept'), 'denials turned': share('turned'), 'ROUGE-L': list(mean_interval(rouge_l(references, written), patients, samples, seed)), 'BLEU': bleu(references, written)}
 
 # %% ../nbs/api/24_evaluate.ipynb #b85db485

@@ -47,16 +47,18 @@ class StudyDataset(Dataset):
         targets: np.ndarray,  # (n, L) in [0, 1], NaN where unknown
         weights: list | None = None,  # per study, (T,) weight of each report token in the text loss
         focus: list | None = None,  # per study, None or (coverage (N,), bool (T,)): where a mark lies, which tokens should look there
+        prompts: list | None = None,  # per study, (states (L,), places (L, 2)), see chapter 13
     ):
         if not len(ids) == len(texts) == len(targets): raise NeuralError(f"{len(ids)} studies, {len(texts)} texts and {len(targets)} targets do not belong together")
-        for name, values in dict(weights=weights, focus=focus).items():
+        for name, values in dict(weights=weights, focus=focus, prompts=prompts).items():
             if values is not None and len(values) != len(ids): raise NeuralError(f"{len(values)} {name} for {len(ids)} studies: give one of each, or leave {name} out")
-        self.films, self.ids, self.texts, self.weights, self.focus = films, list(ids), list(texts), weights, focus
+        self.films, self.ids, self.texts, self.weights, self.focus, self.prompts = films, list(ids), list(texts), weights, focus, prompts
         self.targets = np.asarray(targets, np.float32)
 
     def __len__(self): return len(self.ids)
     def __getitem__(self, i: int) -> dict:
-        return dict(film=np.asarray(self.films.batch([self.ids[i]])[0]), text=self.texts[i], targets=self.targets[i], weights=None if self.weights is None else self.weights[i], focus=None if self.focus is None else self.focus[i])
+        return dict(film=np.asarray(self.films.batch([self.ids[i]])[0]), text=self.texts[i], targets=self.targets[i], weights=None if self.weights is None else self.weights[i], focus=None if self.focus is None else self.focus[i],
+                    **({} if self.prompts is None else dict(prompts=self.prompts[i])))
 
 # %% ../nbs/api/12_finetune.ipynb #66d45e06
 def mirror(
@@ -124,9 +126,10 @@ class Collator:
         tokenizer,  # trained on the training reports
         max_tokens: int = 96,  # longest report kept, end token included
         generator: torch.Generator | None = None,  # augments films when given
+        prompter=None,  # turns the studies' prompts into tokens, and errs with the generator, see chapter 13
     ):
         at_least(2, max_tokens=max_tokens)  # a word and the end token
-        self.tokenizer, self.max_tokens, self.generator = tokenizer, max_tokens, generator
+        self.tokenizer, self.max_tokens, self.generator, self.prompter = tokenizer, max_tokens, generator, prompter
         self.cut = 0  # reports that were too long so far
 
     def ids(self, text: str) -> list[int]:  # ends with the end token
@@ -148,7 +151,7 @@ def pad_rows(
 def __call__(
     self: Collator,
     items: list[dict],  # from `StudyDataset`
-) -> dict:  # pixel_values (B, 1, S, S), labels (B, T), targets (B, L), and where given token_weights (B, T), marks (B, N), speaks (B, T)
+) -> dict:  # pixel_values (B, 1, S, S), labels (B, T), targets (B, L), and where given token_weights (B, T), marks (B, N), speaks (B, T), prompts (B, P)
     "One batch for `ReportVLM.forward`; films and their marks make the same move."
     pixels = torch.as_tensor(np.stack([i["film"] for i in items]))
     theta = None if self.generator is None else poses(len(items), self.generator)
@@ -156,6 +159,7 @@ def __call__(
     rows = [self.ids(i["text"]) for i in items]
     batch = dict(pixel_values=pixels, labels=pad_rows(rows, -100), targets=torch.as_tensor(np.stack([i["targets"] for i in items])))
     if items[0].get("weights") is not None: batch["token_weights"] = pad_rows([list(i["weights"])[: len(r) - 1] + [1.0] for i, r in zip(items, rows)], 0.0).float()
+    if self.prompter is not None: batch["prompts"] = self.prompter(*(np.stack(x) for x in zip(*(i["prompts"] for i in items))), self.generator)
     if any(i.get("focus") is not None for i in items): batch |= focus_batch([i.get("focus") for i in items], [len(r) for r in rows], theta)
     return batch
 
@@ -536,7 +540,7 @@ def data_name(
     data: StudyDataset,
 ) -> str:  # such as "12 studies 3f2a..."
     "A split by its size and its content: ids, words, targets, weights, marks; the films are taken to be those of the ids."
-    extra = [None if v is None else [None if x is None else digest(*(np.asarray(y) for y in (x if isinstance(x, tuple) else (x,)))) for x in v] for v in (data.weights, data.focus)]
+    extra = [None if v is None else [None if x is None else digest(*(np.asarray(y) for y in (x if isinstance(x, tuple) else (x,)))) for x in v] for v in (data.weights, data.focus, *([] if data.prompts is None else [data.prompts]))]
     return f"{len(data)} studies {digest(data.ids, data.texts, data.targets, extra)}"
 
 def network_name(
@@ -561,12 +565,13 @@ def refuse_other_run(
         with publish(path) as f: json.dump(settings, f, indent=1)
 
 # %% ../nbs/api/12_finetune.ipynb #d2b8e54e
-def _belong(model, tokenizer, train, validate, draw):
+def _belong(model, tokenizer, train, validate, draw, prompters):
     "Refuses studies, targets, words and weights of the draw that do not fit each other."
     if not len(train) or not len(validate): raise NeuralError(f"fine-tuning needs studies in train and validate, got {len(train)} and {len(validate)}; look at the split column of the manifest")
     if draw is not None and len(draw) != len(train): raise NeuralError(f"{len(draw)} draw weights for {len(train)} training studies; make them with draw_weights from the same targets")
     if draw is not None and not (np.isfinite(draw).all() and np.min(draw) >= 0 and np.sum(draw) > 0): raise NeuralError("draw weights must be finite, none negative, and not all 0")
     if (goals := train.targets.shape[1:]) != (names := len(model.config.label_names),): raise NeuralError(f"targets of {goals[0] if goals else 0} findings for a network that names {names}: make both from the label names of one manifest")
+    if {d.prompts is not None for d in (train, validate)} != {prompters is not None}: raise NeuralError("prompts go to train and validate alike, together with their prompters; or leave all three out")
     if len(tokenizer) > (table := model.decoder.config.vocab_size): raise NeuralError(f"a tokenizer of {len(tokenizer)} pieces for a network with {table}: they do not belong together")
 
 # %% ../nbs/api/12_finetune.ipynb #638d809a
@@ -583,20 +588,23 @@ def finetune(
     seed: int = 0,  # of augmentation, order and dropout
     draw: np.ndarray | None = None,  # (n,) from `draw_weights`; None: every study once a pass
     focus_weight: float = 0.0,  # weight of the focus loss, for studies whose `focus` is given
+    prompters: tuple | None = None,  # how prompts of train and of validate become tokens, from `prompters_of` of chapter 13; None: no prompts
     checkpointing: int = 0,  # 1: compute the inner values of every encoder layer again on the way back instead of keeping them, for less memory; 3: of every third; 0: of none
     trainer: type = ReportTrainer,  # the trainer class, for a run with a different loop
     anyway: bool = False,  # go on with checkpoints of other settings or data, too
     **kwargs,  # passed on to `training_arguments`
 ) -> list[dict]:  # one dict per log: epoch, losses, learning rate
     "Fine-tune on report and findings, keep the best epoch on validate, resume after a kill (NEURAL, sec. 2.1)."
-    _belong(model, tokenizer, train, validate, draw)
+    _belong(model, tokenizer, train, validate, draw, prompters)
     at_least(0, focus_weight=focus_weight, checkpointing=checkpointing, seed=seed)
+    prompted = {} if prompters is None else dict(prompt_drop=prompters[0].drop, prompt_flip=prompters[0].flip)
     args = training_arguments(make_folder(folder), seed=seed, **kwargs)
     kept = {k: v for k, v in kwargs.items() if k not in ("device", "progress", "workers")}
-    refuse_other_run(folder, dict(lr=lr, lr_pretrained=lr_pretrained, lr_words=lr_words, max_tokens=max_tokens, seed=seed, focus_weight=focus_weight, **kept, network=network_name(model),
+    refuse_other_run(folder, dict(lr=lr, lr_pretrained=lr_pretrained, lr_words=lr_words, max_tokens=max_tokens, seed=seed, focus_weight=focus_weight, **kept, **prompted, network=network_name(model),
                                   tokenizer=digest(sorted(tokenizer.get_vocab().items())), train=data_name(train), validate=data_name(validate), draw=None if draw is None else digest(np.asarray(draw))), anyway)
     set_seed(seed)
-    collators = Collator(tokenizer, max_tokens, torch.Generator().manual_seed(seed)), Collator(tokenizer, max_tokens)
+    errs, speaks = prompters or (None, None)
+    collators = Collator(tokenizer, max_tokens, torch.Generator().manual_seed(seed), errs), Collator(tokenizer, max_tokens, None, speaks)
     optimiser = torch.optim.AdamW(parameter_groups(model, lr, lr_pretrained, lr_words), lr=lr, betas=(0.9, 0.98), fused=True)
     if checkpointing: model.encoder.activation_checkpointing_enable(dict(use_reentrant=False), every_n_layers=checkpointing)
     loop = trainer(model, args, data_collator=collators[0], train_dataset=train, eval_dataset=validate, optimizers=(optimiser, None))

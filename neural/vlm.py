@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, SwinConfig, SwinModel, T5Config, T5ForConditionalGeneration
+from transformers import AutoTokenizer, LogitsProcessorList, PreTrainedConfig, PreTrainedModel, SwinConfig, SwinModel, T5Config, T5ForConditionalGeneration
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from transformers.models.t5.modeling_t5 import T5Attention
@@ -37,6 +37,7 @@ __all__ = ['MALLOPT', 'ReportVLMConfig', 'small_config', 'Residual', 'conv_stem'
 class ReportVLMConfig(PreTrainedConfig):
     "How to rebuild a `ReportVLM`: encoder, decoder, stem, and the findings its head names (NEURAL, sec. 2.1)."
     model_type = "report-vlm"
+    writer = None  # with prompts: which tokens they are, thresholds, places, see chapter 13; None: a decoder without, as in the paper
 
     def __init__(
         self,
@@ -50,12 +51,14 @@ class ReportVLMConfig(PreTrainedConfig):
         dropout: float = 0.2,  # inside the projection, as in the released code
         pixel_mean: tuple = (0.45,),  # per input channel, subtracted from pixels in [0, 1]
         pixel_std: tuple = (0.25,),  # per input channel, divides after the mean
+        writer: dict | None = None,  # how reports are prompted, chapter 13; None: not at all, as in the paper
         **kwargs,
     ):
         self.swin, self.decoder, self.stem = dict(swin or {}), dict(decoder or {}), stem
         self.widths = [list(level) for level in widths]
         self.label_names, self.label_weight, self.sharpness, self.dropout = list(label_names), label_weight, sharpness, dropout
         self.pixel_mean, self.pixel_std = list(pixel_mean), list(pixel_std)
+        if writer: self.writer = dict(writer)
         super().__init__(**kwargs)
 
 # %% ../nbs/api/10_vlm.ipynb #a8d78926
@@ -263,6 +266,7 @@ def forward(
     targets: torch.Tensor | None = None,  # (B, L) findings in [0, 1], NaN where unknown
     token_weights: torch.Tensor | None = None,  # (B, T) weight of each token in the text loss
     output_attentions: bool = False,  # return the cross-attentions
+    prompts: torch.Tensor | None = None,  # (B, P) prompt token ids, −100 where padded on the left, chapter 13
     **kwargs,  # what a trainer adds; not read
 ) -> ReportVLMOutput:
     "Losses, logits, token grid and, on demand, cross-attentions of a batch (NEURAL, sec. 2.1)."
@@ -270,7 +274,7 @@ def forward(
     out = ReportVLMOutput(tokens=tokens, label_logits=self.name_findings(tokens))
     total = []
     if labels is not None:
-        out.logits, out.cross_attentions = self.read_report(tokens, labels, output_attentions)
+        out.logits, out.cross_attentions = self.read_report(tokens, labels, output_attentions, prompts)
         out.text_loss = text_loss(out.logits, labels, token_weights); total.append(out.text_loss)
     if targets is not None:
         out.label_loss = label_loss(out.label_logits, targets); total.append(self.config.label_weight * out.label_loss)
@@ -279,19 +283,35 @@ def forward(
 
 # %% ../nbs/api/10_vlm.ipynb #e2693182
 @patch
+def opened(
+    self: ReportVLM,
+    labels: torch.Tensor,  # (B, T) report token ids, −100 where padded
+    prompts: torch.Tensor | None = None,  # (B, P) prompt token ids, −100 where padded on the left; None: no prompts
+) -> tuple:  # (B, P + T) what the decoder is given; (B, P + T) 1 where something stands, or None
+    "Prompts, the start token, and the report shifted right by one: with prompts or without, row t of a report predicts its token t."
+    shifted, writer = self.decoder._shift_right(labels), self.config.writer
+    if prompts is None: return shifted, None
+    if not writer: raise NeuralError("this network was built without prompts: leave them out, or build one with add_prompts (chapter 13)")
+    said, first = prompts >= 0, writer["first"]
+    if prompts.ndim != 2 or len(prompts) != len(labels) or ((prompts < first) | (prompts >= first + writer["count"]))[said].any():
+        raise NeuralError(f"prompts must be ({len(labels)}, P) ids from {first} to {first + writer['count'] - 1}, or −100; got {tuple(prompts.shape)}")
+    return torch.cat([prompts.masked_fill(~said, self.decoder.config.decoder_start_token_id), shifted], 1), torch.cat([said, torch.ones_like(shifted, dtype=torch.bool)], 1).long()
+
+@patch
 def read_report(
     self: ReportVLM,
     tokens: torch.Tensor,  # (B, N, d) from `encode`
     labels: torch.Tensor,  # (B, T) report token ids, −100 where padded
     output_attentions: bool = True,  # return the cross-attentions
+    prompts: torch.Tensor | None = None,  # (B, P) prompt token ids, −100 where padded on the left
 ) -> tuple:  # logits (B, T, V), and a tuple of (B, heads, T, N) or None
     "Read a given report with the decoder (teacher forcing); an empty attention tuple is an error, not a shrug."
     memory = BaseModelOutput(last_hidden_state=self.projection(tokens))
-    out = self.decoder(encoder_outputs=memory, decoder_input_ids=self.decoder._shift_right(labels),
-                       output_attentions=output_attentions, use_cache=False)
+    ids, said = self.opened(labels, prompts); skip = ids.shape[1] - labels.shape[1]
+    out = self.decoder(encoder_outputs=memory, decoder_input_ids=ids, decoder_attention_mask=said, output_attentions=output_attentions, use_cache=False)
     if output_attentions and not out.cross_attentions:
         raise NeuralError("the decoder returned no cross-attention: it must run with attn_implementation='eager', not 'sdpa'")
-    return out.logits, out.cross_attentions if output_attentions else None
+    return out.logits[:, skip:], tuple(a[:, :, skip:] for a in out.cross_attentions) if output_attentions else None
 
 # %% ../nbs/api/10_vlm.ipynb #ded701ac
 @patch
@@ -302,12 +322,20 @@ def write(
     max_new_tokens: int = 64,  # longest report, in tokens
     num_beams: int = 1,  # 1 is greedy
     tokens: torch.Tensor | None = None,  # (B, N, d) from `encode`, where the films have been looked at already
+    prompts: torch.Tensor | None = None,  # (B, P) prompt token ids, −100 where padded on the left
+    rules: tuple = (),  # transformers' logits processors, such as `NewSentences` of chapter 13
 ) -> torch.Tensor:  # (B, T) token ids, padded with 0 after the end
     "Write the report of each film (image-only track); stops when all have ended."
     at_least(1, max_new_tokens=max_new_tokens, num_beams=num_beams)
     memory = BaseModelOutput(last_hidden_state=self.projection(self.encode(pixel_values) if tokens is None else tokens))
-    ids = self.decoder.generate(encoder_outputs=memory, max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False)
-    return ids[:, 1:]  # without the start token
+    more, skip, writer = {}, 1, self.config.writer
+    if prompts is not None:
+        ids, said = self.opened(torch.full((len(prompts), 1), -100, device=prompts.device), F.pad(prompts, (1, 0), value=-100))  # a prefix that begins otherwise would be given a second start token
+        more, skip = dict(decoder_input_ids=ids, decoder_attention_mask=said), ids.shape[1]
+    if writer: more["suppress_tokens"] = list(range(writer["first"], writer["first"] + writer["count"]))
+    if rules: more["logits_processor"] = LogitsProcessorList(rules)
+    ids = self.decoder.generate(encoder_outputs=memory, max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False, **more)
+    return ids[:, skip:]  # without prompts and start token
 
 # %% ../nbs/api/10_vlm.ipynb #d292d5ae
 def by_heads(
@@ -346,11 +374,14 @@ def attend(
     tokens: torch.Tensor,  # (B, N, d) from `encode`
     labels: torch.Tensor,  # (B, T) report token ids, −100 where padded
     layer: int = -1,  # decoder layer whose attention is wanted
+    prompts: torch.Tensor | None = None,  # (B, P) prompt token ids, −100 where padded on the left
 ) -> torch.Tensor:  # float32 (B, heads, T, N), rows sum to 1
     "The cross-attention of one decoder layer over a given report; equals that of `read_report`, for a fraction of the work."
     stack, memory = self.decoder.decoder, self.projection(tokens)
     if not -len(stack.block) <= layer < len(stack.block): raise NeuralError(f"layer must be an index into {len(stack.block)} decoder layers, got {layer}")
-    hidden, bias = stack.embed_tokens(self.decoder._shift_right(labels)), causal_bias(stack, labels.shape[1])
+    ids, said = self.opened(labels, prompts); skip = ids.shape[1] - labels.shape[1]
+    hidden, bias = stack.embed_tokens(ids), causal_bias(stack, ids.shape[1])
+    if said is not None: bias = bias.masked_fill((said == 0)[:, None, None] & ~torch.eye(len(bias[0, 0]), dtype=torch.bool, device=bias.device), -torch.inf)  # a pad sees itself alone
     *before, last = list(stack.block)[: layer + 1 or None]
     for block in [*before, last]:
         own, cross, forward = block.layer
@@ -358,7 +389,7 @@ def attend(
         normed = cross.layer_norm(hidden)
         if block is not last: hidden = forward(hidden + mix(cross.EncDecAttention, normed, memory))
     asked, width = last.layer[1].EncDecAttention, last.layer[1].EncDecAttention.key_value_proj_dim
-    return (by_heads(asked.q(normed), width).float() @ by_heads(asked.k(memory), width).float().transpose(2, 3)).softmax(-1)
+    return (by_heads(asked.q(normed[:, skip:]), width).float() @ by_heads(asked.k(memory), width).float().transpose(2, 3)).softmax(-1)
 
 # %% ../nbs/api/10_vlm.ipynb #7f4e0dcc
 class Packed(nn.Module):
