@@ -565,8 +565,9 @@ def refuse_other_run(
         with publish(path) as f: json.dump(settings, f, indent=1)
 
 # %% ../nbs/api/12_finetune.ipynb #d2b8e54e
-def _belong(model, tokenizer, train, validate, draw, prompters):
+def _belong(model, tokenizer, train, validate, draw, prompters, **numbers):
     "Refuses studies, targets, words and weights of the draw that do not fit each other."
+    at_least(0, **numbers)
     if not len(train) or not len(validate): raise NeuralError(f"fine-tuning needs studies in train and validate, got {len(train)} and {len(validate)}; look at the split column of the manifest")
     if draw is not None and len(draw) != len(train): raise NeuralError(f"{len(draw)} draw weights for {len(train)} training studies; make them with draw_weights from the same targets")
     if draw is not None and not (np.isfinite(draw).all() and np.min(draw) >= 0 and np.sum(draw) > 0): raise NeuralError("draw weights must be finite, none negative, and not all 0")
@@ -595,19 +596,16 @@ def finetune(
     **kwargs,  # passed on to `training_arguments`
 ) -> list[dict]:  # one dict per log: epoch, losses, learning rate
     "Fine-tune on report and findings, keep the best epoch on validate, resume after a kill (NEURAL, sec. 2.1)."
-    _belong(model, tokenizer, train, validate, draw, prompters)
-    at_least(0, focus_weight=focus_weight, checkpointing=checkpointing, seed=seed)
-    prompted = {} if prompters is None else dict(prompt_drop=prompters[0].drop, prompt_flip=prompters[0].flip)
+    _belong(model, tokenizer, train, validate, draw, prompters, focus_weight=focus_weight, checkpointing=checkpointing, seed=seed)
     args = training_arguments(make_folder(folder), seed=seed, **kwargs)
-    kept = {k: v for k, v in kwargs.items() if k not in ("device", "progress", "workers")}
-    refuse_other_run(folder, dict(lr=lr, lr_pretrained=lr_pretrained, lr_words=lr_words, max_tokens=max_tokens, seed=seed, focus_weight=focus_weight, **kept, **prompted, network=network_name(model),
+    kept = {k: v for k, v in kwargs.items() if k not in ("device", "progress", "workers")} | ({} if prompters is None else dict(prompt_drop=prompters[0].drop, prompt_flip=prompters[0].flip))
+    refuse_other_run(folder, dict(lr=lr, lr_pretrained=lr_pretrained, lr_words=lr_words, max_tokens=max_tokens, seed=seed, focus_weight=focus_weight, **kept, network=network_name(model),
                                   tokenizer=digest(sorted(tokenizer.get_vocab().items())), train=data_name(train), validate=data_name(validate), draw=None if draw is None else digest(np.asarray(draw))), anyway)
     set_seed(seed)
-    errs, speaks = prompters or (None, None)
-    collators = Collator(tokenizer, max_tokens, torch.Generator().manual_seed(seed), errs), Collator(tokenizer, max_tokens, None, speaks)
-    optimiser = torch.optim.AdamW(parameter_groups(model, lr, lr_pretrained, lr_words), lr=lr, betas=(0.9, 0.98), fused=True)
+    collators = [Collator(tokenizer, max_tokens, g, p) for g, p in zip((torch.Generator().manual_seed(seed), None), prompters or (None, None))]
+    groups = parameter_groups(model, lr, lr_pretrained, lr_words)
     if checkpointing: model.encoder.activation_checkpointing_enable(dict(use_reentrant=False), every_n_layers=checkpointing)
-    loop = trainer(model, args, data_collator=collators[0], train_dataset=train, eval_dataset=validate, optimizers=(optimiser, None))
+    loop = trainer(model, args, data_collator=collators[0], train_dataset=train, eval_dataset=validate, optimizers=(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True), None))
     loop.parts, loop.draw, loop.focus_weight = {True: {}, False: {}}, draw, focus_weight
     loop.remove_callback(PrinterCallback)  # it would print whole dictionaries
     loop.get_eval_dataloader = lambda *a, **k: torch.utils.data.DataLoader(validate, batch_size=args.eval_batch_size, collate_fn=collators[1])
