@@ -25,7 +25,7 @@ from .study import LABELS, NeuralError, at_least, make_folder, readable, system_
 # %% auto #0
 __all__ = ['LITE', 'LITE_STAGES', 'KIND', 'ResidualBlock', 'start_convolutions', 'LevelNet', 'sight', 'middle', 'conv_norm',
            'InvertedBlock', 'eights', 'EfficientNetLite', 'pool_patches', 'ImageModel', 'writable', 'hash_of_file',
-           'read_about', 'save_image_model', 'load_image_model']
+           'network_config', 'save_image_model', 'load_image_model']
 
 # %% ../nbs/api/09_image_model.ipynb #im06
 class ResidualBlock(nn.Module):
@@ -283,12 +283,13 @@ def hash_of_file(
 # %% ../nbs/api/09_image_model.ipynb #im31
 KIND = "image-model"  # how the JSON names what it belongs to
 
-def read_about(
+def network_config(
     folder: str | Path,  # of a network
+    advice: str = "copy the whole folder",  # what to do where there is none
 ) -> dict:  # its config.json
     "What the JSON of a saved network says."
     path = Path(folder) / "config.json"
-    if not path.is_file(): raise NeuralError(f"no network in {Path(folder).name!r}: config.json is missing; copy the whole folder")
+    if not path.is_file(): raise NeuralError(f"no network in {Path(folder).name!r}: config.json is missing; {advice}")
     with readable(f"{Path(folder).name}/config.json"): about = json.loads(path.read_text(encoding="utf-8"))
     return about if isinstance(about, dict) else {}
 
@@ -299,7 +300,7 @@ def save_image_model(
 ) -> None:
     "Write an image model: weights first, then the JSON that names them."
     folder = make_folder(folder)
-    if (folder / "config.json").exists() and read_about(folder).get("kind") != KIND: raise NeuralError(f"{folder.name} holds something else that has a config.json: name another folder")
+    if (folder / "config.json").exists() and network_config(folder).get("kind") != KIND: raise NeuralError(f"{folder.name} holds something else that has a config.json: name another folder")
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     with writable(folder.name), tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as draft:
         save_file(weights, f"{draft}/model.safetensors")
@@ -313,7 +314,7 @@ def load_image_model(
     device: str = "cpu",  # where to put it
 ) -> ImageModel:  # in eval mode, float32
     "A saved image model, complete or refused."
-    folder, about = Path(folder), read_about(folder)
+    folder, about = Path(folder), network_config(folder)
     if about.get("kind") != KIND: raise NeuralError(f"no image model in {folder.name!r}: its config.json is of {str(about.get('kind', about.get('model_type', 'something else')))[:40]!r}")
     if not (folder / "model.safetensors").is_file(): raise NeuralError(f"no weights in {folder.name!r}: model.safetensors is missing; copy the whole folder")
     there = hash_of_file(folder / "model.safetensors")

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.utils import logging
 
-from .image_model import LITE, EfficientNetLite, LevelNet, hash_of_file, pool_patches, start_convolutions, writable
+from .image_model import LITE, EfficientNetLite, LevelNet, hash_of_file, pool_patches, network_config, start_convolutions, writable
 from .study import LABELS, NeuralError, at_least, make_folder, readable
 
 # %% auto #0
@@ -485,10 +485,7 @@ def read_config(
     folder: str | Path,  # of a network
 ) -> dict:  # its config.json
     "The configuration of a saved network, or why there is none."
-    path = Path(folder) / "config.json"
-    if not path.is_file(): raise NeuralError(f"no network in {Path(folder).name!r}: config.json is missing; run the fine-tuning stage or name its vlm/ folder")
-    with readable(f"{Path(folder).name}/config.json"): about = json.loads(path.read_text(encoding="utf-8"))
-    return about if isinstance(about, dict) else {}
+    return network_config(folder, "run the fine-tuning stage or name its vlm/ folder")
 
 # %% ../nbs/api/10_vlm.ipynb #928ee5ee
 def load_vlm(
