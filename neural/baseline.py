@@ -14,49 +14,37 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
-from torch.nn import functional as F
 from torch_geometric.data import Data
-from tqdm import tqdm
 
 from .asset import dequantise, quantise
 from .build import Reading
 from .classify import GraphClassifier, as_columns, edge_shares, one_thread, standardise
-from .finetune import StudyDataset, film_logits, label_epoch
+from .finetune import StudyDataset, film_logits, fit_labels
 from .graph import EDGE_TYPES, visual_graph
+from .image_model import ImageModel
 from .prune import top_k
 from .study import NeuralError, above, at_least
-from .vlm import ReportVLM, ReportVLMConfig, conv_stem, label_loss, pool_patches, start_convolutions
+from .vlm import ReportVLM, label_loss
 
 # %% auto #0
-__all__ = ['FilmCNN', 'read_films', 'train_film_cnn', 'length_control', 'centre_prior', 'film_contrast', 'random_map',
+__all__ = ['film_network', 'read_films', 'train_film_cnn', 'length_control', 'centre_prior', 'film_contrast', 'random_map',
            'patch_tokens', 'FilmArray', 'only_patches', 'other_patches', 'visual_data', 'read_graphs', 'train_graphs',
            'pool_cells', 'pooled_bytes', 'linear_reader']
 
 # %% ../nbs/api/26_baseline.ipynb #f548fc55
-class FilmCNN(nn.Module):
-    "A small residual network from film to findings: the raw-film control, a stem whose every place sees most of the film."
-
-    def __init__(
-        self,
-        labels: int,  # findings to name
-        width: int = 192,  # channels of the last convolution
-        sharpness: float = 4.0,  # of the pooling over places, as in the label head; 0 is the mean
-    ):
-        super().__init__()
-        self.stem, self.sharpness = conv_stem(16, width, last=3), sharpness  # (B, 1, S, S) -> (B, width, S/16, S/16)
-        self.mean, self.spread = ReportVLMConfig().pixel_mean[0], ReportVLMConfig().pixel_std[0]  # as the report generator sees a film
-        self.head = nn.Linear(width, labels)
-        nn.init.zeros_(self.head.weight); nn.init.zeros_(self.head.bias)
-        start_convolutions(self.stem)
-
-    def forward(self, films: torch.Tensor) -> torch.Tensor:  # (B, 1, S, S) in [0, 1] -> (B, labels), before the sigmoid
-        x = ((films - self.mean) / self.spread).contiguous(memory_format=torch.channels_last)
-        places = self.stem(x).flatten(2).transpose(1, 2)
-        return pool_patches(F.linear(places, self.head.weight), self.sharpness) + self.head.bias.float()
+def film_network(
+    labels: int,  # findings to name
+    image_size: int = 192,  # side of the film in pixels
+    width: int = 256,  # channels of the last convolution, a multiple of 8
+) -> ImageModel:  # new, undecided
+    "The raw-film control: a residual network to stride 32, to 16 where the film is small, with the mean over places."
+    at_least(8, width=width)
+    levels = ((width // 8,), (width // 4,) * 2, (width // 2,) * 2, (width,) * 2) if image_size >= 160 else ((width // 4,), (width // 2,) * 2, (width,) * 2)
+    return ImageModel([str(n) for n in range(labels)], image_size, levels, last=(3, 3), sharpness=0.0)
 
 # %% ../nbs/api/26_baseline.ipynb #32bcb0c2
 def read_films(
-    model: FilmCNN,  # trained
+    model: ImageModel,  # trained
     data: StudyDataset,  # studies to read
     batch_size: int = 64,  # films per pass
 ) -> np.ndarray:  # (n, L) probabilities in [0, 1]
@@ -66,32 +54,21 @@ def read_films(
 # %% ../nbs/api/26_baseline.ipynb #aa6938e5
 def train_film_cnn(
     train: StudyDataset,  # train split
-    validate: StudyDataset,  # validate split; chooses the epoch
-    epochs: int = 12,  # passes over the training films
+    validate: StudyDataset,  # validate split, for the learning curve
+    epochs: int = 24,  # passes over the training films
     batch_size: int = 16,  # films per step
-    lr: float = 2e-3,  # peak learning rate
+    lr: float = 3e-3,  # peak learning rate
     seed: int = 0,  # of weights, order and augmentation
     device: str = "cpu",  # "cpu" or "cuda"
     bf16: bool = True,  # autocast to bfloat16
-    progress: bool = False,  # draw a bar
-    width: int = 192,  # of the network
-) -> tuple[FilmCNN, list[dict]]:  # the best network, and one dict per epoch
+    width: int = 256,  # of the network
+    draw: np.ndarray | None = None,  # (n,) weight of each training study in the draw, from `rare_weights`; None: each once a pass
+) -> tuple[ImageModel, list[dict]]:  # the network, in eval mode, and one dict per epoch
     "Train the raw-film control on masked binary cross-entropy."
     if not len(train) or not len(validate): raise NeuralError(f"the film control needs studies in train and validate, got {len(train)} and {len(validate)}")
-    at_least(1, epochs=epochs, batch_size=batch_size, width=width); above(0, lr=lr)
     torch.manual_seed(seed)
-    model, generator = FilmCNN(train.targets.shape[1], width).to(device), torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, epochs=epochs, steps_per_epoch=-(-len(train) // batch_size), pct_start=0.2)
-    history, best = [], (float("inf"), None)
-    for epoch in tqdm(range(epochs), disable=not progress, desc="film control"):
-        model.train()
-        loss = label_epoch(model, train, optimiser, schedule, generator, batch_size, device, bf16)
-        known = label_loss(film_logits(model, validate, bf16=bf16), torch.as_tensor(validate.targets)).item()
-        history.append(dict(epoch=epoch + 1, loss=loss, eval_loss=known))
-        if known < best[0]: best = known, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-    if best[1] is None: raise NeuralError("the loss on validate is not finite from the first epoch: lower lr, or look for extreme films")
-    model.load_state_dict(best[1])
+    model = film_network(train.targets.shape[1], train[0]["film"].shape[-1], width)
+    history = fit_labels(model, model, train, validate, epochs, batch_size, lr, seed, device, bf16, name="film control", draw=draw)
     return model.eval(), history
 
 # %% ../nbs/api/26_baseline.ipynb #f6cdeb4d

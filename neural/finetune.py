@@ -277,21 +277,20 @@ def stem_logits(
 # %% ../nbs/api/12_finetune.ipynb #bb307be7
 def warm_start(
     model: ReportVLM,  # new; its convolutions and label head are changed in place
-    data: StudyDataset,  # train split
-    epochs: int = 10,  # passes over it
-    batch_size: int = 32,  # films per step
-    lr: float = 5e-3,  # peak learning rate
+    train: StudyDataset,  # train split
+    validate: StudyDataset | None = None,  # validate split, for the learning curve
+    epochs: int = 24,  # passes over it
+    batch_size: int = 16,  # films per step
+    lr: float = 3e-3,  # peak learning rate
     seed: int = 0,  # of order and augmentation
     device: str = "cpu",  # "cpu" or "cuda"
     bf16: bool = True,  # autocast to bfloat16
-) -> list[float]:  # mean loss of each pass, nats per known label
+    draw: np.ndarray | None = None,  # (n,) weight of each training study in the draw, from `rare_weights`; None: each once a pass
+) -> list[dict]:  # of `fit_labels`
     "Show new convolutions the findings before it must serve the words (this companion's choice)."
     if model.config.stem == "patch" or len(model.config.swin["depths"]) != 1: raise NeuralError("only new convolutions before a single Swin stage are warmed up; a checkpoint encoder has learnt already")
-    at_least(1, epochs=epochs, batch_size=batch_size); at_least(0, seed=seed); above(0, lr=lr)
-    if not len(data): raise NeuralError("a warm start needs training studies, got none; look at the split column of the manifest")
     weights = [*model.encoder.embeddings.parameters(), *model.encoder.layernorm.parameters(), *model.head.parameters()]
-    history = fit_labels(model, lambda films: stem_logits(model, films), data, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, device=device, bf16=bf16, weights=weights, name="warm start")
-    return [h["loss"] for h in history]
+    return fit_labels(model, lambda films: stem_logits(model, films), train, validate, epochs, batch_size, lr, seed, device, bf16, weights, "warm start", draw)
 
 # %% ../nbs/api/12_finetune.ipynb #01342e61
 HEALTHY = ("no finding", "normal", "support devices")  # label names that are no illness, in lower case

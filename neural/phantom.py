@@ -34,7 +34,7 @@ __all__ = ['F32', 'SIDES', 'RIB_REACH', 'RIB_ENDS', 'MU', 'MU_BONE', 'AIRY', 'CO
            'LATERAL_ONLY', 'MONOCHROME1', 'STUDIES_EACH', 'FRACTIONS', 'film_grid', 'soft', 'oval', 'chord', 'union',
            'deposit', 'rod', 'stroke', 'bezier', 'resize', 'cloud', 'Anatomy', 'draw_patient', 'Chest', 'midline',
            'cage_width', 'dome_line', 'lay_out', 'heart_shape', 'mediastinum', 'soft_tissue', 'breasts', 'trachea',
-           'rib_curve', 'ribs', 'spine', 'girdle', 'trunks', 'vessel_curves', 'vessels', 'Scene', 'draw_scene',
+           'rib_curve', 'ribs', 'spine', 'girdle', 'trunks', 'vessel_curves', 'vessels', 'Scene', 'gas', 'draw_scene',
            'expose', 'Finding', 'strength', 'lung_point', 'Shadow', 'filled', 'inside_lung', 'infiltrate', 'haze',
            'plates', 'nodule', 'fluid', 'thick_pleura', 'free_air', 'congestion', 'heart_mask', 'middle_mask',
            'fracture_at', 'rib_mask', 'tube_paths', 'device', 'look_alikes', 'mark_side', 'collimate', 'pose', 'take',
@@ -182,7 +182,7 @@ def draw_patient(
 ) -> Anatomy:
     "Anatomy of a new patient."
     u, dome = rng.uniform, rng.uniform(.66, .735)
-    return Anatomy(u(.335, .385), u(.105, .14), dome, dome + u(.012, .035), u(.17, .22), u(.84, 1.10), u(.90, 1.10), u(.45, .85), u(.014, .028), u(.050, .064),
+    return Anatomy(u(.335, .385), u(.105, .14), dome, dome + float(np.clip(rng.normal(.022, .014), -.012, .06)), u(.17, .22), u(.84, 1.10), u(.90, 1.10), u(.45, .85), u(.014, .030), u(.052, .078),
                    float(np.clip(rng.gamma(3., .012), .01, .12)), u(-.02, .03), u(.46, .56), u(.25, 1.) * (rng.random() < .5), u(.75, 1.15), u(.75, 1.05),
                    rng.normal(0, .008), u(.75, 1.25), u(0, 1), int(rng.integers(2**31)))
 
@@ -215,7 +215,8 @@ def dome_line(p: Anatomy, side: str, rise: float, size: int) -> np.ndarray:
     "Height of one half of the diaphragm in every column; `rise` lifts it."
     x = SIDES[side] * (film_grid(size)[0][0] - F32(.5)) / F32(p.cage); z = x - F32(.46 if side == "right" else .52)
     fall = np.where(z > 0, F32(.34) * np.abs(z) ** F32(2.1), F32(.17) * np.abs(z) ** F32(1.9)) + F32(.25) * np.clip(x - F32(.9), 0, None)
-    return (F32((p.dome_right if side == "right" else p.dome_left) - rise) + fall).astype(F32)
+    uneven = F32(.007) * np.sin(F32(5.) * x + F32(p.seed % 11 + SIDES[side])) + F32(.004) * np.sin(F32(9.) * x + F32(p.seed % 5))
+    return (F32((p.dome_right if side == "right" else p.dome_left) - rise) + fall + uneven).astype(F32)
 
 # %% ../nbs/api/06_phantom.ipynb #d64b03ea
 def lay_out(
@@ -276,7 +277,7 @@ def soft_tissue(p: Anatomy, c: Chest) -> np.ndarray:
 def breasts(p: Anatomy, c: Chest) -> np.ndarray:
     "Thickness of the breasts, cm: a sharp fold below, fading above."
     q = [chord(oval(c.x, c.y, .5 + s * (.20 + .03 * p.breast), .56 + .05 * p.breast, .155, .15 + .05 * p.breast, .2 * s)) for s in SIDES.values()]
-    return F32(3.4 * p.breast) * sum(q) * np.clip((c.y - F32(.38)) / F32(.3), 0, 1)
+    return F32(5.2 * p.breast) * sum(q) * np.clip((c.y - F32(.38)) / F32(.3), 0, 1)
 
 # %% ../nbs/api/06_phantom.ipynb #1ae364f0
 def trachea(p: Anatomy, c: Chest) -> np.ndarray:
@@ -390,6 +391,16 @@ class Scene:
     layers: dict  # name -> (S, S) attenuation
     vessels: np.ndarray  # (S, S) attenuation of vessels, which disease can hide
 
+# %% ../nbs/api/06_phantom.ipynb #gasbelly
+def gas(p: Anatomy, c: Chest) -> np.ndarray:
+    "Air in stomach and bowel, cm: some patients show a bubble under the left dome, some loops, some nothing."
+    r, out = np.random.default_rng([p.seed, 5]), np.zeros((c.size,) * 2, F32)
+    if p.bubble > .45: out += F32(6 * p.bubble) * chord(oval(c.x, c.y, r.uniform(.57, .64), p.dome_left - c.breath + r.uniform(.055, .085), r.uniform(.035, .075), r.uniform(.022, .042), r.uniform(-.4, .2)))
+    for _ in range(r.choice(5, p=[.45, .2, .2, .1, .05])):
+        x, y = (r.uniform(.58, .76) if r.random() < .75 else r.uniform(.25, .42)), p.dome_left - c.breath + r.uniform(.10, .24)
+        out += F32(r.uniform(1.5, 4)) * np.exp(-np.square(oval(c.x, c.y, x, y, r.uniform(.035, .075), r.uniform(.020, .040), r.uniform(-.8, .8))))
+    return out
+
 # %% ../nbs/api/06_phantom.ipynb #2b7aea57
 def draw_scene(
     p: Anatomy,  # the patient
@@ -403,10 +414,11 @@ def draw_scene(
     size, body, H, M = c.size, soft_tissue(p, c), heart_shape(p, c, heart), mediastinum(p, c, middle)
     full = (c.lung["right"] + c.lung["left"]) * F32(p.depth * 92); air = np.maximum(full - union(F32(13) * H, F32(15) * M), 0); here, there = np.minimum(air / 3, 1), np.minimum(body / 4, 1)
     dome = np.where(np.arange(size) < size / 2, c.dome["right"], c.dome["left"])[None]
-    belly = F32(2.5) * soft(c.y - np.minimum(dome, .9), .12) * np.minimum(body / 10, 1) - (F32(6 * p.bubble) * chord(oval(c.x, c.y, .60, p.dome_left - c.breath + .075, .055, .035, -.15)) if p.bubble > .45 else 0)
+    belly = F32(2.5) * soft(c.y - np.minimum(dome, .9), .12) * np.minimum(body / 10, 1) - gas(p, c)
     texture = (cloud(rng, size, size / 7) * F32(.20) + cloud(rng, size, 30) * F32(.14)) * here + cloud(rng, size, 5, 3) * F32(.25) * there
+    outside = 1 - F32(.6) * soft(np.maximum(c.out["right"], c.out["left"]) - F32(1.03), .06)  # ribs fade where flesh hides them
     layers = {"tissue": MU * (body + breasts(p, c) + belly), "lungs": -MU * AIRY * full, "heart": MU * AIRY * (full - air) - MU * 1.5 * trachea(p, c),
-              "bones": MU_BONE * p.bone * there * (ribs(p, size, broken) * F32(1.05) + girdle(p, size) * F32(1.35) + spine(p, c)), "texture": MU * texture}
+              "bones": MU_BONE * p.bone * there * (ribs(p, size, broken) * F32(1.05) * outside + girdle(p, size) * F32(1.35) + spine(p, c) * F32(.62)), "texture": MU * texture}
     return Scene(p, c, H, M, air, layers, MU * vessels(p, c) * here)
 
 # %% ../nbs/api/06_phantom.ipynb #28300578
@@ -422,8 +434,8 @@ def expose(
     v += rng.standard_normal(v.shape, dtype=F32) * F32(rng.uniform(.008, .018) * (1.4 if portable else 1) * (size / 384) ** .5) * np.exp(F32(.32) * (v - 2))
     low = resize(ndi.gaussian_filter(resize(v, 32, Image.BOX), 2.5), size); v -= F32(rng.uniform(.22, .38)) * (low - F32(low.mean()))
     coarse = resize(v, 64, Image.BOX); dark, bright = np.percentile(coarse[10:45, 10:54], 3), np.percentile(coarse, 97)
-    dark, bright = dark - rng.uniform(.30, .60), bright + rng.uniform(.15, .50)
-    return np.clip((1 / (1 + np.exp(F32(-4.2) * ((v - F32(dark)) / F32(bright - dark) - F32(.5)))) - F32(.06)) / F32(.86), 0, 1)
+    dark, bright = dark - rng.uniform(.15, .75), bright + rng.uniform(.10, .65)
+    return np.clip((1 / (1 + np.exp(F32(-rng.uniform(3.4, 5.)) * ((v - F32(dark)) / F32(bright - dark) - F32(.5)))) - F32(.06)) / F32(.86), 0, 1)
 
 # %% ../nbs/api/06_phantom.ipynb #c8c33071
 @dataclass(frozen=True)
@@ -439,13 +451,13 @@ class Finding:
 CONTRAST = {  # strength at severity 0, and per unit of severity
     "Pneumonia": (.16, .50),  # share of the air filled
     "Lung Opacity": (.14, .30),  # the same, of look-alikes
-    "Atelectasis": (.9, 2.2),  # cm of collapsed lung
-    "Pleural Effusion": (.010, .22),  # height of the fluid, film units
-    "Edema": (.035, .17),  # share of the air filled at the hila
+    "Atelectasis": (1.0, 3.2),  # cm of collapsed lung
+    "Pleural Effusion": (.035, .40),  # height of the fluid at the wall, film units; grows with severity to the power 1.5
+    "Edema": (.08, .34),  # share of the air filled at the hila
     "Cardiomegaly": (1.09, .32),  # width of the heart
     "Enlarged Cardiomediastinum": (1.35, .6),  # width of the mediastinum
-    "Pneumothorax": (.05, .22),  # width of the rim, share of the cage
-    "Lung Lesion": (.016, .026),  # radius, film units
+    "Pneumothorax": (.07, .48),  # share of its width that the lung has lost; grows with severity to the power 1.5
+    "Lung Lesion": (.015, .035),  # radius, film units
     "Pleural Other": (1.2, 3.),  # cm of thickened pleura
     "Fracture": (.007, .012),  # step, film units
     "Support Devices": (1.6, .9)}  # thickness of metal and plastic
@@ -453,9 +465,9 @@ SITES = {"upper lobe": (.50, .28), "middle lobe": (.42, .70), "lingula": (.48, .
 
 # %% ../nbs/api/06_phantom.ipynb #747e2087
 def strength(f: Finding) -> float:
-    "The finding's place in `CONTRAST`."
+    "The finding's place in `CONTRAST`; what fills or empties a chest does so slowly at first."
     low, gain = CONTRAST[f.name]
-    return low + gain * f.severity
+    return low + gain * (f.severity ** 1.5 if f.name in ("Pleural Effusion", "Pneumothorax") else f.severity)
 
 # %% ../nbs/api/06_phantom.ipynb #bac58c8e
 def lung_point(
@@ -510,31 +522,41 @@ def haze(s: Scene, f: Finding) -> Shadow:
 
 # %% ../nbs/api/06_phantom.ipynb #6a1abb98
 def plates(s: Scene, f: Finding) -> Shadow:
-    "Atelectasis: flat bands above the diaphragm, sometimes a wedge; the dome has been lifted before."
-    r, k = np.random.default_rng(f.seed), SIDES[f.side]; lines = []
-    for i in range(1 + int(r.integers(0, 2) + f.severity > .8)):
-        cx, cy = lung_point(s, f.side, r.uniform(.42, .66), r.uniform(.82, .93) - .07 * i); half, a = r.uniform(.05, .09) * (.8 + .5 * f.severity), k * r.uniform(-.35, .25)
-        lines.append(bezier([[(cx - half, cy - half * np.tan(a)), (cx, cy - r.uniform(-.01, .01)), (cx + half, cy + half * np.tan(a))]], 24)[0])
-    m = stroke(s.c.size, lines, r.uniform(.006, .010) * (.7 + .6 * f.severity), np.sin(np.linspace(0, np.pi, 24)) ** .6) * (s.c.lung[f.side] > .05)
-    cx, cy = lung_point(s, f.side, .30, 1.0)
-    wedge = np.exp(-oval(s.c.x, s.c.y, cx, cy, .10, .07) * F32(1.2)) * (s.c.lung[f.side] > 0) * F32(.25 + .3 * r.random())
+    "Atelectasis: flat bands above a lifted dome, and often a lower lobe shrunk to a wedge beside the spine."
+    r, k = np.random.default_rng(f.seed), SIDES[f.side]; lobar, lines = r.random() < .25 + .35 * f.severity, []
+    for i in range(1 + int(r.integers(0, 2))):
+        cx, cy = lung_point(s, f.side, r.uniform(.40, .62), r.uniform(.80, .92) - .09 * i); half, a = r.uniform(.06, .11) * (.8 + .5 * f.severity), k * r.uniform(-.30, .22)
+        lines.append(bezier([[(cx - half, cy - half * np.tan(a)), (cx, cy - r.uniform(-.012, .012)), (cx + half, cy + half * np.tan(a))]], 24)[0])
+    thick = r.uniform(.006, .011) * (.7 + .8 * f.severity) * (1 + .5 * np.sin(np.linspace(0, 5, 24) + r.uniform(0, 6)))
+    m = stroke(s.c.size, lines, thick, np.sin(np.linspace(0, np.pi, 24)) ** .6) * (s.c.lung[f.side] > .05)
+    u, (_, top), (_, base) = s.c.out[f.side], lung_point(s, f.side, .2, .58), lung_point(s, f.side, .2, 1.0)
+    down = np.clip((s.c.y - F32(top)) / F32(base - top), 0, 1.3)
+    wedge = soft(F32(.10) + F32(.42) * down - u + F32(.05) * cloud(r, s.c.size, 6, 2), .10) * soft(down - F32(.08), .10) * (s.c.lung[f.side] > 0) * (u > 0) if lobar else F32(0) * u
     near = ndi.maximum_filter(m, max(3, s.c.size // 40)) > .3
-    return Shadow(F32(MU * strength(f)) * (m + wedge * np.minimum(s.air / 6, 1)), (near | (wedge > .22)) & inside_lung(s, f.side), 1 - F32(.5) * np.minimum(wedge, 1))
+    return Shadow(F32(MU * strength(f)) * m + filled(s, wedge, .30 + .45 * f.severity) + F32(MU * 1.2) * wedge, (near | (wedge > .5)) & (s.c.lung[f.side] > .05), 1 - F32(.7) * np.minimum(wedge, 1))
 
 # %% ../nbs/api/06_phantom.ipynb #907c4bfc
 def nodule(s: Scene, f: Finding) -> Shadow:
-    "Lung lesion: a ball."
-    r, radius = np.random.default_rng(f.seed), strength(f); out, down = SITES[f.site]
-    cx, cy = lung_point(s, f.side, np.clip(out + r.uniform(-.18, .25), .3, .8), down + r.uniform(-.1, .04)); q = oval(s.c.x, s.c.y, cx, cy, radius, radius * r.uniform(.85, 1.15), r.uniform(0, 3)) + F32(.12) * cloud(r, s.c.size, 24)
-    return Shadow(F32(MU * 40 * 2 * radius * AIRY) * chord(q) * F32(1.15), (q < 1) & (s.c.lung[f.side] > 0), 1 - F32(.8) * (q < 1))
+    "Lung lesion: a lump with an uneven border, some with spikes, some with lime in them."
+    r, radius = np.random.default_rng(f.seed), strength(f); out, down = SITES[f.site]; c = s.c
+    cx, cy = lung_point(s, f.side, np.clip(out + r.uniform(-.18, .25), .3, .8), down + r.uniform(-.1, .04))
+    turn = np.arctan2(c.y - F32(cy), c.x - F32(cx)); rough = r.uniform(.06, .16)
+    border = sum(F32(rough / n) * np.cos(F32(n) * turn + F32(r.uniform(0, 6.3))) for n in (2, 3, 5))
+    q = oval(c.x, c.y, cx, cy, radius, radius * r.uniform(.8, 1.2), r.uniform(0, 3)) * (1 + border) + F32(.10) * cloud(r, c.size, 24)
+    spikes = [[(cx + radius * .8 * np.cos(a), cy + radius * .8 * np.sin(a)), (cx + radius * 1.9 * np.cos(a), cy + radius * 1.9 * np.sin(a))] for a in r.uniform(0, 6.3, 7)] if r.random() < .4 else []
+    rays = stroke(c.size, spikes, .0016) * F32(MU * .8) if spikes else F32(0)
+    return Shadow(F32(MU * 40 * 2 * radius * AIRY * r.uniform(1.1, 1.7)) * chord(q) + rays, (q < 1) & (c.lung[f.side] > 0), 1 - F32(.8) * (q < 1))
 
 # %% ../nbs/api/06_phantom.ipynb #736d27e6
 def fluid(s: Scene, f: Finding) -> Shadow:
-    "Pleural effusion: fills the angle from below, climbing at the wall."
-    u, dome, h = s.c.out[f.side], s.c.dome[f.side], strength(f); low = float(np.interp(.93, (SIDES[f.side] * (s.c.x[0] - .5) / s.p.cage)[:: SIDES[f.side]], dome[:: SIDES[f.side]]))
-    level = F32(low + .03) - F32(h) * (F32(.30) + F32(.85) * np.clip(u, 0, 1) ** 3)
-    m = soft(s.c.y - level, .014 + .10 * h) * (s.c.lung[f.side] > 0)
-    return Shadow(filled(s, m, .92) + F32(MU * 2.2) * m * np.minimum(s.c.lung[f.side] * 3, 1), (m > .5) & (s.c.lung[f.side] > .02) & (u < 1), 1 - m)
+    "Pleural effusion: from a blunted angle to half a hemithorax, as dense as the belly, climbing at the wall."
+    r, u, dome, h = np.random.default_rng(f.seed), s.c.out[f.side], s.c.dome[f.side], strength(f)
+    low = float(np.interp(.93, (SIDES[f.side] * (s.c.x[0] - .5) / s.p.cage)[:: SIDES[f.side]], dome[:: SIDES[f.side]]))
+    flat = .55 if h > .2 else .15 + 2 * h  # a large one reaches the spine, a small one only the angle
+    level = F32(low + .035) - F32(h) * (F32(flat) + F32(1.05 - flat) * np.clip(u, 0, 1) ** F32(r.uniform(2.2, 3.5))) + F32(.006) * cloud(r, s.c.size, 4)
+    m = soft(s.c.y - level, .012 + .06 * h) * (s.c.lung[f.side] > 0)
+    above = F32(.25) + F32(.75) * soft(dome - s.c.y, .03)
+    return Shadow((filled(s, m, .95) + F32(MU * (1.2 + 2.5 * h)) * m * np.minimum(s.c.lung[f.side] * 4, 1)) * above, (m > .5) & (s.c.y < dome + F32(.02)) & (s.c.lung[f.side] > .02) & (u < 1), 1 - m)
 
 # %% ../nbs/api/06_phantom.ipynb #e224e948
 def thick_pleura(s: Scene, f: Finding) -> Shadow:
@@ -545,22 +567,31 @@ def thick_pleura(s: Scene, f: Finding) -> Shadow:
 
 # %% ../nbs/api/06_phantom.ipynb #139318fa
 def free_air(s: Scene, f: Finding) -> Shadow:
-    "Pneumothorax: a rim of air without vessels above the lung, bounded by a fine bright line."
-    c, gap = s.c, strength(f); u = SIDES[f.side] * (c.x - c.mid) / cage_width(s.p, c.y - F32(.42 * gap))
-    away = (F32(1 - gap * .75) + F32(gap * .7) * np.clip((c.y - F32(.30)) / F32(.35), 0, 1)) - u  # positive inside the shrunken lung
-    high = soft(F32(s.p.apex + .30 + .5 * gap) - c.y, .12); rim = soft(-away, .012) * high * (c.lung[f.side] > 0) * (u > .1)
-    line = np.exp(-((away / F32(.012)) ** 2)) * high * (c.lung[f.side] > .02) * (u > .1)
-    return Shadow(F32(MU) * (F32(1.2) * line - F32(1 - AIRY) * F32(.55) * s.air * rim), (rim > .5) & (c.lung[f.side] > .02), 1 - rim)
+    "Pneumothorax: the lung shrinks towards its hilum behind a fine bright line; beyond it black air without vessels."
+    c, k, gap = s.c, SIDES[f.side], strength(f); base = float(c.dome[f.side].min()); v = (c.y - F32(s.p.apex)) / F32(base - s.p.apex)
+    shrunk = (v - F32(.62)) / F32(1 - .55 * gap) + F32(.62)  # the height of the film that this height of the collapsed lung came from
+    edge = cage_width(s.p, F32(s.p.apex) + shrunk * F32(base - s.p.apex)) / cage_width(s.p, c.y) * (1 - F32(gap) * (1 - F32(.5) * np.clip(v, 0, 1)))
+    u = c.out[f.side]; away = edge - u  # positive inside the shrunken lung
+    there = (c.lung[f.side] > .01) * soft(u - F32(.16), .05) * soft(F32(.97) - v, .10)
+    rim, kept = soft(-away, .010) * there, soft(away, .02) * there
+    line = np.exp(-((away / F32(.010)) ** 2)) * there
+    add = F32(MU * 2.4) * line - F32(MU * (1 - AIRY) * .9) * s.air * rim + filled(s, kept, .5 * gap * gap)
+    return Shadow(add, (rim > .5) & (c.lung[f.side] > .02), 1 - rim)
 
 # %% ../nbs/api/06_phantom.ipynb #c1c15817
 def congestion(s: Scene, f: Finding) -> Shadow:
-    "Edema: haze around both hila, and short lines at the walls of both bases."
+    "Edema: wide blurred vessels, haze as a pair of wings around both hila and down to the bases, short lines at the walls, wet angles."
     r, c, lines = np.random.default_rng(f.seed), s.c, []
-    both = sum(np.exp(-oval(c.x, c.y, *lung_point(s, k, .34, .60), .135, .21) * F32(.9)) * (c.lung[k] > 0) for k in SIDES)
-    for _ in range(int(8 + 14 * f.severity)):
-        k = str(r.choice(list(SIDES))); x, y = lung_point(s, k, r.uniform(.93, .985), r.uniform(.72, 1.02)); lines.append([(x, y), (x - SIDES[k] * r.uniform(.02, .04), y + r.normal(0, .003))])
-    grain = 1 + F32(.24) * cloud(r, c.size, 26, 2)
-    return Shadow(filled(s, both * np.maximum(grain, 0), strength(f)) + F32(MU * (.5 + 1.2 * f.severity)) * stroke(c.size, lines, .0016) + F32(.45 * f.severity) * ndi.gaussian_filter(s.vessels, c.size / 170), (both > .4) & (s.air > 2), 1.0)
+    wings = sum(np.exp(-oval(c.x, c.y, *lung_point(s, k, .38, .58 + r.normal(0, .02)), .125, .20) ** F32(1.2) * F32(.9)) * (c.lung[k] > 0) for k in SIDES)
+    bases = sum(soft((c.y - F32(lung_point(s, k, .5, .62)[1])), .30) * (c.lung[k] > 0) for k in SIDES)
+    both = np.minimum(wings + F32(.45) * bases, F32(1.1))
+    for _ in range(int(10 + 20 * f.severity)):
+        k = str(r.choice(list(SIDES))); x, y = lung_point(s, k, r.uniform(.90, .975), r.uniform(.68, 1.0)); lines.append([(x, y), (x - SIDES[k] * r.uniform(.025, .05), y + r.normal(0, .004))])
+    grain = 1 + F32(.13) * cloud(r, c.size, 26, 2) + F32(.10) * cloud(r, c.size, 9, 2)
+    fat = ndi.gaussian_filter(s.vessels, c.size / 130)
+    wet = sum(soft(c.y - c.dome[k] + F32(.10 * f.severity) * np.clip(c.out[k], 0, 1) ** 3, .03) * (c.lung[k] > 0) * soft(c.dome[k] - c.y + F32(.02), .03) for k in SIDES) if f.severity > .45 else F32(0)
+    add = filled(s, both * np.maximum(grain, 0), strength(f)) + F32(MU * (.7 + 1.4 * f.severity)) * stroke(c.size, lines, .0018) + F32(.6 + .7 * f.severity) * fat + filled(s, wet, .6)
+    return Shadow(add, (wings > .4) & (s.air > 2), 1.0)
 
 # %% ../nbs/api/06_phantom.ipynb #c5f0a7df
 def heart_mask(s: Scene, f: Finding) -> Shadow:
@@ -656,8 +687,8 @@ def pose(
     portable: bool,  # bedside films are nearer and more crooked
 ) -> tuple[np.ndarray, np.ndarray]:  # (2, 2) matrix and (2,) shift, in film units, rows first
     "Turn, distance and shift of the patient before the film."
-    turn, near = rng.normal(0, .030 if portable else .014), rng.uniform(1.02, 1.14) + .03 * portable
-    return np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]) / near, np.array([rng.uniform(-.02, .015), rng.normal(0, .012)])
+    turn, near = rng.normal(0, .040 if portable else .018), rng.uniform(.97, 1.17) + .03 * portable
+    return np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]) / near, np.array([rng.uniform(-.035, .03), rng.normal(0, .022)])
 
 # %% ../nbs/api/06_phantom.ipynb #1eeacc4e
 def take(

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from neural.baseline import (FilmArray, FilmCNN, film_logits, linear_reader, only_patches, patch_tokens, pool_cells, pooled_bytes, random_map, read_films, read_graphs,
+from neural.baseline import (FilmArray, film_logits, film_network, linear_reader, only_patches, patch_tokens, pool_cells, pooled_bytes, random_map, read_films, read_graphs,
                              train_graphs, visual_data, centre_prior, train_film_cnn)
 from neural.evaluate import auc
 from neural.finetune import StudyDataset
@@ -20,13 +20,13 @@ def model():
 
 
 def test_film_network_sees_pixels_as_the_report_generator_does():
-    config, network = ReportVLMConfig(), FilmCNN(2, width=16)
-    assert (network.mean, network.spread) == (config.pixel_mean[0], config.pixel_std[0])
+    config, network = ReportVLMConfig(), film_network(2, width=16)
+    assert (network.config["pixel_mean"], network.config["pixel_std"]) == (config.pixel_mean[0], config.pixel_std[0])
 
 
 def test_probabilities_are_the_sigmoid_of_the_scores():
     torch.manual_seed(1)
-    network, films = FilmCNN(3, width=16), FilmArray(["a", "b"], np.random.default_rng(0).random((2, 32, 32)))
+    network, films = film_network(3, 32, 16), FilmArray(["a", "b"], np.random.default_rng(0).random((2, 32, 32)))
     torch.nn.init.normal_(network.head.weight)
     data = StudyDataset(films, ["a", "b"], [""] * 2, np.zeros((2, 3)))
     assert np.allclose(read_films(network, data), 1 / (1 + np.exp(-film_logits(network, data).numpy())), atol=1e-6)
@@ -95,7 +95,7 @@ def test_linear_reader_refuses_what_it_cannot_learn():
 
 @pytest.mark.parametrize("call, said", [
     (lambda data: train_film_cnn(data, data, epochs=0), "epochs must be 1 or more, got 0"), (lambda data: train_film_cnn(data, data, batch_size=0), "batch_size"), (lambda data: train_film_cnn(data, data, lr=0), "lr must be above 0"),
-    (lambda data: train_film_cnn(data, data, width=0), "width"), (lambda data: read_films(FilmCNN(2, 32), data, batch_size=0), "batch_size"), (lambda data: random_map(["a"], patches=0), "patches"), (lambda data: centre_prior([], 3), "at least one"),
+    (lambda data: train_film_cnn(data, data, width=0), "width"), (lambda data: read_films(film_network(2, 96, 32), data, batch_size=0), "batch_size"), (lambda data: random_map(["a"], patches=0), "patches"), (lambda data: centre_prior([], 3), "at least one"),
     (lambda data: pool_cells(np.zeros((1, 144, 4)), (0, 2)), "rows of cells"), (lambda data: linear_reader(np.eye(4), [0, 1, 0, 1], np.eye(4), [0, 1, 0, 1], np.eye(4), strengths=()), "strengths"), (lambda data: train_graphs([], np.zeros((0, 1)), [], np.zeros((0, 1))), "train and validate, got 0 and 0")])
 def test_zero_and_nothing_are_refused_by_name(call, said):
     data = StudyDataset(FilmArray(["a", "b"], np.zeros((2, 96, 96))), ["a", "b"], ["", ""], np.array([[0., 1.], [1., 0.]]))
@@ -104,4 +104,4 @@ def test_zero_and_nothing_are_refused_by_name(call, said):
 
 def test_no_studies_give_no_scores():
     none = StudyDataset(FilmArray([], np.zeros((0, 96, 96))), [], [], np.zeros((0, 2)))
-    assert read_films(FilmCNN(2, 32), none).shape == (0, 2) and random_map([], 9).shape == (0, 9)
+    assert read_films(film_network(2, 96, 32), none).shape == (0, 2) and random_map([], 9).shape == (0, 9)
