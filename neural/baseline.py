@@ -63,12 +63,13 @@ def train_film_cnn(
     bf16: bool = True,  # autocast to bfloat16
     width: int = 256,  # of the network
     draw: np.ndarray | None = None,  # (n,) weight of each training study in the draw, from `rare_weights`; None: each once a pass
+    coarse: float = 0.0,  # share of the passes, the first ones, that see films of two thirds the side
 ) -> tuple[ImageModel, list[dict]]:  # the network, in eval mode, and one dict per epoch
     "Train the raw-film control on masked binary cross-entropy."
     if not len(train) or not len(validate): raise NeuralError(f"the film control needs studies in train and validate, got {len(train)} and {len(validate)}")
     torch.manual_seed(seed)
     model = film_network(train.targets.shape[1], train[0]["film"].shape[-1], width)
-    history = fit_labels(model, model, train, validate, epochs, batch_size, lr, seed, device, bf16, name="film control", draw=draw)
+    history = fit_labels(model, model, train, validate, epochs, batch_size, lr, seed, device, bf16, name="film control", draw=draw, coarse=coarse)
     return model.eval(), history
 
 # %% ../nbs/api/26_baseline.ipynb #f6cdeb4d

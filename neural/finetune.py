@@ -30,10 +30,10 @@ from .vlm import ReportVLM, kept_memory, label_loss, load_vlm, quiet, writable
 
 # %% auto #0
 __all__ = ['HEALTHY', 'StudyDataset', 'mirror', 'poses', 'moved', 'augment', 'report_ids', 'Collator', 'pad_rows', 'focus_batch',
-           'parameter_groups', 'label_epoch', 'film_logits', 'fit_labels', 'stem_logits', 'warm_start', 'draw_weights',
-           'rare_weights', 'focus_loss', 'WindowLook', 'GeluLinear', 'learnt_bias', 'WindowAttention', 'GeluMLP',
-           'thrifty', 'freeze_stages', 'ReportTrainer', 'training_arguments', 'Stop', 'interrupts', 'last_checkpoint',
-           'digest', 'data_name', 'network_name', 'refuse_other_run', 'finetune', 'read_labels']
+           'parameter_groups', 'label_epoch', 'film_logits', 'coarser_side', 'fit_labels', 'stem_logits', 'warm_start',
+           'draw_weights', 'rare_weights', 'focus_loss', 'WindowLook', 'GeluLinear', 'learnt_bias', 'WindowAttention',
+           'GeluMLP', 'thrifty', 'freeze_stages', 'ReportTrainer', 'training_arguments', 'Stop', 'interrupts',
+           'last_checkpoint', 'digest', 'data_name', 'network_name', 'refuse_other_run', 'finetune', 'read_labels']
 
 # %% ../nbs/api/12_finetune.ipynb #31d8fa23
 class StudyDataset(Dataset):
@@ -206,13 +206,16 @@ def label_epoch(
     device: str = "cpu",  # "cpu" or "cuda"
     bf16: bool = True,  # autocast to bfloat16
     draw: np.ndarray | None = None,  # (n,) weight of each study in the draw, with replacement; None: each once
+    side: int | None = None,  # films are brought to this side first, in pixels; None: as they come
 ) -> float:  # mean loss, nats per known label
     "One pass over the training films, augmented, with the masked label loss and no words."
     drawn = torch.randperm(len(data), generator=generator) if draw is None else torch.multinomial(torch.as_tensor(draw, dtype=torch.float64), len(data), True, generator=generator)
     order, losses = drawn.tolist(), []
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
-        films = augment(torch.as_tensor(np.asarray(data.films.batch([data.ids[i] for i in part]))), generator).to(device)
+        films = torch.as_tensor(np.asarray(data.films.batch([data.ids[i] for i in part])))
+        if side: films = F.interpolate(films, size=(side, side), mode="area")
+        films = augment(films, generator).to(device)
         with torch.autocast(str(device).partition(":")[0], torch.bfloat16, enabled=bf16): logits = logits_of(films)
         loss = label_loss(logits, torch.as_tensor(data.targets[part]).to(device))
         optimiser.zero_grad(); loss.backward(); optimiser.step(); schedule.step(); losses.append(loss.item())
@@ -234,6 +237,13 @@ def film_logits(
     films = lambda start: torch.as_tensor(np.asarray(data.films.batch(data.ids[start : start + batch_size]))).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16): return torch.cat([logits_of(films(start)).float().cpu() for start in range(0, len(data), batch_size)])
 
+# %% ../nbs/api/12_finetune.ipynb #coarse01
+def coarser_side(
+    side: int,  # of the films, in pixels
+) -> int:  # a multiple of 32 where the film has one
+    "Two thirds of the side, so that every stride of the network still divides it (this companion's choice)."
+    return max(32, round(side * 2 / 3 / 32) * 32)
+
 # %% ../nbs/api/12_finetune.ipynb #fitlab03
 def fit_labels(
     model: nn.Module,  # new, or to go on with; changed in place
@@ -249,19 +259,23 @@ def fit_labels(
     weights: list | None = None,  # parameters that learn; None: all
     name: str = "findings",  # of the bar
     draw: np.ndarray | None = None,  # (n,) weight of each training study in the draw, from `rare_weights`; None: each once a pass
+    coarse: float = 0.0,  # share of the passes, the first ones, that see films of two thirds the side
 ) -> list[dict]:  # one per pass: epoch, loss and, with validate, eval_loss; nats per known label
     "Teach a network the findings alone: AdamW, one cycle of the learning rate, augmented films (Loshchilov and Hutter 2019; Smith 2018)."
     at_least(1, epochs=epochs, batch_size=batch_size); at_least(0, seed=seed); above(0, lr=lr)
+    if not 0 <= coarse < 1: raise NeuralError(f"coarse must be 0 or more and below 1, got {coarse}; it is the share of the passes on coarser films")
     if draw is not None and len(draw) != len(train): raise NeuralError(f"{len(draw)} draw weights for {len(train)} training studies; make them from the same targets")
     if not len(train): raise NeuralError(f"the {name} need training studies, got none; look at the split column of the manifest")
     torch.manual_seed(seed); generator, history = torch.Generator().manual_seed(seed), []
-    optimiser = torch.optim.AdamW(model.to(device).parameters() if weights is None else weights, lr=lr, weight_decay=0.05)
+    optimiser = torch.optim.AdamW(model.to(device, memory_format=torch.channels_last).parameters() if weights is None else weights, lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, epochs=epochs, steps_per_epoch=-(-len(train) // batch_size), pct_start=0.2)
     for epoch in tqdm(range(epochs), desc=name, disable=None):
         model.train()
-        history.append(dict(epoch=epoch + 1, loss=label_epoch(logits_of, train, optimiser, schedule, generator, batch_size, device, bf16, draw)))
+        side = coarser_side(train[0]["film"].shape[-1]) if epoch < coarse * epochs else None
+        history.append(dict(epoch=epoch + 1, loss=label_epoch(logits_of, train, optimiser, schedule, generator, batch_size, device, bf16, draw, side)))
         if validate is None: continue
         history[-1]["eval_loss"] = label_loss(film_logits(model, validate, bf16=bf16, logits_of=logits_of), torch.as_tensor(validate.targets)).item()
+    model.to(memory_format=torch.contiguous_format)  # as files want it
     return history
 
 # %% ../nbs/api/12_finetune.ipynb #3347640d
@@ -286,11 +300,12 @@ def warm_start(
     device: str = "cpu",  # "cpu" or "cuda"
     bf16: bool = True,  # autocast to bfloat16
     draw: np.ndarray | None = None,  # (n,) weight of each training study in the draw, from `rare_weights`; None: each once a pass
+    coarse: float = 0.0,  # share of the passes, the first ones, that see films of two thirds the side
 ) -> list[dict]:  # of `fit_labels`
     "Show new convolutions the findings before it must serve the words (this companion's choice)."
     if model.config.stem == "patch" or len(model.config.swin["depths"]) != 1: raise NeuralError("only new convolutions before a single Swin stage are warmed up; a checkpoint encoder has learnt already")
     weights = [*model.encoder.embeddings.parameters(), *model.encoder.layernorm.parameters(), *model.head.parameters()]
-    return fit_labels(model, lambda films: stem_logits(model, films), train, validate, epochs, batch_size, lr, seed, device, bf16, weights, "warm start", draw)
+    return fit_labels(model, lambda films: stem_logits(model, films), train, validate, epochs, batch_size, lr, seed, device, bf16, weights, "warm start", draw, coarse)
 
 # %% ../nbs/api/12_finetune.ipynb #01342e61
 HEALTHY = ("no finding", "normal", "support devices")  # label names that are no illness, in lower case

@@ -246,7 +246,8 @@ class ImageModel(nn.Module):
     def levels(self, films: torch.Tensor) -> dict:  # (B, 1, S, S) in [0, 1] -> stride: (B, width, S/stride, S/stride)
         "Feature maps of a batch of films, by stride."
         size = self.config["image_size"]
-        if films.shape[1:] != (1, size, size): raise NeuralError(f"films must be (B, 1, {size}, {size}), got {tuple(films.shape)}; load them with load_radiograph(path, {size})")
+        coarser = self.training and films.shape[-1] < size
+        if films.shape[1:] != (1, size, size) and not coarser: raise NeuralError(f"films must be (B, 1, {size}, {size}), got {tuple(films.shape)}; load them with load_radiograph(path, {size})")
         x = (films - self.config["pixel_mean"]) / self.config["pixel_std"]
         return self.net.levels(x.contiguous(memory_format=torch.channels_last))  # several times faster in bfloat16 on a CPU
 
