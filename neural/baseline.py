@@ -37,10 +37,11 @@ def film_network(
     image_size: int = 192,  # side of the film in pixels
     width: int = 256,  # channels of the last convolution, a multiple of 8
 ) -> ImageModel:  # new, undecided
-    "The raw-film control: a residual network to stride 32, to 16 where the film is small, with the mean over places."
-    at_least(8, width=width)
-    levels = ((width // 8,), (width // 4,) * 2, (width // 2,) * 2, (width,) * 2) if image_size >= 160 else ((width // 4,), (width // 2,) * 2, (width,) * 2)
-    return ImageModel([str(n) for n in range(labels)], image_size, levels, last=(3, 3), sharpness=0.0)
+    "The raw-film control: the residual network of chapter 09 to about twelve patches a side, a smooth maximum over them."
+    at_least(8, width=width); at_least(1, image_size=image_size)
+    levels = max(1, (image_size // 12).bit_length() - 2)
+    widths = [(max(8, width >> (levels - n)),) * 2 for n in range(levels - 1)] + [(width,) * 2]
+    return ImageModel([str(n) for n in range(labels)], image_size, widths)
 
 # %% ../nbs/api/26_baseline.ipynb #32bcb0c2
 def read_films(
