@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from .asset import AssetStore, StudyAsset, check_new, check_secret, is_store, key_check, keyed_id, told, vocabulary_hash
 from .codec import Codebook
+from .compose import PhraseBank, compose_reports, load_bank
 from .finetune import pad_rows, report_ids
 from .graph import concept_looks, concept_nodes, fuse, grounding_links, knowledge_graph, visual_graph
 from .picture import encode_tiles, pad_square, thumbnail
@@ -34,11 +35,11 @@ from .vlm import ReportVLM, hash_of_file, kept_memory, load_tokenizer, load_vlm,
 # %% auto #0
 __all__ = ['TRACKS', 'ZONES', 'SIDES', 'TABLES', 'SCHEMAS', 'Aggregation', 'Reading', 'word_mask', 'named_findings', 'guided',
            'region', 'mention_regions', 'finding_places', 'read_batch', 'wanted_findings', 'by_activation', 'look',
-           'habit', 'write_reports', 'prompted_looks', 'Packing', 'corners', 'hide', 'reading_rows', 'save_readings',
-           'load_readings', 'save_aggregation', 'load_aggregation', 'lead', 'close_calls', 'settle', 'in_groups',
-           'shard_of', 'read_groups', 'decode_films', 'film_paths', 'ahead', 'usable', 'unnamed', 'hash_of',
-           'reading_settings', 'dataset_name', 'open_store', 'begin', 'packed_shard', 'fill_store', 'build_store',
-           'kept']
+           'habit', 'write_reports', 'with_bank', 'bank_of', 'prompted_looks', 'Packing', 'corners', 'hide',
+           'reading_rows', 'save_readings', 'load_readings', 'save_aggregation', 'load_aggregation', 'lead',
+           'close_calls', 'settle', 'in_groups', 'shard_of', 'read_groups', 'decode_films', 'film_paths', 'ahead',
+           'usable', 'unnamed', 'hash_of', 'reading_settings', 'dataset_name', 'open_store', 'begin', 'packed_shard',
+           'fill_store', 'build_store', 'kept']
 
 # %% ../nbs/api/21_build.ipynb #c9a646cf
 TRACKS = ("image+report", "image-only")
@@ -52,8 +53,10 @@ class Aggregation:
     layer: int = -1  # decoder layer; the paper uses the last
     lift: bool = True  # divide by what training reports look at as a rule
     places: bool = True  # with the activation guide: look for a finding only where the report places it
+    writer: str = "decoder"  # of image-only reports: the "decoder" (the paper), or "compose", from the sentences of chapter 15
 
     def __post_init__(self):
+        if self.writer not in ("decoder", "compose"): raise NeuralError(f"writer must be 'decoder' or 'compose', got {self.writer!r}")
         if self.guide not in ("attention", "activation"): raise NeuralError(f"guide must be 'attention' or 'activation', got {self.guide!r}")
         if self.tokens not in ("all", "finding"): raise NeuralError(f"tokens must be 'all' or 'finding', got {self.tokens!r}")
 
@@ -270,14 +273,36 @@ def write_reports(
     grids: torch.Tensor | None = None,  # (B, N, d), where the encoder has seen the films already
     prompted: bool | None = None,  # tell the decoder what the label head says; None: where the network has thresholds for it
     apart: int | None = None,  # no sentence is written again within so many, 0: anything goes; None: as the network is set
+    bank: PhraseBank | None = None,  # compose reports of its sentences (chapter 15); None: the decoder writes, as in the paper
 ) -> list[str]:  # may hold an empty text
     "What the network writes about each film."
+    if bank is not None: return compose_reports(model, model.encode(films) if grids is None else grids, bank)
     writer = model.config.writer or {}
     if prompted is None: prompted = "thresholds" in writer
     if apart is None: apart = writer.get("apart", 0)
     if prompted and grids is None: grids = model.encode(films)
     more = dict(prompts=own_prompts(model, grids) if prompted else None, rules=(NewSentences(tokenizer, apart),) if apart else ())
     return [t.strip() for t in tokenizer.batch_decode(model.write(films, max_tokens, num_beams, grids, **more), skip_special_tokens=True)]
+
+# %% ../nbs/api/21_build.ipynb #bcomp002
+def with_bank(
+    model: ReportVLM,  # trained
+    folder: str | Path,  # it was loaded from
+    reader: ReportReader,
+    how: Aggregation,  # as chosen for it
+) -> ReportVLM:  # the same network, with its phrase bank where its reports are composed
+    "A network together with what it needs to write."
+    model.phrases = load_bank(folder, reader) if how.writer == "compose" else None
+    return model
+
+def bank_of(
+    model: ReportVLM,  # from `with_bank`
+    how: Aggregation,  # as chosen for it
+) -> PhraseBank | None:  # None: the decoder writes
+    "The sentences that a network composes its reports of."
+    if how.writer == "decoder": return None
+    if getattr(model, "phrases", None) is None: raise NeuralError("this network is to compose its reports, and its phrase bank was not loaded: use with_bank, or let the decoder write")
+    return model.phrases
 
 # %% ../nbs/api/21_build.ipynb #bprom002
 @torch.no_grad()
@@ -566,7 +591,7 @@ def _read_group(model, tokenizer, reader, studies, track, settings, never, lower
     with torch.inference_mode():
         if track == "image-only":
             with torch.autocast(model.device.type, torch.bfloat16, enabled=lower): grids = model.encode(films).float()
-            texts = write_reports(model, tokenizer, None, most, grids=grids)
+            texts = write_reports(model, tokenizer, None, most, grids=grids, bank=bank_of(model, how))
         return read_batch(model, tokenizer, reader, [i for i, *_ in studies], films, texts, track, k, how, mean, most, never, grids, lower)
 
 # %% ../nbs/api/21_build.ipynb #51fb1591
@@ -649,7 +674,7 @@ def reading_settings(
     how, mean, k, most = settings
     if precision not in (None, "float32", "bfloat16"): raise NeuralError(f"precision must be 'float32' or 'bfloat16', got {precision!r}")
     habit = "none" if mean is None else hashlib.blake2b(np.asarray(mean, "<f4").tobytes(), digest_size=8).hexdigest()
-    return dict(keep=k, guide=how.guide, tokens=how.tokens, heads=how.heads, layer=str(how.layer), lift=bool(how.lift), places=bool(how.places), habit=habit, longest=most, **({"precision": precision} if precision else {}))
+    return dict(keep=k, guide=how.guide, tokens=how.tokens, heads=how.heads, layer=str(how.layer), lift=bool(how.lift), places=bool(how.places), writer=how.writer, habit=habit, longest=most, **({"precision": precision} if precision else {}))
 
 def dataset_name(
     manifest: Manifest,  # of the dataset
@@ -763,8 +788,9 @@ def build_store(
 ) -> tuple[AssetStore, Exclusions]:  # the store, and what was left out
     "Build, or go on building, the store of a manifest (NEURAL, stage 2)."
     if not is_store(folder): check_new(folder)
-    model, reader = pack(load_vlm(vlm, device), precision == "bfloat16"), ReportReader()
-    network = model, load_tokenizer(vlm, model), reader, kept(load_aggregation(vlm), model.grid, keep)
+    reader, settings = ReportReader(), load_aggregation(vlm)
+    model = with_bank(pack(load_vlm(vlm, device), precision == "bfloat16"), vlm, reader, settings[0])
+    network = model, load_tokenizer(vlm, model), reader, kept(settings, model.grid, keep)
     store, todo = begin(manifest, folder, vlm, network, track, fusion, packing, precision, force)
     return store, fill_store(store, manifest, todo, network, fusion, packing, batch_size, workers, precision, progress)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from .asset import AssetStore, StudyAsset, check_new, is_store
-from .build import Packing, begin, decode_films, film_paths, kept, load_aggregation, packed_shard, shard_of, unnamed, usable
+from .build import Packing, begin, decode_films, film_paths, kept, load_aggregation, packed_shard, shard_of, unnamed, usable, with_bank
 from .report import ReportReader
 from .study import Exclusions, Manifest, NeuralError
 from .vlm import load_tokenizer, load_vlm, pack
@@ -38,8 +38,9 @@ class Worker:
     ):
         torch.set_num_threads(threads)
         self.manifest, self.batches, self.track, self.fusion, self.packing, self.precision = manifest, batches, track, fusion, packing, precision
-        self.model, self.reader, self.tokenizer = pack(load_vlm(vlm, device), precision == "bfloat16"), ReportReader(), load_tokenizer(vlm)
-        self.settings = kept(load_aggregation(vlm), self.model.grid, keep)
+        settings, self.reader, self.tokenizer = load_aggregation(vlm), ReportReader(), load_tokenizer(vlm)
+        self.model = with_bank(pack(load_vlm(vlm, device), precision == "bfloat16"), vlm, self.reader, settings[0])
+        self.settings = kept(settings, self.model.grid, keep)
 
     def __call__(self, row):
         part, left = [self.manifest[i] for i in self.batches[row["id"]]], Exclusions()

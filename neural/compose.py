@@ -19,7 +19,7 @@ from .report import Annotation, ReportReader, labels_of, load_lexicon
 from .study import LABELS, NeuralError, at_least, publish, readable
 
 # %% auto #0
-__all__ = ['UNFIT', 'QUALITIES', 'NOUNS', 'WHOLE', 'WHERE', 'WIDER', 'FILE', 'MOST', 'sayable', 'phrases_of', 'Phrase',
+__all__ = ['UNFIT', 'QUALITIES', 'NOUNS', 'WHOLE', 'WHERE', 'GRAVE', 'WIDER', 'FILE', 'MOST', 'sayable', 'phrases_of', 'Phrase',
            'read_phrase', 'PhraseBank', 'learn_bank', 'own_sentence', 'settled', 'raising', 'denying', 'compose',
            'report_states', 'teach_bank', 'compose_reports', 'save_bank', 'load_bank']
 
@@ -87,7 +87,7 @@ def learn_bank(
     reader: ReportReader,
     names=LABELS,  # findings of the label head
     patients: int = 5,  # different patients in whose reports a sentence must stand, five or more
-    denied: float = 0.2,  # a finding is denied as a rule from this share of reports on that do not raise it
+    denied: float = 0.25,  # a finding is denied as a rule from this share of reports on that do not raise it
 ) -> PhraseBank:
     "The sentences that are shared by many patients."
     at_least(5, patients=patients); names = tuple(names)
@@ -120,6 +120,8 @@ def own_sentence(
     return {1.0: f"{noun[:1].upper()}{noun[1:]} is seen{at}.", 0.5: f"Possible {noun}{at}.", 0.0: f"No {noun} is seen."}[float(state)]
 
 # %% ../nbs/api/15_compose.ipynb #compose22
+GRAVE = ("severe", "large", "acute", "displaced")  # what nobody has seen, and somebody might act on, is not said
+
 WIDER = {"Lung Opacity": ("Edema", "Consolidation", "Pneumonia", "Atelectasis", "Lung Lesion"), "Consolidation": ("Pneumonia",), "Enlarged Cardiomediastinum": ("Cardiomegaly",)}
 
 def settled(
@@ -143,6 +145,7 @@ def raising(
     "The sentence that raises a finding, and says no more than is told."
     sides, zones = spots[finding]; able = []
     for p in bank.phrases if finding != "Support Devices" else ():
+        if set(p.qualities) & set(GRAVE): continue
         up = [n for n, v in p.says.items() if v]
         fits = all(told.get(n) == v for n, v in p.says.items()) and all(p.sides == (spots[n][0] if n not in WHOLE else ()) and p.zones in ((), spots[n][1]) for n in up)
         if finding in up and fits and (like is None or p.qualities == like.qualities and p.text != like.text): able.append(p)
@@ -237,9 +240,10 @@ def load_bank(
     if not path.is_file(): raise NeuralError(f"{Path(folder).name} has no {FILE}: run the fine-tuning stage for this network, or let the decoder write")
     with readable(path.name):
         if path.stat().st_size > MOST[0]: raise NeuralError(f"{path.name} takes more than {MOST[0]:,} bytes, that is no phrase bank: {again}")
-        about = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda c: None)
-    try: bank = _bank(about)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError): raise NeuralError(f"{path.name} is damaged or no phrase bank: {again}") from None
+        text = path.read_text(encoding="utf-8")
+        try: about = json.loads(text, parse_constant=lambda c: None); bank = _bank(about)
+        except json.JSONDecodeError: raise
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError): raise NeuralError(f"{path.name} is damaged or no phrase bank: {again}") from None
     if about["network"] != (here := hash_of_file(path.parent / "model.safetensors")): raise NeuralError(f"{path.name} was chosen for network {str(about['network'])[:16]!r}, and {path.parent.name} holds network {here}: {again}")
     for p, a in zip(bank.phrases, reader.pipe([p.text for p in bank.phrases])):
         if (read := read_phrase(a)) is None or replace(read, count=p.count, place=p.place) != p: raise NeuralError(f"{path.name} holds a sentence that does not say what is written beside it: {again}")
