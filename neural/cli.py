@@ -6,8 +6,8 @@
 __all__ = ['NUMBER', 'SPOKEN', 'DAMAGED', 'UsageError', 'app', 'QUIET', 'SMALL', 'system_error', 'plain_line', 'PlainErrors',
            'no_empty_words', 'one_line', 'show_version', 'start', 'phantom', 'index_summary', 'index', 'stage_folder',
            'read_assignments', 'run', 'publish', 'tell_exclusions', 'read_key', 'build', 'codebook', 'outside',
-           'predict', 'refuse_store', 'settings_lines', 'verify', 'compact', 'describe', 'bench', 'asset_lines',
-           'find_asset', 'inspect', 'main']
+           'predict', 'refuse_store', 'settings_lines', 'verify', 'compact', 'describe', 'read_seeds', 'how_drawn',
+           'bench', 'asset_lines', 'find_asset', 'inspect', 'main']
 
 # %% ../nbs/api/42_cli.ipynb #12d6d536
 import contextlib, os, re, sys
@@ -413,38 +413,78 @@ def describe(
     path = write_croissant(store.resolve(), name, description=description, licence=licence, url=url, creator=creator, published=published, force=force)
     typer.echo(f"described: {store / path.name}")
 
-# %% ../nbs/api/42_cli.ipynb #4ed5c21c
-SMALL = dict(build=dict(studies=2, side=300, rounds=2), finetune=dict(steps=6), read=dict(studies=256, dim=64, hidden=32, growth=(1, 2), rounds=3), gpu=dict(tiny=True),
-             index=dict(studies=250, rounds=1, beside=(250, 500)), bytes=dict(studies=60, dim=128, counts=(4,), size=16, side=256), store=dict(studies=300, dim=64, size=16, batch=100))
+# %% ../nbs/api/42_cli.ipynb #drawcli1
+def read_seeds(
+    text: str,    # as typed, such as 101,102,103
+    option: str,  # that it was typed after, for the message
+) -> list[int]:
+    "Seeds that were typed as one word."
+    words = re.split(r"[,\s]+", text.strip(" ,"))
+    if odd := [w for w in words if w and not re.fullmatch(r"\d{1,9}", w)]: raise typer.BadParameter(f"{option} takes whole numbers with commas between them, such as 101,102,103; got {odd[0]}")
+    return [int(w) for w in words if w]
 
+def how_drawn(
+    given: dict,  # what `--small` and `--studies` say
+    small: bool,  # as few test studies as there are in a trial
+    epochs=None,  # passes of both trainings; None: the preset's
+    size=None,    # pixels of the films as drawn; None: the usual
+    **seeds,      # cohorts, seeds and check, as typed
+) -> dict:        # of `draws.bench_draws`
+    "Draws as stages 10 and 53 declare their settings, under the quickstart's values, under what was asked for here."
+    from neural.draws import COHORT, LEAST, draw_settings
+    from neural.pipeline import find_stages, load_preset, pick_stages, stage_parameters
+    folder = stage_folder()
+    stages = pick_stages(find_stages(folder), ["10_finetune", "53_controls"])
+    values = {k: p.default for s in reversed(stages) for k, p in stage_parameters(s.path).items()} | load_preset("quickstart", folder) | given   # stage 10 has the last word
+    values |= ({"warm_epochs": epochs, "film_epochs": epochs} if epochs else {}) | ({"size": size} if size else {})
+    settings = draw_settings(values, **{k: values[k] for k in COHORT if k in values})
+    return dict(settings=settings, least=3 if small else LEAST, **{n: read_seeds(text, f"--{n}") for n, text in seeds.items()})
+
+# %% ../nbs/api/42_cli.ipynb #smallbench
+SMALL = dict(build=dict(studies=2, side=300, rounds=2), finetune=dict(steps=6), read=dict(studies=256, dim=64, hidden=32, growth=(1, 2), rounds=3), gpu=dict(tiny=True),
+             index=dict(studies=250, rounds=1, beside=(250, 500)), bytes=dict(studies=60, dim=128, counts=(4,), size=16, side=256), store=dict(studies=300, dim=64, size=16, batch=100),
+             draws=dict(studies=100, size=96, image_size=96, width=32, d_model=32, layers=1, vocab_size=300, warm_epochs=1, film_epochs=1))
+
+# %% ../nbs/api/42_cli.ipynb #4ed5c21c
 @app.command()
 def bench(
-    what: Annotated[Literal["build", "finetune", "gpu", "read", "index", "bytes", "store"], typer.Argument(help="What is measured: building, learning to write, both on a GPU, reading graphs, indexing; bytes of a study, a large store.")],
+    what: Annotated[Literal["build", "finetune", "gpu", "read", "index", "bytes", "store", "draws"], typer.Argument(help="What is measured: building, learning to write, both on a GPU, reading graphs, indexing; bytes of a study, a large store; how far numbers move from draw to draw.")],
     studies: Annotated[Optional[int], typer.Option(min=2, help="Studies at 1x the work, instead of the usual number.")] = None,
     small: Annotated[bool, typer.Option("--small", help="Small networks and few studies: seconds instead of minutes, to see that it works.")] = False,
     device: Annotated[Literal["cuda", "cpu"], typer.Option(help="Of `gpu`; cpu tries its code without one, with --small.")] = "cuda",
     minutes: Annotated[float, typer.Option(min=0.1, max=1440, help="Of `gpu`, in all; where they are short, fewer rounds are taken.")] = 8.0,
+    cohorts: Annotated[str, typer.Option(help="Of `draws`: seeds of the phantom cohorts, such as 101,102,103.")] = "101,102,103",
+    seeds: Annotated[str, typer.Option(help="Of `draws`: training seeds on each cohort.")] = "0,1,2",
+    check: Annotated[str, typer.Option(help="Of `draws`: seeds of cohorts that are held against the others and take no part in the summary.")] = "",
+    epochs: Annotated[Optional[int], typer.Option(min=1, help="Of `draws`: passes of both trainings, instead of the preset's.")] = None,
+    size: Annotated[Optional[int], typer.Option(min=64, max=4096, help="Of `draws`: pixels of the films as drawn.")] = None,
+    work: Annotated[Path, typer.Option(help="Of `draws`: folder in which they are made and kept; a stopped command goes on from there.", file_okay=False)] = Path("build/draws"),
+    workers: Annotated[Optional[int], typer.Option(min=1, help="Of `draws`: how many are made side by side, each on one core; all cores if left out.")] = None,
     out: Annotated[Optional[Path], typer.Option(help="Write the tables as JSON, too.", dir_okay=False)] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace tables that are there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace tables that are there, and draws that were made otherwise.")] = False,
 ):
     "Measure, and set beside a plain reference path."
-    from neural import bench, race
+    from neural import bench, draws, race
     from neural.vlm import small_config
     from neural.study import make_folder, refuse_overwrite
     from neural.yardstick import check_device, is_tables, machine, write_tables
+    seeded = dict(cohorts=cohorts, seeds=seeds, check=check)
+    options = {"--studies": studies, "--small": small, "--device": device != "cuda" and device, "--minutes": minutes != 8 and f"{minutes:g}"}
+    of_draws = {f"--{n}": text != usual and text for (n, text), usual in zip(seeded.items(), ("101,102,103", "0,1,2", ""))} | {"--epochs": epochs, "--size": size, "--work": work != Path("build/draws") and str(work), "--workers": workers}
+    if what != "draws" and any(of_draws.values()): raise typer.BadParameter(f"{next(n for n, v in of_draws.items() if v)} is of `neural bench draws`; leave it out of `neural bench {what}`")
+    command = " ".join(["neural bench", what, *(w for name, value in (options | of_draws).items() if value for w in ([name] if value is True else [name, str(value)]))])
     if what == "finetune" and studies: raise typer.BadParameter("a step of fine-tuning always sees the same eight studies; leave --studies out")
     if what == "gpu": check_device(device)
     elif (device, minutes) != ("cuda", 8.0): raise typer.BadParameter(f"--device and --minutes are of `neural bench gpu`; leave them out of `neural bench {what}`")
     if out: refuse_overwrite(out, ours=is_tables, force=force); make_folder(out.parent)
     how = (SMALL[what] | ({"config": small_config(200, 96, width=64, d_model=64)} if what == "build" else {})) if small else {"finetune": dict(paper=True)}.get(what, {})
     how |= ({"studies": studies} if studies else {}) | (dict(device=device, minutes=minutes) if what == "gpu" else {})
-    found = getattr(bench, f"bench_{what}", None) or getattr(race, f"bench_{what}")
+    if what == "draws": how = how_drawn(how, small, epochs, size, **seeded) | dict(work=work, workers=workers, force=force, keep=out and (lambda tables: write_tables(out, command, tables)))
+    found = next(getattr(m, f"bench_{what}") for m in (bench, race, draws) if hasattr(m, f"bench_{what}"))
     tables = found(**how)
     tables = tables if isinstance(tables, dict) else {what: tables}
-    for name, table in tables.items(): typer.echo(f"{name}\n{(table if len(table) > 1 else table.T).to_string(float_format=lambda x: f'{x:.4g}', header=len(table) > 1)}\n")
+    for name, table in tables.items() if what != "draws" else [("summary", tables["summary"])]: typer.echo(f"{name}\n{(table if len(table) > 1 else table.T).to_string(float_format=lambda x: f'{x:.4g}', header=len(table) > 1)}\n")
     typer.echo(machine())
-    options = {"--studies": studies, "--small": small, "--device": device != "cuda" and device, "--minutes": minutes != 8 and f"{minutes:g}"}
-    command = " ".join(["neural bench", what, *(w for name, value in options.items() if value for w in ([name] if value is True else [name, str(value)]))])
     if out: write_tables(out, command, tables)
 
 # %% ../nbs/api/42_cli.ipynb #46709c97

@@ -320,11 +320,13 @@ def draw_tables(
     numbers = pd.DataFrame([(d["cohort"], d["seed"], *row) for d in draws for row in d["numbers"]], columns=["cohort", "seed", "what", "finding", "value", "low", "high"]).astype({"low": float, "high": float})
     numbers = numbers.sort_values(["cohort", "seed"], kind="stable").round(5)
     rows, apart = [], numbers.cohort.isin(check)
-    for (what, finding), part in numbers[~apart].groupby(["what", "finding"], sort=False):
-        rows.append({"what": what, "finding": finding, **new_draw(part), "patient half-width": float(((part.high - part.low) / 2).mean())})
+    for (what, finding), part in numbers[~apart & (numbers.what != "findings in the mean")].groupby(["what", "finding"], sort=False):
+        found = new_draw(part)
+        ends = {"low": max(found["low"], -1.0 if what == GAP else 0.0), "high": min(found["high"], 1.0)}     # no AUC and no rate lies beyond; NaN stays NaN
+        rows.append({"what": what, "finding": finding, **found, **(ends if found["low"] == found["low"] else {}), "patient half-width": float(((part.high - part.low) / 2).mean())})
     known = ["what", "finding", "mean", "SD over cohorts", "SD over seeds", "patient half-width", "lowest cohort", "highest cohort", "low", "high", "cohorts", "draws"]
     summary = pd.DataFrame(rows, columns=known).round(5)
-    held = numbers[apart].drop(columns=["low", "high"]).merge(summary[["what", "finding", "low", "high"]], on=["what", "finding"], how="left")
+    held = numbers[apart & (numbers.what != "findings in the mean")].drop(columns=["low", "high"]).merge(summary[["what", "finding", "low", "high"]], on=["what", "finding"], how="left")
     held = held.assign(inside=[None if low != low else bool(low <= v <= high) for v, low, high in zip(held.value, held.low, held.high)])
     seconds = pd.DataFrame([(d["cohort"], d["seed"], who, round(s, 1)) for d in draws for who, s in d["seconds"].items()], columns=["cohort", "seed", "network", "seconds"])
     return dict(numbers=numbers.reset_index(drop=True), summary=summary, check=held, trainings=seconds, settings=pd.DataFrame([asked | (draws[0]["settings"] | {"code": draws[0]["code"]} if draws else {})]))

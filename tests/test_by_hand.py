@@ -145,7 +145,7 @@ def beginnings(clone, tmp_path_factory):
     jobs = {("alone", n): (stage(n), clone / "nbs/paper", f"run = {str(runs / 'empty')!r}") for n in (*FIRST[1:], *AUDIT)}
     jobs |= {(folder.name, n): (stage(n), folder, "run = '.'") for folder in (ten, twenty) for n in ("40_classify", "50_figures", "53_controls", "56_tasks", "58_codecs", "59_verdict")}
     jobs |= {("zero", typed): (stage("40_classify"), clone, typed) for typed in ZEROS}
-    jobs |= {(place, n): (stage(n), clone / where, "") for place, where in PLACES.items() for n in ("10_finetune", "large", "open-i")}
+    jobs |= {(place, n): (stage(n), clone / where, "") for place, where in PLACES.items() for n in ("10_finetune", "large", "draws", "open-i")}
     said = dict(zip(jobs, set_up(jobs.values())))
     assert not (runs / "empty").exists(), "a stage that refuses to start leaves nothing behind"
     return said
@@ -169,7 +169,7 @@ def test_a_count_of_zero_is_refused_by_its_name(beginnings, typed):
 
 @pytest.mark.parametrize("place", PLACES)
 def test_every_notebook_finds_one_folder_from_every_working_directory(clone, beginnings, place):
-    for name, where in (("10_finetune", "runs/by-hand"), ("large", "figures/bench"), ("open-i", "figures/open-i")):
+    for name, where in (("10_finetune", "runs/by-hand"), ("large", "figures/bench"), ("draws", "figures/bench"), ("open-i", "figures/open-i")):
         end, printed, folder = beginnings[place, name]
         assert end == "begun" and Path(folder) == (clone / where).resolve()
         assert bool(re.match(r"run folder: \S*.*runs/by-hand\n", printed)) == (name == "10_finetune")

@@ -252,6 +252,35 @@ def test_what_belongs_to_the_bench_of_a_gpu_is_refused_elsewhere(tmp_path, optio
     assert said.returncode == 2 and "are of `neural bench gpu`" in said.stderr and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("option", [("--cohorts", "7"), ("--seeds", "4"), ("--check", "104"), ("--epochs", 2), ("--size", 96), ("--workers", 1), ("--work", "there")])
+def test_what_belongs_to_the_bench_of_draws_is_refused_elsewhere(tmp_path, option):
+    from typer.testing import CliRunner
+    from neural.cli import app
+    said = CliRunner().invoke(app, ["bench", "read", "--small", *map(str, option), "--out", str(tmp_path / "read.json")])
+    assert said.exit_code == 2 and f"{option[0]} is of `neural bench draws`" in said.output and list(tmp_path.iterdir()) == []
+
+
+def test_draws_are_measured_gone_on_with_and_refused_when_made_otherwise(tmp_path):
+    from neural.yardstick import read_tables
+    words = ("bench", "draws", "--small", "--studies", 80, "--size", 64, "--seeds", "0", "--out", "found/draws.json", "--workers", 1)
+    first = neural(*words, "--cohorts", "7", cwd=tmp_path)
+    assert first.returncode == 0 and first.stderr == "" and first.stdout.startswith("cohort 7, seed 0: mean AUC on test: "), first.stderr
+    more = neural(*words, "--cohorts", "7,8", "--force", cwd=tmp_path)
+    assert more.returncode == 0 and [x.split(",")[0] for x in more.stdout.splitlines() if ": mean AUC" in x] == ["cohort 8"], "the first draw is made again"
+    about, tables = read_tables(tmp_path / "found/draws.json")
+    assert about["command"] == "neural bench draws --studies 80 --small --cohorts 7,8 --seeds 0 --size 64 --workers 1" and set(tables["numbers"].cohort) == {7, 8} and tables["settings"].film_epochs[0] == 1
+    other = neural(*words[:-4], "--cohorts", "7", "--epochs", 2, cwd=tmp_path)
+    assert other.returncode == 1 and other.stderr == "neural: 7-0.json: was made otherwise (warm_epochs 1 there, 2 here); make it again with --force, or name another folder with --work\n"
+
+
+@pytest.mark.parametrize("typed", ["x", "1;2", "-1", "1.5", "99999999999"])
+def test_seeds_that_are_no_numbers_are_refused(tmp_path, typed):
+    from typer.testing import CliRunner
+    from neural.cli import app
+    said = CliRunner().invoke(app, ["bench", "draws", "--small", f"--cohorts={typed}", "--work", str(tmp_path / "w")])
+    assert said.exit_code == 2 and "--cohorts takes whole numbers with commas between them" in said.output and list(tmp_path.iterdir()) == []
+
+
 def test_a_bench_that_fails_writes_nothing(tmp_path):
     said = neural("bench", "finetune", "--studies", 9, "--out", "found.json", cwd=tmp_path)
     assert said.returncode == 2 and list(tmp_path.iterdir()) == []

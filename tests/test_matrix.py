@@ -22,6 +22,7 @@ STAGES = Path(__file__).parent / "fixtures/stages"
 LARDER = Path(__file__).parent / "fixtures/larder.py"
 ABOUT = "--name phantoms --licence CC0-1.0 --url https://example.org --creator nobody --published 2026-01-01"
 STUB = "import pandas, neural.bench; neural.bench.bench_store = lambda **k: {'store': pandas.DataFrame({'s': [1.5, 2]})}"
+DRAWS = "import neural.draws as d, pandas; d.bench_draws = lambda keep=None, **k: {'summary': pandas.DataFrame({'value': [0.5, k['settings']['studies']]})}"
 DRAFT = re.compile(r"(^|/)(\.(?!lock$)[^/]*|[^/]*\.(part|tmp))(/|$)")
 CARDS = "from neural.export import write_cards; write_cards('in/run')"
 
@@ -98,6 +99,7 @@ ROWS = {
     "compact": Row("compact in/store", {"in/store": "store"}, "in/store", True, "compact in/store --size 2", SHARDS, SHARDS, assets_of),
     "describe": Row(f"describe in/store {ABOUT}", {"in/store": "store"}, "in/store/_croissant.json", other=f"describe in/store {ABOUT} --description more"),
     "bench": Row("bench store --small --out {out}", {}, "out/found.json", other="bench store --studies 9 --out {out}", same=shape_of, first=STUB),
+    "bench draws": Row("bench draws --small --out {out}", {}, "out/found.json", other="bench draws --small --studies 90 --out {out}", same=shape_of, first=DRAWS),
     "inspect": Row("inspect in/store s1", {"in/store": "store"}),
     "inspect --html": Row("inspect in/store s1 --html {out}", {"in/store": "store"}, "out/page.html", other="inspect in/store s2 --html {out}"),
     "cards": Row("", {"in/run": "run"}, "in/run/model_card.md", first=CARDS, own=r"in/run/\w+_card\.md"),
