@@ -260,17 +260,22 @@ def test_what_belongs_to_the_bench_of_draws_is_refused_elsewhere(tmp_path, optio
     assert said.exit_code == 2 and f"{option[0]} is of `neural bench draws`" in said.output and list(tmp_path.iterdir()) == []
 
 
-def test_draws_are_measured_gone_on_with_and_refused_when_made_otherwise(tmp_path):
+def test_draws_are_measured_gone_on_with_and_refused_when_made_otherwise(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+    from neural.cli import app
     from neural.yardstick import read_tables
-    words = ("bench", "draws", "--small", "--studies", 80, "--size", 64, "--seeds", "0", "--out", "found/draws.json", "--workers", 1)
-    first = neural(*words, "--cohorts", "7", cwd=tmp_path)
-    assert first.returncode == 0 and first.stderr == "" and first.stdout.startswith("cohort 7, seed 0: mean AUC on test: "), first.stderr
-    more = neural(*words, "--cohorts", "7,8", "--force", cwd=tmp_path)
-    assert more.returncode == 0 and [x.split(",")[0] for x in more.stdout.splitlines() if ": mean AUC" in x] == ["cohort 8"], "the first draw is made again"
+    monkeypatch.chdir(tmp_path)
+    words = "bench draws --small --studies 80 --size 64 --seeds 0 --workers 1 --cohorts {} --out found/draws.json".format
+    call = lambda line: CliRunner().invoke(app, line.split())
+    lines = lambda said: [x.split(",")[0] for x in said.output.splitlines() if ": mean AUC on test: " in x]
+    first, more = call(words("7")), call(words("7,8") + " --force")
+    assert (first.exit_code, lines(first)) == (0, ["cohort 7"]), first.output
+    assert (more.exit_code, lines(more)) == (0, ["cohort 8"]), "the first draw is made again"
     about, tables = read_tables(tmp_path / "found/draws.json")
     assert about["command"] == "neural bench draws --studies 80 --small --cohorts 7,8 --seeds 0 --size 64 --workers 1" and set(tables["numbers"].cohort) == {7, 8} and tables["settings"].film_epochs[0] == 1
-    other = neural(*words[:-4], "--cohorts", "7", "--epochs", 2, cwd=tmp_path)
-    assert other.returncode == 1 and other.stderr == "neural: 7-0.json: was made otherwise (warm_epochs 1 there, 2 here); make it again with --force, or name another folder with --work\n"
+    other = call(words("7").replace("found", "other") + " --epochs 2")
+    assert other.exit_code == 1 and "neural: 7-0.json: was made otherwise (warm_epochs 1 there, 2 here); make it again with --force, or name another folder with --work\n" in other.output
+    assert not list((tmp_path / "other").iterdir())
 
 
 @pytest.mark.parametrize("typed", ["x", "1;2", "-1", "1.5", "99999999999"])
