@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from .image_model import hash_of_file, pool_patches
-from .prompt import choose_thresholds, place_of, promptable, said_states, seen_places
+from .prompt import choose_thresholds, place_of, promptable, said_places, said_states, seen_places
 from .report import Annotation, ReportReader, labels_of, load_lexicon
 from .study import LABELS, NeuralError, at_least, publish, readable
 
 # %% auto #0
 __all__ = ['UNFIT', 'QUALITIES', 'NOUNS', 'WHOLE', 'WHERE', 'GRAVE', 'WIDER', 'FILE', 'MOST', 'sayable', 'phrases_of', 'Phrase',
-           'read_phrase', 'PhraseBank', 'learn_bank', 'own_sentence', 'settled', 'raising', 'denying', 'compose',
+           'read_phrase', 'own_sentence', 'PhraseBank', 'learn_bank', 'settled', 'raising', 'denying', 'compose',
            'report_states', 'teach_bank', 'compose_reports', 'save_bank', 'load_bank']
 
 # %% ../nbs/api/15_compose.ipynb #compose06
@@ -70,6 +70,21 @@ def read_phrase(
     sides, zones = set().union(*(s for s, _ in places)), {z for _, z in places} - {0}
     return Phrase(annotation.text, says, tuple(sorted(sides)), tuple(sorted(zones)), tuple(sorted({m.concept for m in seen} & set(QUALITIES))))
 
+# %% ../nbs/api/15_compose.ipynb #compose18
+NOUNS = {"Lung Lesion": "lung nodule", "Edema": "pulmonary edema", "Pleural Other": "pleural thickening", "Enlarged Cardiomediastinum": "widened mediastinum"}
+WHOLE = {"Cardiomegaly": "The heart is enlarged.", "Enlarged Cardiomediastinum": "The mediastinum is widened.", "Support Devices": "A support device is in place."}
+WHERE = {(): "", (1,): " on the left", (2,): " on the right", (1, 2): " on both sides"}
+
+def own_sentence(
+    finding: str,  # of the label head
+    state: float,  # 1 present, 0.5 uncertain, 0 absent
+    sides: tuple = (),  # of 1 left, 2 right
+) -> str:
+    "A plain sentence that says one state of one finding."
+    if state == 1 and finding in WHOLE: return WHOLE[finding]
+    noun, at = NOUNS.get(finding, finding.lower().removesuffix("s" if finding == "Support Devices" else "")), "" if finding in WHOLE else WHERE[tuple(sides)]
+    return {1.0: f"{noun[:1].upper()}{noun[1:]} is seen{at}.", 0.5: f"Possible {noun}{at}.", 0.0: f"No {noun} is seen."}[float(state)]
+
 # %% ../nbs/api/15_compose.ipynb #compose14
 @dataclass(frozen=True)
 class PhraseBank:
@@ -77,6 +92,7 @@ class PhraseBank:
     names: tuple  # findings of the label head
     phrases: tuple  # of `Phrase`, commonest first
     usual: tuple  # findings that are denied as a rule
+    sided: tuple = ()  # findings that are given a side as a rule
     patients: int = 5  # patients that share each sentence, at least
     thresholds: dict = field(default_factory=dict)  # finding -> [low, high], from `teach_bank`
     sure: float = 0.7  # share of the evidence on one side, or in one zone, that is called clear
@@ -100,24 +116,11 @@ def learn_bank(
     shared = [k for k in sorted(owners) if len(owners[k]) >= patients and all(map(sayable, spelt[k]))]
     said = [min(spelt[k], key=lambda p: (-spelt[k][p], p)) + "." for k in shared]
     found = [replace(p, count=len(owners[k]), place=round(float(np.mean(places[k])), 3)) for k, a in zip(shared, reader.pipe(said)) if (p := read_phrase(a)) and set(p.says) <= set(names)]
-    told = [labels_of(a) for a in reader.pipe(texts)]
+    notes = list(reader.pipe(texts)); told = [labels_of(a) for a in notes]
+    spots = np.stack([said_places(a, names) for a in notes]) if notes else np.zeros((0, len(names), 2))
+    raised = {n: spots[[t.get(n) in (1, -1) for t in told], j, 0] > 0 for j, n in enumerate(names)}
     quiet = {n: [t[n] == 0 for t in told if t.get(n, 1) in (0, None)] for n in (names[j] for j in promptable(names))}
-    return PhraseBank(names, tuple(sorted(found, key=lambda p: (-p.count, p.text))), tuple(n for n, v in quiet.items() if v and np.mean(v) >= denied), patients)
-
-# %% ../nbs/api/15_compose.ipynb #compose18
-NOUNS = {"Lung Lesion": "lung nodule", "Edema": "pulmonary edema", "Pleural Other": "pleural thickening", "Enlarged Cardiomediastinum": "widened mediastinum"}
-WHOLE = {"Cardiomegaly": "The heart is enlarged.", "Enlarged Cardiomediastinum": "The mediastinum is widened.", "Support Devices": "A support device is in place."}
-WHERE = {(): "", (1,): " on the left", (2,): " on the right", (1, 2): " on both sides"}
-
-def own_sentence(
-    finding: str,  # of the label head
-    state: float,  # 1 present, 0.5 uncertain, 0 absent
-    sides: tuple = (),  # of 1 left, 2 right
-) -> str:
-    "A plain sentence that says one state of one finding."
-    if state == 1 and finding in WHOLE: return WHOLE[finding]
-    noun, at = NOUNS.get(finding, finding.lower().removesuffix("s" if finding == "Support Devices" else "")), "" if finding in WHOLE else WHERE[tuple(sides)]
-    return {1.0: f"{noun[:1].upper()}{noun[1:]} is seen{at}.", 0.5: f"Possible {noun}{at}.", 0.0: f"No {noun} is seen."}[float(state)]
+    return PhraseBank(names, tuple(sorted(found, key=lambda p: (-p.count, p.text))), tuple(n for n, v in quiet.items() if v and np.mean(v) >= denied), tuple(n for n, v in raised.items() if n not in (*WHOLE, "No Finding") and len(v) and v.mean() >= 0.25), patients)
 
 # %% ../nbs/api/15_compose.ipynb #compose22
 GRAVE = ("severe", "large", "acute", "displaced")  # what nobody has seen, and somebody might act on, is not said
@@ -173,7 +176,7 @@ def compose(
     "The report that says these states: always the same for the same states."
     told, chosen, again = settled(states, bank.names), [], []
     side, zone = {0: (), 1: (1,), 2: (2,), 3: (1, 2)}, lambda z: (int(z),) if z else ()
-    spots = {n: ((), ()) if places is None else (side[int(places[j][0])], zone(places[j][1])) for j, n in enumerate(bank.names)}
+    spots = {n: ((), ()) if places is None or n not in bank.sided else (side[int(places[j][0])], zone(places[j][1])) for j, n in enumerate(bank.names)}
     for n in (n for n in told if told[n]):
         if any(n in p.says for p in chosen): continue
         first = raising(n, told, spots, bank)
@@ -259,6 +262,6 @@ def _bank(about):
     ends = {n: [float(x) for x in t] for n, t in about["thresholds"].items()}
     sound = about["version"] == 1 and isinstance(about["network"], str) and type(patients) is int and patients >= 5 and len(phrases) <= MOST[1] and len(set(names)) == len(names) <= 1000
     sound &= all(isinstance(p.text, str) and p.text.endswith(".") and sayable(p.text[:-1]) and type(p.count) is int and p.count >= patients and number(p.place, 0, 1) and set(p.says) <= set(names) for p in phrases)
-    sound &= all(n in names and len(t) == 2 and 0 <= t[0] <= t[1] <= 1 for n, t in ends.items()) and number(about["sure"], 0.5, 1) and about["sure"] > 0.5 and set(about["usual"]) <= set(names)
+    sound &= all(n in names and len(t) == 2 and 0 <= t[0] <= t[1] <= 1 for n, t in ends.items()) and number(about["sure"], 0.5, 1) and about["sure"] > 0.5 and set(about["usual"]) | set(about["sided"]) <= set(names)
     if not sound: raise ValueError
-    return PhraseBank(names, tuple(phrases), tuples(about["usual"]), patients, ends, about["sure"])
+    return PhraseBank(names, tuple(phrases), tuples(about["usual"]), tuples(about["sided"]), patients, ends, about["sure"])
