@@ -18,7 +18,7 @@ from typing import Iterator
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq
 from fastcore.basics import patch
 from .codec import CODECS, FITTED, MAX_BOOK, Codebook, book_bytes, book_from, canonical, check_codec, decode, dequantise, encode, quantise, read_book
-from .graph import ASSERTIONS, RELATIONS, KnowledgeGraph, UnifiedGraph, VisualGraph, fuse, grounding_links, knowledge_from, visual_graph
+from .graph import ASSERTIONS, RELATIONS, UNKNOWN, KnowledgeGraph, UnifiedGraph, VisualGraph, certainty_share, fuse, grounding_links, knowledge_from, visual_graph
 from .picture import picture_shape
 from .study import NeuralError, system_reason
 
@@ -26,7 +26,7 @@ from .study import NeuralError, system_reason
 class AssetError(NeuralError):
     "An asset or a store that must not be trusted, and why."
 
-SCHEMA_VERSION = 2      # 1 is read, and written no more
+SCHEMA_VERSION = 3      # 1 is read, and written no more; 2 is written still, 3 only where concepts carry a certainty
 TRACKS = ('image+report', 'image-only')
 
 # %% ../nbs/api/20_asset.ipynb #272f490b
@@ -161,6 +161,7 @@ class StudyAsset:
     book: Codebook = None        # of a fitted codec ('pca', 'pq')
     thumbnail: bytes = b''       # the whole film as a small square picture, at most 65,535 bytes
     pixels: bytes = b''          # the retained patches at full resolution, lossless, one strip of k tiles, at most 16 MB
+    certainty: np.ndarray = ()   # of each concept, round(254 p) that it is present, 255 unknown, [m]; image-only alone, () where nothing is known
     def __post_init__(self):
         for name, value in _checked(self).items(): object.__setattr__(self, name, value)
     def __eq__(self, other): return isinstance(other, StudyAsset) and self.to_bytes() == other.to_bytes()
@@ -185,7 +186,15 @@ def _checked(a):
     return dict(study_id=check_key(a.study_id), grid=(rows, cols), patches=patches, relevance=_share('relevance', a.relevance, k), codes=codes, features=features,
                 concepts=_whole('concepts', a.concepts, 65536, '<u2', (m,)), assertions=_whole('assertions', a.assertions, len(ASSERTIONS), 'u1', (m,)),
                 relations=relations, grounding=grounding, weights=_share('grounding weights', a.weights, len(grounding)), provenance=check_provenance(a.provenance),
-                thumbnail=_thumbnail(a.thumbnail), pixels=_pixels(a.pixels, k))
+                thumbnail=_thumbnail(a.thumbnail), pixels=_pixels(a.pixels, k), certainty=_certainty(a, m))
+
+def _certainty(a, m):
+    "A byte per concept; none where not one is known, so that an asset has one spelling."
+    if a.certainty is None or not len(a.certainty): return _frozen(np.zeros(0, 'u1'))
+    v = _whole('certainty', a.certainty, 256, 'u1', (m,))
+    if (v == UNKNOWN).all(): return _frozen(np.zeros(0, 'u1'))
+    if a.track != 'image-only': raise AssetError("certainty is the label head's word on a report that the network wrote: only an image-only asset has it")
+    return v
 
 # %% ../nbs/api/20_asset.ipynb #c523ca9e
 class Codes:
@@ -250,7 +259,7 @@ def from_graphs(
     if g.shape != shape: raise AssetError(f"grounding has shape {g.shape}, expected one weight per concept and retained patch {shape}")
     ties = grounding_links(g)
     return cls(study_id, track, visual.grid, visual.patches, visual.relevance, visual.features, knowledge.concepts, knowledge.assertions,
-               knowledge.relations, np.argwhere(ties > 0), ties[ties > 0], dict(provenance or {}), codec, book, thumbnail, pixels)
+               knowledge.relations, np.argwhere(ties > 0), ties[ties > 0], dict(provenance or {}), codec, book, thumbnail, pixels, knowledge.certainty)
 
 # %% ../nbs/api/20_asset.ipynb #9459eb66
 @patch
@@ -260,7 +269,7 @@ def graphs(
     "The graphs that an asset stands for (DESIGN of this companion, sec. 4)."
     ties = np.zeros((len(self.concepts), len(self.patches)), np.float32)
     ties[self.grounding[:, 0], self.grounding[:, 1]] = self.weights
-    return visual_graph(self.patches, self.features, self.relevance, self.grid, repeats=True), knowledge_from(self.concepts, self.assertions, self.relations), ties
+    return visual_graph(self.patches, self.features, self.relevance, self.grid, repeats=True), knowledge_from(self.concepts, self.assertions, self.relations, self.certainty if len(self.certainty) else None), ties
 
 # %% ../nbs/api/20_asset.ipynb #78873641
 @patch
@@ -275,11 +284,11 @@ def unified(
 # %% ../nbs/api/20_asset.ipynb #0ec7e0b6
 _HEADER = struct.Struct('<4sHBBBBHHHHHHHHI')
 
-def _layout(grid, k, width, m, r, g):
+def _layout(grid, k, width, m, r, g, certain=False):
     "Name, dtype and shape of each array of the payload, in order."
     u = lambda below: 'u1' if below <= 256 else '<u2'
     return [('patches', u(grid[0]*grid[1]), (k,)), ('relevance', '<f2', (k,)), ('features', 'u1', (k, width)), ('concepts', '<u2', (m,)), ('assertions', 'u1', (m,)),
-            ('ends', u(m), (r, 2)), ('types', 'u1', (r,)), ('tied', u(m), (g,)), ('to', u(k), (g,)), ('weights', '<f2', (g,))]
+            *[('certainty', 'u1', (m,))]*certain, ('ends', u(m), (r, 2)), ('types', 'u1', (r,)), ('tied', u(m), (g,)), ('to', u(k), (g,)), ('weights', '<f2', (g,))]
 
 def _digest(data): return hashlib.blake2b(data, digest_size=8).digest()
 
@@ -291,9 +300,9 @@ def to_bytes(
     "Writes the asset for the wire (DESIGN of this companion, sec. 4)."
     key, prov = self.study_id.encode(), json.dumps(self.provenance, separators=(',', ':')).encode()
     (k, d), m, r, g, codes = self.features.shape, len(self.concepts), len(self.relations), len(self.grounding), self.codes
-    head = _HEADER.pack(b'NRLA', SCHEMA_VERSION, CODECS.index(self.codec), TRACKS.index(self.track), *self.grid, k, d, m, r, g, len(key), len(prov), len(self.thumbnail), len(self.pixels))
+    head = _HEADER.pack(b'NRLA', 3 if len(self.certainty) else 2, CODECS.index(self.codec), TRACKS.index(self.track), *self.grid, k, d, m, r, g, len(key), len(prov), len(self.thumbnail), len(self.pixels))
     arrays = dict(features=codes, ends=self.relations[:, :2], types=self.relations[:, 2], tied=self.grounding[:, 0], to=self.grounding[:, 1])
-    body = b''.join(np.asarray(arrays.get(n, getattr(self, n, None))).astype(t).tobytes() for n, t, _ in _layout(self.grid, k, codes.shape[1], m, r, g))
+    body = b''.join(np.asarray(arrays.get(n, getattr(self, n, None))).astype(t).tobytes() for n, t, _ in _layout(self.grid, k, codes.shape[1], m, r, g, len(self.certainty) > 0))
     return (data := head + key + prov + (bytes.fromhex(self.book.hash) if self.book else b'') + body + self.thumbnail + self.pixels) + _digest(data)
 
 # %% ../nbs/api/20_asset.ipynb #cc8f6836
@@ -308,12 +317,12 @@ def from_bytes(
     if len(data) < _HEADER.size + 8 or data[:4] != b'NRLA': raise AssetError("these bytes are no study asset: the first four are not NRLA, or it is cut short")
     if data[4:6] == b'\1\0': return _read_1(cls, data)
     _, version, codec, track, rows, cols, k, d, m, r, g, *lengths = _HEADER.unpack_from(data)
-    if version != SCHEMA_VERSION: raise AssetError(f"asset of schema version {version}; this library reads 1 to {SCHEMA_VERSION}")
+    if not 2 <= version <= SCHEMA_VERSION: raise AssetError(f"asset of schema version {version}; this library reads 1 to {SCHEMA_VERSION}")
     if codec >= len(CODECS) or track >= len(TRACKS): raise AssetError(f"asset with unknown codec {codec} or track {track}")
     name = CODECS[codec]
     if name not in FITTED: book = None
     elif book is None: raise AssetError(f"an asset coded as {name} is read with the codebook of its store: give book=store.book")
-    try: layout = _layout((rows, cols), k, check_codec(name, d, book), m, r, g)
+    try: layout = _layout((rows, cols), k, check_codec(name, d, book), m, r, g, version == 3)
     except NeuralError as e: raise AssetError(str(e)) from None
     expected = _HEADER.size + sum(lengths) + 8*(name in FITTED) + sum(np.dtype(t).itemsize*_size(s) for _, t, s in layout) + 8
     if expected != len(data): raise AssetError(f"asset of {len(data)} bytes, but its header speaks of {expected}: cut short or damaged")
@@ -396,6 +405,11 @@ def _concept(asset, i, vocabulary):
     name = vocabulary[c] if vocabulary is not None and c < len(vocabulary) else f"concept {c}"
     return name, ASSERTIONS[asset.assertions[i]]
 
+def _sure(asset, i):
+    "How probable the label head holds a concept, in words; '' where nothing is known."
+    p = certainty_share(asset.certainty, len(asset.concepts))[i]
+    return '' if np.isnan(p) else f' (p {p:.2f})'
+
 # %% ../nbs/api/20_asset.ipynb #309d29eb
 def describe(
     asset: StudyAsset,
@@ -405,7 +419,7 @@ def describe(
     a, (rows, cols) = asset, asset.grid
     lines = [f"study {a.study_id}, {a.track}, {len(a.to_bytes())} bytes", f"{len(a.patches)} of {rows*cols} patches ({rows} x {cols}), {a.features.shape[1]} numbers each as {a.codec}"]
     lines += [f"  patch {p:4}  row {p//cols:2}  column {p%cols:2}  relevance {w:.4f}" for p, w in zip(a.patches.tolist(), a.relevance)]
-    lines += [f"{len(a.concepts)} concepts"] + ["  {}: {}".format(*_concept(a, i, vocabulary)) for i in range(len(a.concepts))]
+    lines += [f"{len(a.concepts)} concepts"] + ["  {}: {}".format(*_concept(a, i, vocabulary)) + _sure(a, i) for i in range(len(a.concepts))]
     lines += [f"{len(a.relations)} relations"] + [f"  {_concept(a, h, vocabulary)[0]} {RELATIONS[t]} {_concept(a, s, vocabulary)[0]}" for h, s, t in a.relations]
     return '\n'.join(lines + [f"{len(a.grounding)} grounding edges", ', '.join(f"{k} {v}" for k, v in a.provenance.items()) or 'no provenance'])
 
@@ -432,7 +446,7 @@ def asset_html(
     "The asset as grid and concept table (this companion's choice)."
     def row(i):
         name, said = _concept(asset, i, vocabulary)
-        return f'<tr><td style="text-align:left">{html.escape(name)}</td><td style="text-align:left;color:{_COLOURS[said]}">{said}</td></tr>'
+        return f'<tr><td style="text-align:left">{html.escape(name)}</td><td style="text-align:left;color:{_COLOURS[said]}">{said}{_sure(asset, i)}</td></tr>'
     table = ''.join(map(row, range(len(asset.concepts)))) or '<tr><td>no concepts</td></tr>'
     return (f'<div style="display:flex;gap:1.5em;align-items:flex-start">{asset_svg(asset)}<div><b>{html.escape(asset.study_id)}</b>, {asset.track}, {len(asset.patches)} of {asset.grid[0]*asset.grid[1]} patches, '
             f'{len(asset.to_bytes())} bytes<table><tr><th style="text-align:left">concept</th><th style="text-align:left">assertion</th></tr>{table}</table></div></div>')
@@ -447,15 +461,20 @@ def _list(kind): return pa.list_(pa.field('element', kind))       # Parquet's ow
 _FIELDS = [('study_id', pa.string()), ('patches', _list(pa.uint16())), ('relevance', _list(pa.float16())), ('features', pa.binary()), ('concepts', _list(pa.uint16())), ('assertions', _list(pa.uint8())),
            ('relations', _list(pa.uint16())), ('grounding', _list(pa.uint16())), ('weights', _list(pa.float16())), ('thumbnail', pa.binary()), ('pixels', pa.binary()), ('checksum', pa.binary(8))]
 SHARD_SCHEMA = pa.schema(_FIELDS)
+_CERTAIN = pa.schema(_FIELDS[:6] + [('certainty', _list(pa.uint8()))] + _FIELDS[6:])      # of a store whose concepts carry one
 _SCHEMA_1 = pa.schema([f for f in _FIELDS[:4]] + [('scales', _list(pa.float32()))] + [f for f in _FIELDS[4:9]] + _FIELDS[-1:])
+
+def _schema(version): return {1: _SCHEMA_1, 2: SHARD_SCHEMA, 3: _CERTAIN}[version]
 
 def to_table(
     assets: list,     # of one grid, dim, codec, track and provenance
+    certain=False,    # with a column of certainties, empty where an asset has none
 ) -> pa.Table:        # one row per asset; features as rows of codes (chapter 19), pairs and triples flattened
     "Assets as an Arrow table (this companion's choice)."
-    rows = [[a.study_id, a.patches.tolist(), a.relevance.tolist(), a.codes.tobytes(), a.concepts.tolist(), a.assertions.tolist(), a.relations.ravel().tolist(),
+    schema = _schema(3 if certain else 2)
+    rows = [[a.study_id, a.patches.tolist(), a.relevance.tolist(), a.codes.tobytes(), a.concepts.tolist(), a.assertions.tolist(), *[a.certainty.tolist()]*certain, a.relations.ravel().tolist(),
              a.grounding.ravel().tolist(), a.weights.tolist(), a.thumbnail, a.pixels, a.to_bytes()[-8:]] for a in assets]
-    return pa.table([pa.array(column, f.type) for column, f in zip(zip(*rows), SHARD_SCHEMA)], schema=SHARD_SCHEMA)
+    return pa.table([pa.array(column, f.type) for column, f in zip(zip(*rows), schema)], schema=schema)
 
 # %% ../nbs/api/20_asset.ipynb #a8e21fd5
 def _varint(data, at):
@@ -565,6 +584,7 @@ def _check_meta(meta):
     "The fields of a head, each within its bounds."
     words = [*meta['vocabulary'], *meta['kinds'], *meta['kinds'].values()]
     if any(not isinstance(w, str) or len(w) > 100 for w in words) or len(meta['vocabulary']) > 65536 or len(set(meta['vocabulary'])) != len(meta['vocabulary']): raise AssetError("a vocabulary holds at most 65536 different names of up to 100 characters")
+    if meta['schema_version'] == 3 and meta['track'] != 'image-only': raise AssetError("only an image-only store carries certainties")
     if not 0 < meta['dim'] <= 65535: raise AssetError(f"dim must lie in 1..65535, got {meta['dim']}")
     if meta['track'] not in TRACKS or meta['codec'] not in CODECS: raise AssetError("the store's head names an unknown track or codec")
     if bool(meta['codebook']) != (meta['codec'] in FITTED) or not re.fullmatch(r'([0-9a-f]{16})?', meta['codebook']): raise AssetError("the store's head: a fitted codec has the hash of its codebook, and only such a codec")
@@ -579,7 +599,7 @@ def _check_meta(meta):
 def _head(meta, book=None):
     "The bytes of a head: a Parquet file without rows that says what is common to all, and holds the codebook before its footer."
     out, said = pa.BufferOutputStream(), {k: v for k, v in meta.items() if k != 'settings' or v}
-    with pq.ParquetWriter(out, SHARD_SCHEMA, store_schema=False) as f: f.add_key_value_metadata({_SAID: json.dumps(said, separators=(',', ':'))})
+    with pq.ParquetWriter(out, _CERTAIN if meta['schema_version'] == 3 else SHARD_SCHEMA, store_schema=False) as f: f.add_key_value_metadata({_SAID: json.dumps(said, separators=(',', ':'))})
     data = out.getvalue().to_pybytes()
     return data[:4] + (book_bytes(book) if book else b'') + data[4:]
 
@@ -632,6 +652,11 @@ class AssetStore:
     def __reduce__(self): return AssetStore, (self.folder,)     # a worker process opens the files again
 
 # %% ../nbs/api/20_asset.ipynb #b7ca2a06
+@patch(as_prop=True)
+def certain(self: AssetStore) -> bool:
+    "Whether its concepts may carry a certainty."
+    return self.version == 3
+
 @patch(as_prop=True)
 def head(self: AssetStore) -> Path:
     "The file that says what is common to all studies."
@@ -708,13 +733,14 @@ def create(
     book=None,               # codebook of a fitted codec
     loss=0.0,                # share of the variance that the codec takes, see `loss_of_codec`
     settings=None,           # what is set, see SETTINGS; None: nothing is known of it
+    certainty=False,         # True: concepts may carry one, image-only alone
 ) -> AssetStore:             # empty
     "Makes an empty store (DESIGN of this companion, sec. 4)."
     folder = check_new(folder)
     try: check_codec(codec, int(dim), book)
     except NeuralError as e: raise AssetError(str(e)) from None
     prov = check_provenance({'vocabulary_hash': vocabulary_hash(vocabulary), **(provenance or {})})
-    meta = dict(format='neural-asset-store', schema_version=SCHEMA_VERSION, track=track, codec=codec, grid=[int(n) for n in grid], dim=int(dim), vocabulary=list(vocabulary), kinds=dict(kinds or {}),
+    meta = dict(format='neural-asset-store', schema_version=3 if certainty else 2, track=track, codec=codec, grid=[int(n) for n in grid], dim=int(dim), vocabulary=list(vocabulary), kinds=dict(kinds or {}),
                 provenance=prov, codebook=book.hash if book else '', loss=float(loss), generation=0, settings=dict(settings or {}))
     _check_meta(meta)
     fresh = not folder.exists()
@@ -824,14 +850,14 @@ def _open(self: AssetStore, path, named=True):
     "A shard, opened and found to be what its name says; the last ones stay open."
     if path not in self._files:
         if len(self._files) >= 16: self._files.pop(next(iter(self._files)))
-        self._files[path] = _Shard(path, _SCHEMA_1 if self.version == 1 else SHARD_SCHEMA, self._most(), named)
+        self._files[path] = _Shard(path, _schema(self.version), self._most(), named)
     return self._files[path]
 
 @patch
 def _most(self: AssetStore) -> dict:
     "Values and bytes that one study of this store can need in each column, at most."
     n, k = 65_535, 65_535 if self.provenance.get('selection') == 'released' else self.grid[0]*self.grid[1]
-    lists = dict(patches=k, relevance=k, scales=k, concepts=n, assertions=n, relations=3*n, grounding=2*n, weights=n)
+    lists = dict(patches=k, relevance=k, scales=k, concepts=n, assertions=n, certainty=n, relations=3*n, grounding=2*n, weights=n)
     whole = dict(study_id=4*128, features=k*check_codec(self.codec, self.dim, self.book), thumbnail=65_535, pixels=16_000_000, checksum=8)
     return {**{c: (v, 8*v) for c, v in lists.items()}, **{c: (1, b + 16) for c, b in whole.items()}}
 
@@ -917,7 +943,7 @@ def append(
     assets = list(assets)
     if not assets: raise AssetError("nothing to append: give at least one asset")
     with self.locked():
-        if self.version != SCHEMA_VERSION: raise AssetError(f"{self.folder.name} has schema version {self.version} and can only be read; `neural compact` brings it to version {SCHEMA_VERSION}")
+        if self.version == 1: raise AssetError(f"{self.folder.name} has schema version {self.version} and can only be read; `neural compact` brings it to version 2")
         there, new = self._where(), {}
         self._alike([a.study_id for a in assets])
         for a in assets:
@@ -933,7 +959,7 @@ def append(
 def _write(self: AssetStore, assets, generation, number):
     "One shard, published; the caller holds the lock."
     out = pa.BufferOutputStream()
-    pq.write_table(to_table(assets), out, row_group_size=_group_size(assets), compression='zstd', use_dictionary=False, write_statistics=False, write_page_checksum=True, store_schema=False)
+    pq.write_table(to_table(assets, self.certain), out, row_group_size=_group_size(assets), compression='zstd', use_dictionary=False, write_statistics=False, write_page_checksum=True, store_schema=False)
     data = out.getvalue().to_pybytes()
     name = f"shard-{generation:06}-{number:06}-{_digest(data).hex()}.parquet"
     publish_bytes(self.folder/name, data)
@@ -941,7 +967,7 @@ def _write(self: AssetStore, assets, generation, number):
 
 def _group_size(assets):
     "Studies in a row group: 256, or fewer where that would be more than a reader allows."
-    values = max(2*len(a.patches) + 2*len(a.concepts) + 3*len(a.relations) + 3*len(a.grounding) for a in assets) + 12
+    values = max(2*len(a.patches) + 2*len(a.concepts) + 3*len(a.relations) + 3*len(a.grounding) + len(a.certainty) for a in assets) + 12
     size, key = max((len(a.pixels) + len(a.thumbnail) + a.codes.nbytes, a.study_id) for a in assets)
     if (size := size + 8*values + 1000) + 200_000 > MAX_UNFOLDED: raise AssetError(f"study {key} takes {size:,} bytes; a shard holds at most {MAX_UNFOLDED:,} in one row group")
     return max(1, min(256, MAX_VALUES//values, (MAX_UNFOLDED - 200_000)//size))
@@ -960,6 +986,7 @@ def _belongs(self: AssetStore, a):
     "Refuses an asset that is not of this store's kind."
     for what, mine, its in (('grid', self.grid, a.grid), ('dim', self.dim, a.features.shape[1]), ('codec', self.codec, a.codec), ('codebook', self.meta['codebook'], a.book.hash if a.book else ''), ('track', self.track, a.track), ('provenance', self.provenance, {**self.provenance, **a.provenance})):
         if mine != its: raise AssetError(f"study {a.study_id}: {what} is {its}, this store holds {mine}")
+    if len(a.certainty) and not self.certain: raise AssetError(f"study {a.study_id}: its concepts carry a certainty, and this store was begun without: make one with certainty=True")
     s = self.meta['settings']
     shown = dict(keep=len(a.patches), thumbnail=len(a.thumbnail), pixels=bool(a.pixels), hidden=sorted(set(s.get('hidden', ())) & set(a.patches.tolist())))
     fits = dict(keep=shown['keep'] == s.get('keep'), thumbnail=(shown['thumbnail'] > 0) == (s.get('thumbnail', 0) > 0) and shown['thumbnail'] <= s.get('thumbnail', 0), pixels=shown['pixels'] == s.get('pixels'), hidden=not shown['hidden'])
@@ -976,7 +1003,7 @@ def _asset(self: AssetStore, row, shard):
         if self.version == 1: features = dequantise(np.frombuffer(row['features'] or b'', 'i1').reshape(k, self.dim), np.array(row['scales'], np.float32).reshape(k)) if self.codec == 'int8' else np.frombuffer(row['features'] or b'', '<f2').reshape(k, self.dim)
         else: features = Codes(np.frombuffer(row['features'] or b'', np.uint8).reshape(k, check_codec(self.codec, self.dim, self.book)), self.dim)
         a = StudyAsset(row['study_id'], self.track, self.grid, _ints(row['patches']), row['relevance'], features, _ints(row['concepts']), _ints(row['assertions']), _ints(row['relations']).reshape(-1, 3),
-                       _ints(row['grounding']).reshape(-1, 2), row['weights'], self.provenance, self.codec, self.book, row.get('thumbnail', b'') or b'', row.get('pixels', b'') or b'')
+                       _ints(row['grounding']).reshape(-1, 2), row['weights'], self.provenance, self.codec, self.book, row.get('thumbnail', b'') or b'', row.get('pixels', b'') or b'', _ints(row.get('certainty') or ()))
     except (NeuralError, ValueError, TypeError) as e: raise AssetError(f"{shard}: study {row['study_id']} is damaged: {e}") from None
     if (_bytes_1(a) if self.version == 1 else a.to_bytes())[-8:] != row['checksum']: raise AssetError(f"{shard}: study {row['study_id']} is damaged: its checksum does not match")
     return a
@@ -1045,7 +1072,7 @@ def compact(
     "Merges the shards of a store, every asset checked on the way (this companion's choice)."
     if size < 1: raise AssetError(f"a shard holds at least one study, got {size}")
     with self.locked():
-        old, after, part = self.shards, {**self.meta, 'generation': self.meta['generation'] + 1, 'schema_version': SCHEMA_VERSION}, []
+        old, after, part = self.shards, {**self.meta, 'generation': self.meta['generation'] + 1, 'schema_version': max(2, self.version)}, []
         self._alike(self._where()); self._sweep(keep=set(old))                         # what a killed merge left
         number = 0
         try:

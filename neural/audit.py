@@ -117,7 +117,7 @@ def asset_without(
     relations = [(number[h], number[t], r) for h, t, r in asset.relations.tolist() if h in number and t in number]
     ties = [(number[c], p, w) for (c, p), w in zip(asset.grounding.tolist(), asset.weights.tolist()) if c in number]
     return replace(asset, concepts=asset.concepts[stay], assertions=asset.assertions[stay], relations=relations,
-                   grounding=[t[:2] for t in ties], weights=[t[2] for t in ties])
+                   grounding=[t[:2] for t in ties], weights=[t[2] for t in ties], certainty=asset.certainty[stay] if len(asset.certainty) else ())
 
 # %% ../nbs/api/27_audit.ipynb #43831762
 class SeenFilms:

@@ -8,7 +8,8 @@ import hashlib
 import json
 import re
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from .asset import AssetStore, StudyAsset, check_new, check_secret, is_store, ke
 from .codec import Codebook
 from .compose import PhraseBank, compose_reports, load_bank
 from .finetune import pad_rows, report_ids
-from .graph import concept_looks, concept_nodes, fuse, grounding_links, knowledge_graph, visual_graph
+from .graph import certainty_bytes, concept_looks, concept_nodes, fuse, grounding_links, knowledge_graph, visual_graph
 from .picture import encode_tiles, pad_square, thumbnail
 from .prompt import NewSentences, own_prompts
 from .prune import keep_count, retain
@@ -34,12 +35,12 @@ from .vlm import ReportVLM, hash_of_file, kept_memory, load_tokenizer, load_vlm,
 
 # %% auto #0
 __all__ = ['TRACKS', 'ZONES', 'SIDES', 'TABLES', 'SCHEMAS', 'Aggregation', 'Reading', 'word_mask', 'named_findings', 'guided',
-           'region', 'mention_regions', 'finding_places', 'read_batch', 'wanted_findings', 'by_activation', 'look',
-           'habit', 'write_reports', 'with_bank', 'bank_of', 'prompted_looks', 'Packing', 'corners', 'hide',
-           'reading_rows', 'save_readings', 'load_readings', 'save_aggregation', 'load_aggregation', 'lead',
-           'close_calls', 'settle', 'in_groups', 'shard_of', 'read_groups', 'decode_films', 'film_paths', 'ahead',
-           'usable', 'unnamed', 'hash_of', 'reading_settings', 'dataset_name', 'open_store', 'begin', 'packed_shard',
-           'fill_store', 'build_store', 'kept']
+           'region', 'mention_regions', 'finding_places', 'concept_findings', 'certainties', 'read_batch',
+           'wanted_findings', 'by_activation', 'look', 'habit', 'write_reports', 'with_bank', 'bank_of',
+           'prompted_looks', 'Packing', 'corners', 'hide', 'reading_rows', 'save_readings', 'load_readings',
+           'save_aggregation', 'load_aggregation', 'lead', 'close_calls', 'settle', 'in_groups', 'shard_of',
+           'read_groups', 'decode_films', 'film_paths', 'ahead', 'usable', 'unnamed', 'hash_of', 'reading_settings',
+           'dataset_name', 'open_store', 'begin', 'packed_shard', 'fill_store', 'build_store', 'kept']
 
 # %% ../nbs/api/21_build.ipynb #c9a646cf
 TRACKS = ("image+report", "image-only")
@@ -74,6 +75,7 @@ class Reading:
     looks: np.ndarray  # float32 (M, N), where the words of each mention looked
     tokens_used: int  # report tokens the relevance was averaged over
     fell_back: bool  # no finding-bearing token: all words were used instead
+    certainty: dict = field(default_factory=dict)  # image-only: concept -> byte of `certainty_bytes`, where the label head has a finding for it
 
 # %% ../nbs/api/21_build.ipynb #c7509416
 def word_mask(
@@ -159,6 +161,32 @@ def finding_places(
                 if said.get(name) in (1, -1): out[b, :, j] |= spot
     return out | ~out.any(1, keepdim=True)
 
+# %% ../nbs/api/21_build.ipynb #c21cert2
+@lru_cache(maxsize=4096)
+def concept_findings(
+    concept: str,  # of a mention
+    kind: str,  # "Anatomy" or "Observation"
+    names: tuple,  # findings of the label head
+) -> tuple:  # places in `names`; empty where none fits
+    "Which findings of a label head a concept counts for (chapter 04)."
+    said = labels_of(Annotation("", (Mention(0, 0, "", concept, kind, "present"),))) if kind == "Observation" else {}
+    return tuple(i for i, n in enumerate(names) if n != "No Finding" and said.get(n) == 1)
+
+@torch.no_grad()
+def certainties(
+    model: ReportVLM,  # trained
+    tokens: torch.Tensor,  # (B, N, d) token grid
+    annotations: list[Annotation],  # of the reports
+) -> list[dict]:  # per study, concept -> byte of `certainty_bytes`; empty without a label head
+    "How probable the label head holds each concept of a report to be present (this companion's choice)."
+    names = tuple(model.config.label_names or ())
+    if not names: return [{} for _ in annotations]
+    seen, own = torch.sigmoid(model.name_findings(tokens)).cpu().numpy(), []
+    for p, a in zip(seen, annotations):
+        found = {m.concept: concept_findings(m.concept, m.kind, names) for m in a.mentions}
+        own.append({c: int(certainty_bytes([p[list(at)].min()])[0]) for c, at in found.items() if at})
+    return own
+
 # %% ../nbs/api/21_build.ipynb #f3e0ba10
 @torch.no_grad()
 def read_batch(
@@ -191,10 +219,11 @@ def read_batch(
         seen = relevance(layers, mask.to(films.device), "mean", how.heads).cpu()  # (B, N)
         ranked = lift(seen, mean) if how.lift else seen
     if never: ranked = ranked.clone(); ranked[:, list(never)] = 0
+    sure = certainties(model, tokens, notes) if track == "image-only" else [{}] * len(ids)
     kept, heads = retain(ranked, k=k), pick_layer(layers, "mean").cpu()
     rows = torch.arange(len(ids))[:, None]
     return [Reading(i, track, model.grid, ranked[b].numpy(), kept[b].numpy(), f.numpy(), notes[b],
-                    mention_relevance(heads[b, :, :len(pairs[b][1])], pairs[b][1], notes[b].mentions).numpy(), int(mask[b].sum()), bool(fell_back[b]))
+                    mention_relevance(heads[b, :, :len(pairs[b][1])], pairs[b][1], notes[b].mentions).numpy(), int(mask[b].sum()), bool(fell_back[b]), sure[b])
             for b, (i, f) in enumerate(zip(ids, tokens.float().cpu()[rows, kept]))]
 
 # %% ../nbs/api/21_build.ipynb #02102950
@@ -332,7 +361,7 @@ def graph(
 ):  # the unified graph
     "Visual graph, knowledge graph and their fusion (NEURAL, sec. 2.3)."
     visual = visual_graph(self.patches, self.features, self.relevance[self.patches], self.grid)
-    return fuse(visual, knowledge_graph(self.annotation, vocabulary), fusion, self.grounding(vocabulary))
+    return fuse(visual, knowledge_graph(self.annotation, vocabulary, self.certainty), fusion, self.grounding(vocabulary))
 
 # %% ../nbs/api/21_build.ipynb #a1bf14f8
 @patch
@@ -417,7 +446,7 @@ def reading_rows(
         key = dict(study_id=r.study_id, track=r.track)
         rows["relevance"].append({**key, "rows": r.grid[0], "cols": r.grid[1], "relevance": r.relevance.astype(np.float16), "retained": r.patches.astype(np.int32),
                                   "features": r.features.astype(np.float16).ravel(), "tokens_used": r.tokens_used, "fell_back": r.fell_back})
-        rows["mentions"] += [{**key, "mention": i, "concept": m.concept, "kind": m.kind, "assertion": m.assertion, "relevance": w.astype(np.float16)} for i, (m, w) in enumerate(zip(r.annotation.mentions, r.looks))]
+        rows["mentions"] += [{**key, "mention": i, "concept": m.concept, "kind": m.kind, "assertion": m.assertion, "certainty": r.certainty.get(m.concept), "relevance": w.astype(np.float16)} for i, (m, w) in enumerate(zip(r.annotation.mentions, r.looks))]
         rows["relations"] += [{**key, "head": x.head, "tail": x.tail, "type": x.type} for x in r.annotation.relations]
     return rows
 
@@ -425,7 +454,7 @@ def reading_rows(
 SCHEMAS = {
     "relevance": pa.schema([("study_id", pa.string()), ("track", pa.string()), ("rows", pa.int16()), ("cols", pa.int16()), ("relevance", pa.list_(pa.float16())),
                             ("retained", pa.list_(pa.int32())), ("features", pa.list_(pa.float16())), ("tokens_used", pa.int32()), ("fell_back", pa.bool_())]),
-    "mentions": pa.schema([("study_id", pa.string()), ("track", pa.string()), ("mention", pa.int32()), ("concept", pa.string()), ("kind", pa.string()), ("assertion", pa.string()), ("relevance", pa.list_(pa.float16()))]),
+    "mentions": pa.schema([("study_id", pa.string()), ("track", pa.string()), ("mention", pa.int32()), ("concept", pa.string()), ("kind", pa.string()), ("assertion", pa.string()), ("certainty", pa.uint8()), ("relevance", pa.list_(pa.float16()))]),
     "relations": pa.schema([("study_id", pa.string()), ("track", pa.string()), ("head", pa.int32()), ("tail", pa.int32()), ("type", pa.string())])}
 
 def save_readings(
@@ -457,15 +486,21 @@ def load_readings(
     missing = [t for t in TABLES if not (Path(run) / f"{t}.parquet").is_file()]
     if missing: raise NeuralError(f"{missing[0]}.parquet is missing in the run folder: run the pruning stage first")
     tables = {t: _rows(_table(Path(run) / f"{t}.parquet", SCHEMAS[t], track)) for t in TABLES}
-    mentions, relations = {}, {}
+    mentions, relations, sure = {}, {}, {}
     for m in tables["mentions"]: mentions.setdefault(m["study_id"], []).append((Mention(0, 0, "", m["concept"], m["kind"], m["assertion"]), m["relevance"]))
+    for m in tables["mentions"]:
+        if m["certainty"] is not None: sure.setdefault(m["study_id"], {})[m["concept"]] = m["certainty"]
     for x in tables["relations"]: relations.setdefault(x["study_id"], []).append(Relation(x["head"], x["tail"], x["type"]))
-    return [_reading(r, mentions.get(r["study_id"], []), relations.get(r["study_id"], [])) for r in tables["relevance"]]
+    return [_reading(r, mentions.get(r["study_id"], []), relations.get(r["study_id"], []), sure.get(r["study_id"], {})) for r in tables["relevance"]]
 
 def _table(path, schema, track):
     "The rows of one track."
     with told(f"{path.name} cannot be read"):
-        try: return pq.read_table(path, columns=schema.names, filters=[("track", "=", track)]).cast(schema)
+        try:
+            there = set(pq.read_schema(path).names)
+            table = pq.read_table(path, columns=[n for n in schema.names if n in there or n != "certainty"], filters=[("track", "=", track)])
+            if "certainty" in schema.names and "certainty" not in there: table = table.add_column(schema.get_field_index("certainty"), "certainty", pa.nulls(len(table)))  # of an earlier version
+            return table.cast(schema)
         except pa.ArrowException as e: raise NeuralError(f"{path.name} is damaged or no table of readings ({type(e).__name__}): run the pruning stage again") from None
 
 def _rows(table):
@@ -473,13 +508,13 @@ def _rows(table):
     columns = {n: [v.values.to_numpy(zero_copy_only=False) for v in c] if pa.types.is_list(c.type) else c.to_pylist() for n, c in zip(table.column_names, table.columns)}
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
-def _reading(row, mentions, relations):
+def _reading(row, mentions, relations, certainty):
     "One reading from its rows."
     n, k = row["rows"] * row["cols"], len(row["retained"])
     looks = np.array([w for _, w in mentions], np.float32).reshape(-1, n)
     note = Annotation("", tuple(m for m, _ in mentions), tuple(relations))
     return Reading(row["study_id"], row["track"], (row["rows"], row["cols"]), np.array(row["relevance"], np.float32), np.array(row["retained"], np.int64),
-                   np.array(row["features"], np.float32).reshape(k, -1), note, looks, row["tokens_used"], row["fell_back"])
+                   np.array(row["features"], np.float32).reshape(k, -1), note, looks, row["tokens_used"], row["fell_back"], certainty)
 
 # %% ../nbs/api/21_build.ipynb #4f25a1ca
 def save_aggregation(
@@ -696,7 +731,7 @@ def open_store(
 ) -> AssetStore:
     "An existing store to go on with as it was begun, or a new one."
     settings = {**packing.settings(), **(settings or {})}
-    if not is_store(folder): return AssetStore.create(folder, reader.vocabulary, reader.kinds, model.encoder.num_features, model.grid, track, packing.codec, provenance, packing.book, settings=settings)
+    if not is_store(folder): return AssetStore.create(folder, reader.vocabulary, reader.kinds, model.encoder.num_features, model.grid, track, packing.codec, provenance, packing.book, settings=settings, certainty=track == "image-only" and bool(model.config.label_names))
     store = AssetStore(folder)
     made = dict(track=track, codec=packing.codec, codebook=packing.book.hash if packing.book else "none", network=provenance.get("model_hash"), fusion=provenance.get("fusion"), vocabulary=vocabulary_hash(reader.vocabulary))
     store.check({**made, **settings})
@@ -734,11 +769,12 @@ def packed_shard(
     fusion: str,  # "betweenness", "grounding" or "none"
     packing: Packing = Packing(),  # codec, pictures, keys
     excluded: Exclusions | None = None,  # takes those that cannot be packed; None: the first of them is an error
+    certain: bool = True,  # False: without certainties, for a store that was begun without
 ) -> list[StudyAsset]:
     "Assets of a batch; full films are decoded again, one at a time, only where their pixels are kept."
     out, full = [], lambda i: read_radiograph(manifest.image_path(manifest[i].frontal)) if packing.pixels else None
     for r, (i, film, _) in zip(readings, studies):
-        try: out.append(r.asset(vocabulary, fusion, None, packing, film, full(i)))
+        try: out.append((r if certain else replace(r, certainty={})).asset(vocabulary, fusion, None, packing, film, full(i)))
         except NeuralError as e:
             if excluded is None: raise
             excluded.add(i, "cannot be packed", str(e))
@@ -766,7 +802,7 @@ def fill_store(
         for part, found in ahead(parts, lambda p: decode_films(film_paths(manifest, p), size, pool)):
             ready = usable(manifest, part, found, track, excluded)
             readings = shard_of(model, tokenizer, reader, ready, track, settings, packing.never, precision)
-            if made := packed_shard(manifest, ready, readings, reader.vocabulary, fusion, packing, excluded): store.append(made, again="skip")
+            if made := packed_shard(manifest, ready, readings, reader.vocabulary, fusion, packing, excluded, store.certain): store.append(made, again="skip")
             bar.update(len(part))
     return unnamed(excluded, manifest, packing)
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'CONTEXT', 'CONTEXT_SIDE', 'KINDS', 'KEPT', 'FORMAT', 'MAX_CONFIG', 'SAID', 'edge_shares', 'to_data',
-           'context_of', 'collate', 'in_store', 'StoreDataset', 'whole_assets', 'ragged', 'GraphBatch', 'GraphColumns',
-           'bag_sum', 'TypedConv', 'GraphClassifier', 'known_targets', 'one_thread', 'origin', 'strangers',
-           'refuse_strangers', 'known_origin', 'unrecorded', 'as_columns', 'predict_logits', 'predict', 'deal', 'Packs',
-           'standardise', 'one_epoch', 'train_classifier', 'save_classifier', 'file_digest', 'load_classifier',
-           'save_predictions', 'is_predictions']
+           'sureness', 'context_of', 'collate', 'in_store', 'StoreDataset', 'whole_assets', 'ragged', 'GraphBatch',
+           'GraphColumns', 'bag_sum', 'TypedConv', 'GraphClassifier', 'known_targets', 'one_thread', 'origin',
+           'strangers', 'refuse_strangers', 'known_origin', 'unrecorded', 'as_columns', 'predict_logits', 'predict',
+           'deal', 'Packs', 'standardise', 'one_epoch', 'train_classifier', 'save_classifier', 'file_digest',
+           'load_classifier', 'save_predictions', 'is_predictions']
 
 # %% ../nbs/api/22_classify.ipynb #44d57595
 import csv, hashlib, json, math, re, sys
@@ -27,7 +27,7 @@ from torch_geometric.data import Batch, Data, Dataset
 from torch_geometric.nn import GCNConv
 from tqdm import tqdm
 from .asset import AssetError
-from .graph import ADJACENT, ASSERTIONS, EDGE_TYPES, REVERSE, SHOWS
+from .graph import ADJACENT, ASSERTIONS, EDGE_TYPES, REVERSE, SHOWS, certainty_share
 from .picture import decode_picture
 from .study import Exclusions, NeuralError, above, at_least, make_folder, publish, read_table, readable
 
@@ -51,7 +51,7 @@ def to_data(
     asset,                # StudyAsset
     fusion='grounding',   # 'betweenness', 'grounding' or 'none', see chapter 18
     parts=PARTS,          # what is read: 'visual', 'knowledge', 'context', or some of them
-) -> Data:                # x [kv, d], place [kv], word [mw], is_patch [n], edge_index [2, e], edge_type [e], edge_weight [e]; context [1, 1, 48, 48] if read
+) -> Data:                # x [kv, d], place [kv], word [mw], certainty [mw], is_patch [n], edge_index [2, e], edge_type [e], edge_weight [e]; context [1, 1, 48, 48] if read
     "One unified graph as tensors (NEURAL, sec. 2.3)."
     if not set(parts) & set(PARTS) or set(parts) - {*PARTS, CONTEXT}: raise NeuralError(f"parts must be some of {', '.join(PARTS)}, and {CONTEXT} beside them; got {parts}")
     g = asset.unified(fusion)
@@ -62,8 +62,15 @@ def to_data(
     v, q = (len(g.visual) if 'visual' in parts else 0), (len(g.knowledge) if 'knowledge' in parts else 0)
     words = g.knowledge.concepts[:q]*len(ASSERTIONS) + g.knowledge.assertions[:q]
     t = lambda a: torch.from_numpy(np.array(a))
-    return Data(x=t(g.visual.features[:v]), place=t(g.visual.patches[:v]), word=t(words), is_patch=t(is_patch[keep]), edge_index=t(edges), edge_type=t(types),
+    return Data(x=t(g.visual.features[:v]), place=t(g.visual.patches[:v]), word=t(words), certainty=t(sureness(g.knowledge.certainty, len(g.knowledge))[:q]), is_patch=t(is_patch[keep]), edge_index=t(edges), edge_type=t(types),
                 edge_weight=t(edge_shares(edges, types, g.weights[inside], v+q)), num_nodes=v+q, **({'context': context_of(asset)} if CONTEXT in parts else {}))
+
+def sureness(
+    certainty,       # uint8 [m], see `certainty_bytes`; None or empty: nothing is known
+    m: int,          # number of concepts
+) -> np.ndarray:     # float32 [m]: 2p - 1, and 0 where unknown
+    "How a classifier reads certainties (this companion's choice)."
+    return np.nan_to_num(2*certainty_share(certainty, m) - 1)
 
 def context_of(
     asset,            # StudyAsset with a thumbnail
@@ -129,8 +136,13 @@ def _graphs_at_once(assets, fusion, parts):
     size, t = k*v + m*q, lambda x: torch.from_numpy(np.ascontiguousarray(x))
     is_patch = np.arange(size.sum()) < np.repeat(word, size)
     return Batch(x=t(np.concatenate([a.features[:len(a.patches)*v] for a in assets])), place=t(patches[:len(patches)*v].astype(np.int64)), batch=t(np.repeat(np.arange(n), size)),
-                 word=t((concepts.astype(np.int64)*len(ASSERTIONS) + _field(assets, 'assertions')[0])[:len(concepts)*q]), is_patch=t(is_patch), edge_index=t(np.stack([source, target])), edge_type=t(types),
+                 word=t((concepts.astype(np.int64)*len(ASSERTIONS) + _field(assets, 'assertions')[0])[:len(concepts)*q]), certainty=t(_sureness(assets)[:len(concepts)*q]), is_patch=t(is_patch), edge_index=t(np.stack([source, target])), edge_type=t(types),
                  edge_weight=t(edge_shares(np.stack([source, target]), types, weights, int(size.sum()))), ptr=t(np.append(0, size.cumsum())), num_nodes=int(size.sum()))
+
+def _sureness(assets):
+    "The certainties of many assets, end to end, as they are read."
+    if not any(len(a.certainty) for a in assets): return np.zeros(sum(len(a.concepts) for a in assets), np.float32)
+    return np.concatenate([sureness(a.certainty, len(a.concepts)) for a in assets])
 
 # %% ../nbs/api/22_classify.ipynb #195afb6e
 def collate(
@@ -236,6 +248,7 @@ class GraphBatch:
     groups: list            # bags of `heard` of each edge type
     pool: tuple             # bags of nodes, one per graph for its patches, then one per graph for its concepts
     context: torch.Tensor = None   # uint8 [B, 1, 48, 48], if read
+    certainty: torch.Tensor = None # [W] from -1 to 1, 0 unknown; None where all of it is
 
     @property
     def num_graphs(self): return self.size.shape[1]
@@ -270,6 +283,7 @@ class GraphColumns:
         self.origin = {}     # of the assets, see `origin`; what is not known is left out
         owner, word, n = graphs.batch.numpy(), 1 - graphs.is_patch.numpy().astype(int), graphs.num_graphs
         self.kind, self.x, self.place, self.word, self.context = kind, graphs.x.numpy(), graphs.place.numpy(), graphs.word.numpy(), graphs.get('context')
+        self.certainty = c.numpy() if (c := graphs.get('certainty')) is not None and c.any() else None      # where all is unknown there is nothing to read
         self.size = np.stack([np.bincount(owner[word == i], minlength=n) for i in (0, 1)])                # (2, n) patches, concepts
         self.first = self.size.cumsum(1) - self.size
         rank = np.where(word, word.cumsum(), (1-word).cumsum()) - 1 - self.first[word, owner]             # among its kind, in its graph
@@ -314,7 +328,8 @@ def batch(
     source, weight, heard = (speaker >> 1) + begin.take(graph), self.weight.take(edge), self.heard.take(bag)
     return GraphBatch(t(self.x.take(patch, 0)), t(self.place.take(patch)), t(self.word.take(word - len(self.x))), t(size), (t(source), t(heard.cumsum() - heard), t(weight)),
                       t(listener), np.bincount(self.types, bags.sum(1), len(EDGE_TYPES)).astype(int).tolist(),
-                      (t(np.arange(len(node))), t(begin), t(self.share.take(node))), None if self.context is None else self.context[rows])
+                      (t(np.arange(len(node))), t(begin), t(self.share.take(node))), None if self.context is None else self.context[rows],
+                      None if self.certainty is None else t(self.certainty.take(word - len(self.x))))
 
 # %% ../nbs/api/22_classify.ipynb #93c3dc82
 class _BagSum(torch.autograd.Function):
@@ -368,6 +383,7 @@ class GraphClassifier(nn.Module):
         dropout=0.,            # before the last layer
         fusion='grounding',    # how the graphs are joined, see chapter 18
         parts=PARTS,           # which graphs are read, and 'context'
+        certainty=False,       # how sure the writer was of a concept is read, too
     ):
         super().__init__()
         if kind not in KINDS: raise NeuralError(f"kind must be one of {', '.join(KINDS)}, got {kind}")
@@ -375,9 +391,11 @@ class GraphClassifier(nn.Module):
         at_least(1, hidden=hidden, dim=dim); at_least(0, vocabulary_size=vocabulary_size, patches=patches, dropout=dropout)
         if dropout >= 1: raise NeuralError(f"dropout must be below 1, got {dropout}")
         self.trained_on = {}     # where its assets came from, target, policy; see `origin`
-        self.config = dict(kind=kind, dim=dim, vocabulary_size=vocabulary_size, hidden=hidden, patches=patches, dropout=dropout, fusion=fusion, parts=list(parts))
+        self.config = dict(kind=kind, dim=dim, vocabulary_size=vocabulary_size, hidden=hidden, patches=patches, dropout=dropout, fusion=fusion, parts=list(parts), **({'certainty': True} if certainty else {}))
+        if certainty and 'knowledge' not in parts: raise NeuralError("a certainty is of a concept: read it with parts that have 'knowledge'")
         if 'visual' in parts: self.visual, self.place = nn.Linear(dim, hidden), (nn.Embedding(patches, hidden) if patches else None)
         if 'knowledge' in parts: self.words = nn.Embedding(vocabulary_size*len(ASSERTIONS), hidden)
+        if certainty: self.sure = nn.Parameter(torch.zeros(hidden))      # nothing at first
         if CONTEXT in parts:
             if kind == 'gcn': raise NeuralError("the paper's classifier knows no context; use kind='typed'")
             self.context = nn.Sequential(*[m for a, b in ((1, 16), (16, 32), (32, hidden)) for m in (nn.Conv2d(a, b, 3, stride=2, padding=1), nn.ReLU())])
@@ -402,7 +420,7 @@ def nodes(
         h.append(x if self.place is None else x + self.place(g.place))
     if 'knowledge' in self.config['parts']:
         if len(g.word) and g.word.max() >= self.words.num_embeddings: raise NeuralError(f"concept {int(g.word.max())//len(ASSERTIONS)} is not in the vocabulary of {self.config['vocabulary_size']} this classifier was built for")
-        h.append(self.words(g.word))
+        h.append(self.words(g.word) if g.certainty is None or 'certainty' not in self.config else torch.addcmul(self.words(g.word), g.certainty[:, None], self.sure))
     return torch.cat(h)
 
 # %% ../nbs/api/22_classify.ipynb #4fa4fd9e
@@ -651,7 +669,7 @@ def train_classifier(
     progress=False,      # a bar over the epochs, on a terminal only
     fusion='grounding', parts=PARTS,   # how the graphs are joined, which are read
     anyway=False,        # True: validate on assets of another origin, too
-    **model_options,     # hidden, patches, dropout of `GraphClassifier`
+    **model_options,     # hidden, patches, dropout, certainty of `GraphClassifier`
 ) -> tuple[GraphClassifier, list[dict]]: # the best epoch's model, in evaluation mode; history: epoch, loss, validate_loss, validate_auc, best
     "Trains one classifier; the epoch is chosen on validate, test is never seen (protocol of this companion)."
     graphs, held = (as_columns(g, kind, fusion, parts) for g in (assets_train, assets_validate))
@@ -661,6 +679,7 @@ def train_classifier(
     refuse_strangers({n: v for n, v in graphs.origin.items() if n != 'patches'}, held.origin, parts, anyway)
     with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(seed)
+        model_options.setdefault('certainty', graphs.certainty is not None)       # read where there is any
         model = GraphClassifier(kind, graphs.x.shape[1], vocabulary_size, fusion=fusion, parts=parts, **model_options)
         model.trained_on = dict(graphs.origin)
         standardise(model, graphs, rows); model.to(device)
@@ -740,6 +759,7 @@ def load_classifier(
     if not config: raise NeuralError(f"{folder.name} holds no classifier: no readable config.json")
     if config.pop('format', None) != FORMAT: raise NeuralError(f"{folder.name} holds no graph classifier: its config.json belongs to something else")
     if any(not isinstance(config.get(k), int) or not 0 <= config[k] <= 1_000_000 for k in ('dim', 'vocabulary_size', 'hidden', 'patches')): raise NeuralError(f"{folder.name}/config.json: dim, vocabulary_size, hidden and patches must be sensible whole numbers")
+    if type(config.get('certainty', False)) is not bool: raise NeuralError(f"{folder.name}/config.json: certainty must be true or false")
     known, digest = _check_known(folder.name, config.pop('trained_on', {})), config.pop('weights', None)
     if weights.is_file() and digest not in (None, file_digest(weights)): raise NeuralError(f"{folder.name}: weights and config.json do not belong together, one of them was exchanged: copy the whole folder again")
     try:

@@ -16,7 +16,7 @@ from pathlib import Path
 import networkx as nx, numpy as np, pyarrow as pa, pyarrow.parquet as pq, torch
 from torch_geometric.data import HeteroData
 from .asset import AssetStore, StudyAsset, vocabulary_hash
-from .graph import ADJACENT, ASSERTIONS, EDGE_TYPES, RELATIONS, SAYS, SHOWS
+from .graph import ADJACENT, ASSERTIONS, EDGE_TYPES, RELATIONS, SAYS, SHOWS, certainty_share
 from .graph import to_networkx as graph_to_networkx
 from .report import Annotation, Mention, Relation
 from .study import COLUMNS, SPLITS, Exclusions, Manifest, NeuralError, from_rows, publish, read_table, readable, refuse_overwrite
@@ -29,13 +29,14 @@ TRIPLES = {ADJACENT: ('patch', 'beside', 'patch'), SHOWS: ('patch', 'rev_looks_a
 def to_hetero(
     asset: StudyAsset,    # one study
     fusion='grounding',   # 'grounding', 'betweenness' or 'none', see chapter 18
-) -> HeteroData:          # patch: x [k, d], relevance [k], place [k, 2]; concept: id [m], assertion [m]; per edge type edge_index [2, e], edge_weight [e]
+) -> HeteroData:          # patch: x [k, d], relevance [k], place [k, 2]; concept: id [m], assertion [m], certainty [m]; per edge type edge_index [2, e], edge_weight [e]
     "The unified graph of an asset for PyTorch Geometric (NEURAL, sec. 2.3; layout of this companion)."
     g, data, t = asset.unified(fusion), HeteroData(study_id=asset.study_id), lambda a, kind: torch.from_numpy(np.array(a, kind))
     rows, cols = g.visual.grid
     place = np.stack([(g.visual.patches//cols + .5)/rows, (g.visual.patches % cols + .5)/cols], axis=1)
     data['patch'].x, data['patch'].relevance, data['patch'].place = (t(a, np.float32) for a in (g.visual.features, g.visual.relevance, place))
     data['concept'].id, data['concept'].assertion, data['concept'].num_nodes = t(g.knowledge.concepts, np.int64), t(g.knowledge.assertions, np.int64), len(g.knowledge)
+    data['concept'].certainty = t(certainty_share(g.knowledge.certainty, len(g.knowledge)), np.float32)
     for code, (head, name, tail) in TRIPLES.items():
         shift = np.array([[len(g.visual)*(end == 'concept')] for end in (head, tail)])
         data[head, name, tail].edge_index = t(g.edges[:, g.types == code] - shift, np.int64)
@@ -72,7 +73,7 @@ def to_radgraph(
     vocabulary,          # concept names in order, as in its store
     kinds: dict,         # concept name -> 'Anatomy' | 'Observation', as in its store
     long=False,          # 'Observation::definitely present' (RadGraph-XL) instead of 'OBS-DP'
-) -> dict:               # {'text': '', 'entities': {id: tokens, label, start_ix -1, end_ix -1, relations}}
+) -> dict:               # {'text': '', 'entities': {id: tokens, label, start_ix -1, end_ix -1, relations, certainty if known}}
     "The knowledge graph of an asset in RadGraph's JSON layout, without text or offsets (this companion's choice)."
     names, text, mentions = named(asset, vocabulary), '', []
     if unknown := sorted(set(names) - set(kinds)): raise NeuralError(f"concept {unknown[0]!r} of {asset.study_id} is neither Anatomy nor Observation in `kinds`; take the kinds of its store")
@@ -81,7 +82,8 @@ def to_radgraph(
         text += f'{name} . '
     relations = tuple(Relation(h, t, RELATIONS[r]) for h, t, r in asset.relations.tolist())
     entities = Annotation(text, tuple(mentions), relations).to_radgraph(long)['entities']
-    return {'text': '', 'entities': {i: {**e, 'start_ix': -1, 'end_ix': -1} for i, e in entities.items()}}
+    known = [{} if np.isnan(p) else {'certainty': round(p, 3)} for p in certainty_share(asset.certainty, len(names)).tolist()]     # where there is one
+    return {'text': '', 'entities': {i: {**e, 'start_ix': -1, 'end_ix': -1, **sure} for (i, e), sure in zip(entities.items(), known, strict=True)}}
 
 # %% ../nbs/api/23_export.ipynb #25c0c6f2
 def identifiers(
@@ -118,7 +120,7 @@ CONTEXT = {'@language': 'en', '@vocab': 'https://schema.org/', 'cr': 'http://mlc
 # %% ../nbs/api/23_export.ipynb #56d879fd
 MEANING = dict(study_id="the key of the study, chosen by whoever made the store", patches="indices of the retained patches, row-major on the token grid", relevance="of each retained patch, not negative, float16",
                features="raw bytes: the features of the retained patches as codes of the store's codec, patch after patch", scales="of the int8 codes, one per retained patch", concepts="places in the vocabulary of the store's head, one per concept node",
-               assertions="of each concept node: 0 present, 1 uncertain, 2 absent", relations="head, tail and type (0 located_at, 1 modify, 2 suggestive_of), three numbers per relation",
+               assertions="of each concept node: 0 present, 1 uncertain, 2 absent", certainty="that each concept is present, round(254 p), 255 where unknown; empty where none is known", relations="head, tail and type (0 located_at, 1 modify, 2 suggestive_of), three numbers per relation",
                grounding="concept node and retained patch, two numbers per tie", weights="of each tie, float16", thumbnail="the whole film as a small picture, may be empty", pixels="the retained patches at full resolution as one lossless picture, may be empty",
                checksum="raw bytes: BLAKE2b of the whole asset, 8 bytes")   # column of a shard -> what it holds
 

@@ -480,3 +480,95 @@ def test_a_page_that_claims_to_unfold_far_is_refused_before_it_does(tmp_path):
     with pytest.raises(AssetError, match="claims .* bytes for 4 studies"): list(AssetStore(tmp_path / "s"))
     assert [n for n, _ in AssetStore(tmp_path / "s").verify()] == [name]
     assert peak() - before < 100_000                                               # kilobytes
+
+
+# certainties of concepts
+
+def sure_asset(seed, m=4, **over):
+    rng = np.random.default_rng(seed)
+    return random_asset(seed, m=m, **{"track": "image-only", "certainty": np.where(rng.random(m) < .4, 255, rng.integers(0, 255, m)), **over})
+
+
+def sealed(head, body): return head + body + asset_module._digest(head + body)
+
+
+def test_an_asset_without_certainties_has_the_bytes_it_always_had(tmp_path):
+    whole = b"".join(random_asset(i).to_bytes() for i in range(60))
+    assert asset_module._digest(whole).hex() == "80b35dbcd1c7ebae"                   # taken before there were any
+    store, _ = store_of(tmp_path / "s", track="image-only")
+    assert "certainty" not in pq.read_schema(store.shards[0]).names + pq.read_schema(store.head).names and store.version == 2
+    assert store.compact() == (2, 1) and store.version == 2 and "certainty" not in pq.read_schema(store.shards[0]).names
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_certainties_survive_bytes_and_graphs(seed):
+    a = sure_asset(seed, certainty=np.r_[7, np.random.default_rng(seed).integers(0, 256, 3)])
+    b = StudyAsset.from_bytes(a.to_bytes())
+    assert a == b and np.array_equal(a.certainty, b.certainty) and b.certainty.dtype == np.uint8 and a.to_bytes()[4] == 3
+    assert np.array_equal(b.graphs()[1].certainty, a.certainty) and np.array_equal(b.unified().knowledge.certainty, a.certainty)
+    assert len(a.to_bytes()) == len(StudyAsset(**{**{n: getattr(a, n) for n in a.__dataclass_fields__}, "certainty": ()}).to_bytes()) + 4
+
+
+@pytest.mark.parametrize("over,said", [(dict(certainty=[1, 2, 3]), "certainty has shape"), (dict(certainty=[1] * 5), "certainty has shape"), (dict(certainty=[0, 0, 0, 256]), "0..255"), (dict(certainty=[-1, 0, 0, 0]), "0..255"),
+                                       (dict(certainty=[.5] * 4), "whole numbers"), (dict(track="image+report", certainty=[1] * 4), "only an image-only asset"), (dict(m=0, certainty=[1]), "certainty has shape")])
+def test_certainties_that_do_not_fit_are_refused(over, said):
+    with pytest.raises(AssetError, match=said): sure_asset(3, **over)
+
+
+@pytest.mark.parametrize("certainty", [None, (), [255] * 4])
+def test_nothing_known_is_one_spelling_and_the_old_one(certainty):
+    assert sure_asset(5, certainty=certainty).to_bytes() == random_asset(5, m=4, track="image-only").to_bytes()
+
+
+@pytest.mark.parametrize("m", [0, 3, 5, 65_535])
+def test_a_count_that_the_bytes_do_not_hold_is_refused_before_memory_is_reserved(m):
+    data = bytearray(sure_asset(9).to_bytes()[:-8]); data[14:16] = m.to_bytes(2, "little")       # the number of concepts
+    with pytest.raises(AssetError, match="header speaks of"): StudyAsset.from_bytes(sealed(bytes(data[:6]), bytes(data[6:])))
+
+
+@pytest.mark.parametrize("wire,said", [(lambda a: sealed(a[:4] + b"\2\0", a[6:-8]), "header speaks of"), (lambda a: sealed(a[:4] + b"\4\0", a[6:-8]), "schema version 4"), (lambda a: sealed(a[:7] + b"\0", a[8:-8]), "only an image-only asset"),
+                                       (lambda a: a[:-9] + a[-8:], "header speaks of"), (lambda a: a[:-20], "header speaks of")])
+def test_a_forged_version_track_or_length_is_refused(wire, said):
+    with pytest.raises(AssetError, match=said): StudyAsset.from_bytes(wire(sure_asset(9, certainty=[1, 2, 3, 4]).to_bytes()))
+
+
+def sure_store(folder, n=12, shards=3):
+    store = AssetStore.create(folder, WORDS, dim=8, track="image-only", provenance=PROVENANCE, certainty=True)
+    assets = [sure_asset(i, d=8, codec="int8", **({} if i % 3 else {"certainty": ()})) for i in range(n)]
+    for part in np.array_split(np.arange(n), shards): store.append([assets[i] for i in part])
+    return store, assets
+
+
+def test_a_store_keeps_certainties_through_every_way(tmp_path):
+    store, assets = sure_store(tmp_path / "s")
+    assert list(AssetStore(tmp_path / "s")) == assets and AssetStore(tmp_path / "s")["s4"] == assets[4] and store.verify() == []
+    assert store.compact() == (3, 1) and list(AssetStore(tmp_path / "s")) == assets and store.verify() == [] and AssetStore(tmp_path / "s").certain
+    found = duckdb.sql(f"select study_id, certainty from '{tmp_path}/s/*.parquet' order by study_id").fetchall()
+    assert dict(found) == {a.study_id: a.certainty.tolist() for a in assets}
+    assert len(pq.read_table(tmp_path / "s")) == 12
+
+
+def test_a_store_that_was_begun_without_takes_none(tmp_path):
+    store, assets = store_of(tmp_path / "s", track="image-only")
+    with pytest.raises(AssetError, match="begun without"): store.append([sure_asset(50, d=8, codec="int8")])
+    assert list(AssetStore(tmp_path / "s")) == assets
+    with pytest.raises(AssetError, match="only an image-only store"): AssetStore.create(tmp_path / "r", WORDS, certainty=True)
+
+
+@pytest.mark.parametrize("value,said", [([1], "certainty has shape"), ([1] * 9, "certainty has shape"), ([255] * 4, "checksum"), ([9] * 4, "checksum"), (None, "checksum")])
+def test_an_edited_certainty_is_named(tmp_path, value, said):
+    store, _ = sure_store(tmp_path / "s", shards=1)
+    schema, rows = pq.read_schema(store.shards[0]), pq.read_table(store.shards[0]).to_pylist()
+    rows[5]["certainty"] = value
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), store.shards[0])
+    assert [(n, said in why) for n, why in AssetStore(tmp_path / "s").verify()] == [("s5", True)]
+
+
+def test_more_certainties_than_studies_can_need_are_refused_unread(tmp_path):
+    store, _ = sure_store(tmp_path / "s", n=3, shards=1)
+    schema, rows = pq.read_schema(store.shards[0]), pq.read_table(store.shards[0]).to_pylist()
+    rows[0]["certainty"] = [1] * 5_000_000
+    out = io.BytesIO(); pq.write_table(pa.Table.from_pylist(rows, schema=schema), out, compression="zstd", use_dictionary=False)
+    name = f"shard-000000-000000-{asset_module._digest(out.getvalue()).hex()}.parquet"
+    store.shards[0].unlink(); (tmp_path / "s" / name).write_bytes(out.getvalue())
+    with pytest.raises(AssetError, match="claims .* for 3 studies"): list(AssetStore(tmp_path / "s"))

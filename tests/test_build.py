@@ -21,7 +21,7 @@ from transformers.utils import logging as hub
 from typer.testing import CliRunner
 
 from neural.asset import AssetStore, keyed_id, vocabulary_hash
-from neural.build import (TRACKS, Aggregation, Packing, ahead, build_store, by_activation, close_calls, finding_places, guided, habit, hash_of, load_aggregation, load_readings, named_findings, open_store, read_batch, region,
+from neural.build import (TRACKS, Aggregation, Packing, ahead, build_store, by_activation, certainties, close_calls, concept_findings, finding_places, guided, habit, hash_of, load_aggregation, load_readings, named_findings, open_store, read_batch, region,
                           save_aggregation, save_readings, settle, shard_of)
 from neural.cli import app
 from neural.codec import book_bytes, read_book
@@ -421,3 +421,62 @@ def test_a_guide_that_has_nothing_to_follow_is_refused(taught):
     model = copy.deepcopy(taught); model.config.label_names = []
     with pytest.raises(NeuralError, match="label head"): read_batch(model, None, ReportReader(), ["a"], films, ["No effusion."], "image+report", 4, Aggregation("activation"), torch.zeros(144, 0))
     with pytest.raises(NeuralError, match="indices 0..143"): read_batch(taught, None, ReportReader(), ["a"], films, ["No effusion."], "image+report", 4, Aggregation(lift=False), never=(144,))
+
+
+# how sure the writer was
+
+@pytest.fixture(scope="module")
+def written(read_plainly):
+    "A few readings of each track, by the same network."
+    network, tokenizer, reader, studies, settings, _ = read_plainly
+    films = torch.stack([torch.as_tensor(f) for _, f, _ in studies[:6]])
+    read = lambda track: read_batch(network, tokenizer, reader, [i for i, *_ in studies[:6]], films, [t for *_, t in studies[:6]], track, 4, settings[0], settings[1], 32)
+    return network, reader, films, read("image-only"), read("image+report")
+
+
+def test_a_concept_has_the_probability_of_its_finding_on_the_image_only_track_alone(written):
+    network, reader, films, own, told = written
+    with torch.no_grad(): p = torch.sigmoid(network.name_findings(network.encode(films))).numpy()
+    assert all(r.certainty == {} and r.asset(reader.vocabulary).to_bytes()[4] == 2 for r in told)
+    for r, (lesion, edema) in zip(own, p):
+        wanted = {"lung nodule": lesion, "pulmonary edema": edema}
+        named = {m.concept for m in r.annotation.mentions}
+        assert set(r.certainty) == named & set(wanted) and all(abs(r.certainty[c] / 254 - wanted[c]) < .01 for c in r.certainty)
+        a = r.asset(reader.vocabulary)
+        assert [b for b in a.certainty] == [r.certainty.get(reader.vocabulary[c], 255) for c in a.concepts] if r.certainty else not len(a.certainty)
+
+
+def test_a_denied_concept_keeps_how_probable_it_is_present(written):
+    network, reader, films, *_ = written
+    notes = list(reader.pipe(["No pulmonary edema.", "Pulmonary edema.", "Possible pulmonary edema.", "Scoliosis.", "", "Lungs are clear."]))
+    with torch.no_grad(): tokens = network.encode(films[:1]).repeat(6, 1, 1)
+    found = certainties(network, tokens, notes)
+    assert found[0] == found[1] == found[2] and set(found[0]) == {"pulmonary edema"} and found[3:] == [{}, {}, {}]
+
+
+@pytest.mark.parametrize("concept,names,at", [("hydropneumothorax", ("Pneumothorax", "Edema", "Pleural Effusion"), (0, 2)), ("pneumonia", ("Edema",), ()), ("pneumonia", ("No Finding", "Pneumonia"), (1,)), ("no such concept", ("Edema",), ())])
+def test_a_concept_belongs_to_the_findings_it_counts_for(concept, names, at):
+    assert concept_findings(concept, "Observation", names) == at and concept_findings(concept, "Anatomy", names) == ()
+
+
+def test_tables_and_a_direct_build_give_the_same_certainties(written, tmp_path):
+    _, reader, _, own, told = written
+    save_readings(own + told, tmp_path)
+    back, plain = load_readings(tmp_path, "image-only"), load_readings(tmp_path, "image+report")
+    assert any(r.certainty for r in own) and [r.certainty for r in back] == [r.certainty for r in own] and not any(r.certainty for r in plain)
+    for a, b in zip(own, back): assert np.array_equal(a.asset(reader.vocabulary).certainty, b.asset(reader.vocabulary).certainty)
+    pq.write_table(pq.read_table(tmp_path / "mentions.parquet").drop_columns(["certainty"]), tmp_path / "mentions.parquet")       # as an earlier version wrote it
+    assert [r.certainty for r in load_readings(tmp_path, "image-only")] == [{}] * 6
+
+
+def test_a_store_that_was_begun_without_certainties_is_gone_on_with_as_it_was(place):
+    vlm, manifest = place / "vlm", Manifest.load(place / "m.csv")
+    made, _ = build_store(manifest, place / "sure", vlm, "image-only", workers=0, progress=False)
+    network, reader = load_vlm(vlm), ReportReader()
+    assert made.certain and made.version == 3 and made.verify() == []
+    old = AssetStore.create(place / "old", made.vocabulary, made.kinds, made.dim, made.grid, "image-only", made.codec, made.provenance, settings=made.meta["settings"])
+    more, _ = build_store(manifest, place / "old", vlm, "image-only", workers=0, progress=False)
+    assert more.version == 2 and more.ids == made.ids and not any(len(a.certainty) for a in more) and old.verify() == []
+    assert [replace(a, certainty=()) for a in made] == list(more)
+    report, _ = build_store(manifest, place / "told", vlm, "image+report", workers=0, progress=False)
+    assert not report.certain and report.version == 2

@@ -1,6 +1,7 @@
 "The classifiers: nothing idle, nothing one-way, nothing learned from what was left out."
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -479,3 +480,67 @@ def test_zero_is_refused_by_name_and_never_the_default(wrong, said):
     assets, y = [random_asset(i, m=3) for i in range(8)], np.arange(8) % 2.
     with pytest.raises(NeuralError, match=said): train_classifier(assets, y, assets, y, vocabulary_size=10, **wrong)
     with pytest.raises(NeuralError, match="batch_size must be 1 or more"): predict(GraphClassifier("gcn", 6, 10), assets, batch_size=0)
+
+
+# how sure the writer was of a concept
+
+def doubted(n, seed):
+    "The label stands in the certainty of the first concept alone."
+    (assets, y), r = planted(n, "none", seed), np.random.default_rng(seed)
+    own = [[round(254 * r.uniform(*((.6, .9) if ill else (.1, .4)))), 255, 255] for ill in y]
+    return [replace(a, track="image-only", certainty=c) for a, c in zip(assets, own)], y
+
+
+def unsure(assets): return [replace(a, certainty=()) for a in assets]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_only_the_certainty_tells_is_learnt(kind):
+    (a, ya), (b, yb), (c, yc) = (doubted(n, s) for n, s in ((160, 1), (80, 2), (160, 3)))
+    found = {read: roc_auc_score(yc, predict(train_classifier(a, ya, b, yb, kind, vocabulary_size=10, hidden=32, epochs=20, batch_size=16, certainty=read)[0], c)) for read in (True, False)}
+    assert found[True] > .95 and found[False] < .65
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("certainty", [(), [255, 255, 255]])
+def test_the_unknown_adds_nothing(kind, certainty):
+    assets = [replace(a, track="image-only", certainty=certainty) for a in planted(12, "none", 4)[0]]
+    torch.manual_seed(0); plain = GraphClassifier(kind, 6, 10)
+    torch.manual_seed(0); hearing = GraphClassifier(kind, 6, 10, certainty=True)
+    for m in (plain, hearing): torch.manual_seed(1); torch.nn.init.normal_(m.last.weight)
+    torch.nn.init.normal_(hearing.sure)
+    assert torch.equal(plain(collate(assets)), hearing(collate(assets)))
+    told = [replace(a, certainty=[254, 255, 255]) for a in assets]
+    assert torch.equal(plain(collate(told)), plain(collate(assets))) and not torch.allclose(hearing(collate(told)), plain(collate(told)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_certainties_a_classifier_is_the_one_it_always_was(kind):
+    (a, ya), (b, yb) = planted(40, "patch", 1), planted(20, "patch", 2)
+    model, _ = train_classifier(a, ya, b, yb, kind, vocabulary_size=10, hidden=8, epochs=2)
+    open_eared, _ = train_classifier(a, ya, b, yb, kind, vocabulary_size=10, hidden=8, epochs=2, certainty=True)
+    assert "certainty" not in model.config and "sure" not in model.state_dict() and not open_eared.sure.any()
+    assert np.array_equal(predict(model, b), predict(open_eared, b))
+
+
+def test_certainties_are_read_alike_one_by_one_at_once_and_cut():
+    assets = [a if len(a.concepts) == 0 or i % 3 == 0 else replace(a, track="image-only", certainty=np.random.default_rng(i).integers(0, 256, len(a.concepts))) for i, a in enumerate(random_asset(i) for i in range(40))]
+    single, many = Batch.from_data_list([to_data(a) for a in assets]), collate(assets)
+    assert torch.equal(single.certainty, many.certainty) and many.certainty.abs().max() <= 1 and len(many.certainty) == len(many.word)
+    rows = [5, 1, 30, 1]
+    assert torch.equal(GraphColumns(many).batch(rows).certainty, collate([assets[i] for i in rows]).certainty)
+    assert GraphColumns(collate([random_asset(i) for i in range(5)])).batch([0, 1]).certainty is None
+    assert len(collate(assets, parts=("visual",)).certainty) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_classifier_that_hears_certainties_is_kept_and_its_file_is_not_trusted(tmp_path, kind):
+    a, y = doubted(40, 1)
+    model, _ = train_classifier(a, y, a, y, kind, vocabulary_size=10, hidden=8, epochs=3)
+    save_classifier(model, tmp_path / "c")
+    assert np.array_equal(predict(load_classifier(tmp_path / "c"), a), predict(model, a)) and model.sure.any()
+    config = json.loads((tmp_path / "c/config.json").read_text())
+    for bad, said in ((1, "true or false"), ("yes", "true or false"), (False, "do not belong together")):
+        (tmp_path / "c/config.json").write_text(json.dumps({**config, "certainty": bad}))
+        with pytest.raises(NeuralError, match=said): load_classifier(tmp_path / "c")
+    with pytest.raises(NeuralError, match="certainty is of a concept"): GraphClassifier(kind, 6, 10, parts=("visual",), certainty=True)

@@ -313,3 +313,30 @@ def test_a_disk_that_fails_is_told_and_no_card_is_half(run, monkeypatch, code):
     with pytest.raises(NeuralError, match=os.strerror(code)) as e: write_cards(run, licence="CC0-1.0")
     monkeypatch.undo()
     assert "\n" not in str(e.value) and {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()} == before
+
+
+# how sure the writer was
+
+def sure_of(seed, **over):
+    a = random_asset(seed)
+    return random_asset(seed, track="image-only", certainty=[254 if i % 2 else 255 for i in range(len(a.concepts))], **over)
+
+
+@pytest.mark.parametrize("seed", [s for s in range(12) if len(random_asset(s).concepts) > 1][:4])
+def test_every_way_out_says_how_sure_the_writer_was_and_no_more(seed):
+    a, plain = sure_of(seed), random_asset(seed)
+    wanted = [None if i % 2 == 0 else 1.0 for i in range(len(a.concepts))]
+    known = lambda values: [None if v is None or np.isnan(v) else v for v in values]
+    assert known(to_hetero(a)["concept"].certainty.tolist()) == wanted and to_hetero(plain)["concept"].certainty.isnan().all()
+    nodes = [d for _, d in to_networkx(a, WORDS).nodes(data=True) if d["kind"] == "concept"]
+    assert [d.get("certainty") for d in nodes] == wanted
+    assert [e.get("certainty") for e in to_radgraph(a, WORDS, KINDS)["entities"].values()] == wanted
+    assert "certainty" not in json.dumps(to_radgraph(plain, WORDS, KINDS)) + str(to_networkx(plain, WORDS).nodes(data=True))
+
+
+def test_croissant_explains_the_column_where_there_is_one(tmp_path):
+    store = AssetStore.create(tmp_path / "s", WORDS, KINDS, dim=5, track="image-only", provenance=PROVENANCE, certainty=True)
+    store.append([sure_of(s) for s in range(4)])
+    fields = {f["name"]: f for f in croissant(store, "x", **ABOUT)["recordSet"][0]["field"]}
+    assert fields["certainty"]["dataType"] == "sc:Integer" and "255" in fields["certainty"]["description"] and fields["certainty"]["repeated"]
+    assert "certainty" not in json.dumps(croissant(random_store(tmp_path / "t"), "x", **ABOUT)["recordSet"])

@@ -152,7 +152,8 @@ def asset_of(i, **over):
 
 film = np.random.default_rng(3).random((1, 96, 96), np.float32)
 VALID = [asset_of(0), asset_of(1, codec="f16"), asset_of(2, codec="f32"), asset_of(3, codec="pq", book=BOOK), asset_of(4, thumbnail=thumbnail(film, 400, "webp"), pixels=encode_tiles(film, [1, 2, 3], (12, 12))),
-         asset_of(5, thumbnail=thumbnail(film, 600, "avif"), pixels=encode_tiles(film, [1, 2, 3], (12, 12), 16)), asset_of(6, thumbnail=encode_picture(film[:, :24, :24], "jxl", 10)), asset_of(7, thumbnail=encode_picture(film[:, :24, :24], "jpeg", 10))]
+         asset_of(5, thumbnail=thumbnail(film, 600, "avif"), pixels=encode_tiles(film, [1, 2, 3], (12, 12), 16)), asset_of(6, thumbnail=encode_picture(film[:, :24, :24], "jxl", 10)), asset_of(7, thumbnail=encode_picture(film[:, :24, :24], "jpeg", 10)),
+         asset_of(8, track="image-only", certainty=[200, 255])]
 ASSETS = [a.to_bytes() for a in VALID] + [(Path(__file__).parent / "fixtures/store-v1/study.asset").read_bytes()]
 
 
@@ -178,11 +179,13 @@ def test_mutated_assets(asset_room, recipe):
 
 class Shards:
     "A store of two shards, and its files as they were written."
-    def __init__(self, folder):
-        self.folder, store = folder, AssetStore.create(folder, WORDS, dim=8, provenance=PROVENANCE, codec="pq", book=SMALL)
-        for start in (0, 2): store.append([asset_of(i, codec="pq", book=SMALL) for i in range(start, start + 2)])
+    def __init__(self, folder, **over):
+        self.folder, self.over = folder, dict(codec="pq", book=SMALL, **over)
+        store = AssetStore.create(folder, WORDS, dim=8, track=over.get("track", "image+report"), provenance=PROVENANCE, codec="pq", book=SMALL, certainty="certainty" in over)
+        for start in (0, 2): store.append([self.asset(i) for i in range(start, start + 2)])
         self.files = {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != ".lock"}
         self.room = limits([lambda: read_all(folder)] * 2, 20_000, 10_000, 4 * MB)        # Arrow reserves a few kilobytes at a time
+    def asset(self, i): return asset_of(i, **self.over)
 
 
 @pytest.fixture
@@ -202,7 +205,20 @@ def read_all(folder):
 
 @fuzz(3_000)
 @given(recipe=recipes)
-def test_mutated_stores(shards, recipe):
+def test_mutated_stores(shards, recipe): read_damaged(shards, recipe)
+
+
+@pytest.fixture
+def sure_shards(tmp_path): return Shards(tmp_path / "s", track="image-only", certainty=[200, 255])
+
+
+@fuzz(1_000)
+@given(recipe=recipes)
+def test_mutated_stores_that_carry_certainties(sure_shards, recipe): read_damaged(sure_shards, recipe)
+
+
+def read_damaged(shards, recipe):
+    "One file of a store damaged by a recipe: it is refused, or reads right."
     folder, files = shards.folder, shards.files
     name = sorted(files)[recipe[0] // 8 % len(files)]
     data = damaged(recipe, [files[name]] + [f for n, f in files.items() if n != name and n[-4:] == name[-4:]], b"[")
@@ -211,7 +227,7 @@ def test_mutated_stores(shards, recipe):
     try:
         found = fitting(lambda: read_all(folder), shards.room)
         whole, damage, single = found or (None, ["refused"], {})
-        right = lambda a: a == asset_of(int(a.study_id[1:]), codec="pq", book=SMALL)
+        right = lambda a: a == shards.asset(int(a.study_id[1:]))
         if name != "store.parquet": assert all(map(right, whole or [])) and all(map(right, single.values()))        # a head may name another provenance
         if name.startswith("shard-"):
             assert damage or data == files[name] or final != name and whole

@@ -11,7 +11,7 @@ import torch
 
 matplotlib.use("agg")
 
-from neural.graph import (ADJACENT, ASSERTIONS, EDGE_TYPES, REVERSE, SHOWS, both_ways, central_node, centrality, check_edges, concept_looks,  # noqa: E402
+from neural.graph import (certainty_bytes, certainty_share, ADJACENT, ASSERTIONS, EDGE_TYPES, REVERSE, SHOWS, both_ways, central_node, centrality, check_edges, concept_looks,  # noqa: E402
                           concept_nodes, fuse, grid_edges, grounding_links, knowledge_from, knowledge_graph, show_graph, to_networkx, visual_graph)
 from neural.report import Annotation, ReportReader  # noqa: E402
 from neural.study import NeuralError  # noqa: E402
@@ -249,3 +249,32 @@ def test_a_report_wrapped_under_a_number_is_the_report(key, more):
 def test_a_wrapper_of_none_or_of_several_reports_is_refused(data):
     with pytest.raises(NeuralError, match="an object with a 'text'") as e: Annotation.from_radgraph(data)
     assert "\n" not in str(e.value)
+
+
+# how sure the writer was
+
+def test_a_certainty_is_one_byte_and_comes_back_to_within_its_half():
+    p = np.random.default_rng(0).random(500); p[::7] = np.nan
+    kept = certainty_bytes(p)
+    assert kept.dtype == np.uint8 and (kept[::7] == 255).all() and (kept[~np.isnan(p)] < 255).all()
+    back = certainty_share(kept, 500)
+    assert np.array_equal(np.isnan(back), np.isnan(p)) and np.nanmax(abs(back - p)) <= .5 / 254 + 1e-6
+    assert np.array_equal(certainty_bytes(back), kept)
+
+
+@pytest.mark.parametrize("bad", [[1.01], [-.001], [np.inf], [.5, np.nan, 2]])
+def test_what_is_no_probability_is_refused(bad):
+    with pytest.raises(NeuralError, match="probability in 0..1"): certainty_bytes(bad)
+
+
+@pytest.mark.parametrize("values", [[1], [1, 2, 3], [[1, 2]], [0, 256], [-1, 0], ["1", "2"], [None, 1]])
+def test_certainties_that_do_not_fit_the_concepts_are_refused(values):
+    with pytest.raises(NeuralError, match="2 concepts need"): knowledge_from([4, 5], [0, 2], certainty=values)
+
+
+def test_a_graph_knows_its_certainties_or_says_that_it_knows_none():
+    assert knowledge_from([4, 5], [0, 2]).certainty is None and knowledge_from([4, 5], [0, 2], certainty=[255, 255]).certainty is None and knowledge_from([], [], certainty=[]).certainty is None
+    assert knowledge_from([4, 5], [0, 2], certainty=[.5, np.nan]).certainty.tolist() == [127, 255]
+    visual = visual_graph([3], np.zeros((1, 2)), [1.], (2, 2))
+    net = to_networkx(fuse(visual, knowledge_from([0, 1], [0, 2], certainty=[.25, np.nan])), ("a", "b"))
+    assert [d.get("certainty") for _, d in net.nodes(data=True)] == [None, round(64 / 254, 3), None]

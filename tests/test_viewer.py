@@ -351,3 +351,23 @@ def test_a_study_of_a_keyed_store_is_found_by_its_own_id(shelf):
 
 def test_a_terminal_is_told_nothing_that_it_would_obey(shelf):
     assert "\x1b" not in inspect(shelf, "plain", "s1").output
+
+
+# how sure the writer was
+
+def test_a_concept_shows_how_sure_the_writer_was_where_that_is_known():
+    sure = asset(track="image-only", certainty=[210, 255, 0, 254])
+    page = asset_page(sure, NAMES)
+    assert page.count("present with probability") == 3 and all(f"<small>{p} %</small>" in page for p in (83, 0, 100))
+    assert "probability" not in asset_page(asset(), NAMES).split("<main>")[1].split("<script")[0]
+
+
+def test_the_bytes_of_certainties_are_counted():
+    sure = asset(track="image-only", certainty=[1, 2, 3, 4])
+    assert sum(asset_sizes(sure).values()) == len(sure.to_bytes()) and asset_sizes(sure)["graph"] == asset_sizes(asset())["graph"] + 4
+    assert asset_sizes(sure)["provenance"] == asset_sizes(asset())["provenance"]
+
+
+@pytest.mark.parametrize("certainty", [(), None, [255] * 4])
+def test_a_page_of_the_unknown_is_the_page_it_was(certainty):
+    assert asset_page(asset(track="image-only", certainty=certainty), NAMES) == asset_page(asset(track="image-only"), NAMES)
