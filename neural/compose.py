@@ -20,8 +20,8 @@ from .study import LABELS, NeuralError, at_least, publish, readable
 
 # %% auto #0
 __all__ = ['UNFIT', 'QUALITIES', 'NOUNS', 'WHOLE', 'WHERE', 'GRAVE', 'WIDER', 'FILE', 'MOST', 'sayable', 'phrases_of', 'Phrase',
-           'read_phrase', 'own_sentence', 'PhraseBank', 'learn_bank', 'settled', 'raising', 'denying', 'compose',
-           'report_states', 'teach_bank', 'compose_reports', 'save_bank', 'load_bank']
+           'read_phrase', 'own_sentence', 'PhraseBank', 'word_pairs', 'learn_bank', 'settled', 'raising', 'denying',
+           'compose', 'report_states', 'teach_bank', 'compose_reports', 'save_bank', 'load_bank']
 
 # %% ../nbs/api/15_compose.ipynb #compose06
 UNFIT = re.compile(  # what a composed report has no right to say
@@ -56,6 +56,7 @@ class Phrase:
     zones: tuple = ()  # that it names, of 1 upper, 2 middle, 3 lower
     qualities: tuple = ()  # words of size and kind beyond the finding
     count: int = 0  # patients in whose training reports it stands
+    typical: int = 0  # how much of its wording other training reports share: for each pair of neighbouring words, the reports that hold it
     place: float = 0.5  # its usual place in a report, from 0 to 1
 
 def read_phrase(
@@ -90,12 +91,19 @@ def own_sentence(
 class PhraseBank:
     "Sentences that many patients share, and how a label head chooses among them."
     names: tuple  # findings of the label head
-    phrases: tuple  # of `Phrase`, commonest first
+    phrases: tuple  # of `Phrase`, the most typical first
     usual: tuple  # findings that are denied as a rule
     sided: tuple = ()  # findings that are given a side as a rule
     patients: int = 5  # patients that share each sentence, at least
     thresholds: dict = field(default_factory=dict)  # finding -> [low, high], from `teach_bank`
     sure: float = 0.7  # share of the evidence on one side, or in one zone, that is called clear
+
+def word_pairs(
+    text: str,  # any text
+) -> list[tuple]:  # in any case of letters, ends of sentences counted as words
+    "Neighbouring words."
+    words = re.findall(r"\w+|[.]", text.casefold())
+    return list(zip(words, words[1:]))
 
 def learn_bank(
     texts: list[str],  # TRAINING reports
@@ -113,14 +121,15 @@ def learn_bank(
         parts = phrases_of(text)
         for i, p in enumerate(parts):
             key = p.casefold(); owners.setdefault(key, set()).add(who); spelt.setdefault(key, Counter())[p] += 1; places.setdefault(key, []).append((i + 0.5) / len(parts))
+    pairs = Counter(w for t in texts for w in set(word_pairs(t)))
     shared = [k for k in sorted(owners) if len(owners[k]) >= patients and all(map(sayable, spelt[k]))]
     said = [min(spelt[k], key=lambda p: (-spelt[k][p], p)) + "." for k in shared]
-    found = [replace(p, count=len(owners[k]), place=round(float(np.mean(places[k])), 3)) for k, a in zip(shared, reader.pipe(said)) if (p := read_phrase(a)) and set(p.says) <= set(names)]
+    found = [replace(p, count=len(owners[k]), typical=sum(pairs[w] for w in word_pairs(p.text)), place=round(float(np.mean(places[k])), 3)) for k, a in zip(shared, reader.pipe(said)) if (p := read_phrase(a)) and set(p.says) <= set(names)]
     notes = list(reader.pipe(texts)); told = [labels_of(a) for a in notes]
     spots = np.stack([said_places(a, names) for a in notes]) if notes else np.zeros((0, len(names), 2))
     raised = {n: spots[[t.get(n) in (1, -1) for t in told], j, 0] > 0 for j, n in enumerate(names)}
     quiet = {n: [t[n] == 0 for t in told if t.get(n, 1) in (0, None)] for n in (names[j] for j in promptable(names))}
-    return PhraseBank(names, tuple(sorted(found, key=lambda p: (-p.count, p.text))), tuple(n for n, v in quiet.items() if v and np.mean(v) >= denied), tuple(n for n, v in raised.items() if n not in (*WHOLE, "No Finding") and len(v) and v.mean() >= 0.25), patients)
+    return PhraseBank(names, tuple(sorted(found, key=lambda p: (-p.typical, p.text))), tuple(n for n, v in quiet.items() if v and np.mean(v) >= denied), tuple(n for n, v in raised.items() if n not in (*WHOLE, "No Finding") and len(v) and v.mean() >= 0.25), patients)
 
 # %% ../nbs/api/15_compose.ipynb #compose22
 GRAVE = ("severe", "large", "acute", "displaced")  # what nobody has seen, and somebody might act on, is not said
@@ -152,7 +161,7 @@ def raising(
         up = [n for n, v in p.says.items() if v]
         fits = all(told.get(n) == v for n, v in p.says.items()) and all(p.sides == (spots[n][0] if n not in WHOLE else ()) and p.zones in ((), spots[n][1]) for n in up)
         if finding in up and fits and (like is None or p.qualities == like.qualities and p.text != like.text): able.append(p)
-    if able: return min(able, key=lambda p: (len(p.qualities), -p.count, p.text))
+    if able: return min(able, key=lambda p: (len(p.qualities), -p.typical, p.text))
     usual = [p.place for p in bank.phrases if p.says.get(finding)]
     return None if like else Phrase(own_sentence(finding, told[finding], sides), {finding: told[finding]}, sides, place=float(np.mean(usual or [0.4])))
 
@@ -161,7 +170,7 @@ def denying(
     bank: PhraseBank,
     said: set,  # findings that stand in the report already
 ) -> list[Phrase]:
-    "The commonest sentences that deny what is denied as a rule, each finding once."
+    "The most typical sentences that deny what is denied as a rule, each finding once."
     able, left, out = [p for p in bank.phrases if p.says and not any(p.says.values()) and all(told.get(n) == 0 for n in p.says)], {n for n in bank.usual if told.get(n) == 0} - said, []
     while best := next((p for p in able if left & set(p.says) and not set(p.says) & said), None):
         out.append(best); said = said | set(best.says); left -= said
@@ -249,7 +258,7 @@ def load_bank(
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError): raise NeuralError(f"{path.name} is damaged or no phrase bank: {again}") from None
     if about["network"] != (here := hash_of_file(path.parent / "model.safetensors")): raise NeuralError(f"{path.name} was chosen for network {str(about['network'])[:16]!r}, and {path.parent.name} holds network {here}: {again}")
     for p, a in zip(bank.phrases, reader.pipe([p.text for p in bank.phrases])):
-        if (read := read_phrase(a)) is None or replace(read, count=p.count, place=p.place) != p: raise NeuralError(f"{path.name} holds a sentence that does not say what is written beside it: {again}")
+        if (read := read_phrase(a)) is None or replace(read, count=p.count, typical=p.typical, place=p.place) != p: raise NeuralError(f"{path.name} holds a sentence that does not say what is written beside it: {again}")
     return bank
 
 # %% ../nbs/api/15_compose.ipynb #compose41
@@ -258,10 +267,10 @@ def _bank(about):
     number = lambda v, low, high: isinstance(v, (int, float)) and not isinstance(v, bool) and low <= v <= high
     tuples = lambda v: tuple(x if isinstance(x, (str, int)) and not isinstance(x, bool) else int("no") for x in v)
     names, rows, patients = tuples(about["names"]), about["phrases"], about["patients"]
-    phrases = [Phrase(r["text"], {n: float(v) for n, v in r["says"].items()}, *(tuples(r[k]) for k in ("sides", "zones", "qualities")), r["count"], r["place"]) for r in rows[: MOST[1] + 1]]
+    phrases = [Phrase(r["text"], {n: float(v) for n, v in r["says"].items()}, *(tuples(r[k]) for k in ("sides", "zones", "qualities")), r["count"], r["typical"], r["place"]) for r in rows[: MOST[1] + 1]]
     ends = {n: [float(x) for x in t] for n, t in about["thresholds"].items()}
     sound = about["version"] == 1 and isinstance(about["network"], str) and type(patients) is int and patients >= 5 and len(phrases) <= MOST[1] and len(set(names)) == len(names) <= 1000
-    sound &= all(isinstance(p.text, str) and p.text.endswith(".") and sayable(p.text[:-1]) and type(p.count) is int and p.count >= patients and number(p.place, 0, 1) and set(p.says) <= set(names) for p in phrases)
+    sound &= all(isinstance(p.text, str) and p.text.endswith(".") and sayable(p.text[:-1]) and type(p.count) is int and p.count >= patients and type(p.typical) is int and 0 <= p.typical < 2**53 and number(p.place, 0, 1) and set(p.says) <= set(names) for p in phrases)
     sound &= all(n in names and len(t) == 2 and 0 <= t[0] <= t[1] <= 1 for n, t in ends.items()) and number(about["sure"], 0.5, 1) and about["sure"] > 0.5 and set(about["usual"]) | set(about["sided"]) <= set(names)
     if not sound: raise ValueError
     return PhraseBank(names, tuple(phrases), tuples(about["usual"]), tuples(about["sided"]), patients, ends, about["sure"])

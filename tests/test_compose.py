@@ -185,6 +185,7 @@ def spoil(about, name):
         case "version": about["version"] = 2
         case "few patients": about["patients"] = 2
         case "count": first["count"] = 4
+        case "typical": first["typical"] = -1
         case "count is text": first["count"] = "9"
         case "name": first["text"] = "Small left pleural effusion of Example."
         case "date": first["text"] = "No effusion in 1999."
@@ -204,7 +205,7 @@ def spoil(about, name):
     return json.dumps(about)
 
 
-@pytest.mark.parametrize("name", ["text", "list", "no phrases", "version", "few patients", "count", "count is text", "name", "date", "lie", "swapped", "foreign finding", "threshold", "not a number", "endless", "many", "large", "network", "network is a list", "usual", "true", "says"])
+@pytest.mark.parametrize("name", ["text", "list", "no phrases", "version", "few patients", "count", "typical", "count is text", "name", "date", "lie", "swapped", "foreign finding", "threshold", "not a number", "endless", "many", "large", "network", "network is a list", "usual", "true", "says"])
 def test_a_hostile_bank_is_refused_in_one_line(folder, name):
     path, good = folder / FILE, (folder / FILE).read_text()
     try:
