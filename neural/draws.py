@@ -44,7 +44,7 @@ from .vlm import ReportVLM, small_config
 # %% ../nbs/api/37_draws.ipynb #draw0005
 COHORT = dict(studies=1800, size=320, test=0.38)  # of every draw: studies, pixels as drawn, share of the patients in the test split
 TAUGHT = ("image_size", "stem", "depth", "width", "d_model", "layers", "vocab_size", "label_weight", "sharpness", "policy", "bf16",
-          "warm_epochs", "warm_batch", "lr_warm", "rare", "film_epochs")  # parameters of stages 10 and 53 on which a draw depends
+          "warm_epochs", "warm_batch", "lr_warm", "rare", "coarse", "film_epochs")  # parameters of stages 10 and 53 on which a draw depends
 
 def draw_settings(
     values: dict,  # parameters of stages 10 and 53, under those of a preset
@@ -117,7 +117,7 @@ def taught_head(
     np.random.seed(seed); torch.manual_seed(seed)
     model = ReportVLM(small_config(len(tokenizer), s["image_size"], tuple(names), s["width"], s["d_model"], s["layers"], s["depth"], stem=s["stem"], label_weight=s["label_weight"], sharpness=s["sharpness"]))
     draw = rare_weights(train.targets, names, most=s["rare"]) if s["rare"] else None
-    warm_start(model, train, parts["validate"], s["warm_epochs"], s["warm_batch"], s["lr_warm"], seed, "cpu", s["bf16"], draw)
+    warm_start(model, train, parts["validate"], s["warm_epochs"], s["warm_batch"], s["lr_warm"], seed, "cpu", s["bf16"], draw, s["coarse"])
     return model.eval()
 
 def taught_control(
@@ -128,7 +128,7 @@ def taught_control(
 ):  # in eval mode
     "The raw-film control of stage 53."
     train = parts["train"]
-    return train_film_cnn(train, parts["validate"], settings["film_epochs"], seed=seed, bf16=settings["bf16"], draw=rare_weights(train.targets, names))[0]
+    return train_film_cnn(train, parts["validate"], settings["film_epochs"], seed=seed, bf16=settings["bf16"], draw=rare_weights(train.targets, names), coarse=settings["coarse"])[0]
 
 # %% ../nbs/api/37_draws.ipynb #draw0023
 SIX = ("Pneumonia", "Cardiomegaly", "Pleural Effusion", "Atelectasis", "Edema", "Pneumothorax")  # findings of the mean

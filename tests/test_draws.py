@@ -85,7 +85,7 @@ def test_the_control_of_a_draw_is_that_of_stage_53(settings, cohort):
     from neural import baseline, finetune, study
     studies, films, parts = cohort
     goals = list(studies.label_names)
-    names = dict(studies=studies, ids={k: p.ids for k, p in parts.items()}, goals=goals, policy=settings["policy"], device="cpu", bf16=settings["bf16"], np=np, targets=targets, SPLITS=study.SPLITS,
+    names = dict(studies=studies, ids={k: p.ids for k, p in parts.items()}, goals=goals, policy=settings["policy"], device="cpu", bf16=settings["bf16"], coarse=settings["coarse"], np=np, targets=targets, SPLITS=study.SPLITS,
                  StudyDataset=finetune.StudyDataset, rare_weights=finetune.rare_weights, train_film_cnn=baseline.train_film_cnn, read_films=baseline.read_films)
     exec(source("53_controls", "def film_job(").partition("def head_job")[0], names)
     theirs = names["film_job"](films, settings["film_epochs"], 2)["test"]
