@@ -194,7 +194,7 @@ def _finder(graphs, targets, parts, vocabulary_size, hidden, seed):
     "A new typed classifier with one output per finding, standardised on the training graphs."
     torch.manual_seed(seed)
     dim = graphs.x.shape[1] if "visual" in parts else 1
-    model = GraphClassifier("typed", dim, vocabulary_size, hidden, parts=parts)
+    model = GraphClassifier("typed", dim, vocabulary_size, hidden, parts=parts, certainty=graphs.certainty is not None)
     model.last = nn.Linear(model.last.in_features, targets)
     nn.init.zeros_(model.last.weight); nn.init.zeros_(model.last.bias)
     standardise(model, graphs)
