@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 import torch
@@ -116,5 +117,6 @@ def build_on_cluster(
             part = list(part)
             for r in part:
                 if r["reason"]: excluded.add(r["study"], r["reason"], r["detail"])
-            if made := [StudyAsset.from_bytes(r["data"], packing.book) for r in part if r["data"]]: store.append(made, again="skip")
+            if made := [StudyAsset.from_bytes(r["data"], packing.book) for r in part if r["data"]]:
+                store.append(made if store.certain else [replace(a, certainty=()) for a in made], again="skip")      # a store that was begun without takes none
     return store, unnamed(excluded, manifest, packing)
