@@ -20,7 +20,7 @@ from .study import LABELS, NeuralError, at_least, publish, readable
 
 # %% auto #0
 __all__ = ['UNFIT', 'QUALITIES', 'NOUNS', 'WHOLE', 'WHERE', 'GRAVE', 'WIDER', 'FILE', 'MOST', 'sayable', 'phrases_of', 'Phrase',
-           'read_phrase', 'own_sentence', 'PhraseBank', 'word_pairs', 'learn_bank', 'settled', 'raising', 'denying',
+           'read_phrase', 'own_sentence', 'word_pairs', 'PhraseBank', 'learn_bank', 'settled', 'raising', 'denying',
            'compose', 'report_states', 'teach_bank', 'compose_reports', 'save_bank', 'load_bank']
 
 # %% ../nbs/api/15_compose.ipynb #compose06
@@ -86,6 +86,14 @@ def own_sentence(
     noun, at = NOUNS.get(finding, finding.lower().removesuffix("s" if finding == "Support Devices" else "")), "" if finding in WHOLE else WHERE[tuple(sides)]
     return {1.0: f"{noun[:1].upper()}{noun[1:]} is seen{at}.", 0.5: f"Possible {noun}{at}.", 0.0: f"No {noun} is seen."}[float(state)]
 
+# %% ../nbs/api/15_compose.ipynb #compose50
+def word_pairs(
+    text: str,  # any text
+) -> list[tuple]:  # in any case of letters, ends of sentences counted as words
+    "Neighbouring words."
+    words = re.findall(r"\w+|[.]", text.casefold())
+    return list(zip(words, words[1:]))
+
 # %% ../nbs/api/15_compose.ipynb #compose14
 @dataclass(frozen=True)
 class PhraseBank:
@@ -97,13 +105,6 @@ class PhraseBank:
     patients: int = 5  # patients that share each sentence, at least
     thresholds: dict = field(default_factory=dict)  # finding -> [low, high], from `teach_bank`
     sure: float = 0.7  # share of the evidence on one side, or in one zone, that is called clear
-
-def word_pairs(
-    text: str,  # any text
-) -> list[tuple]:  # in any case of letters, ends of sentences counted as words
-    "Neighbouring words."
-    words = re.findall(r"\w+|[.]", text.casefold())
-    return list(zip(words, words[1:]))
 
 def learn_bank(
     texts: list[str],  # TRAINING reports
