@@ -1,5 +1,5 @@
-# make reproduce   from an empty machine to the results table, on phantom studies (about five minutes, no data needed)
-# make audit       the same run held against its controls, leaks and the released code's defects (forty minutes more)
+# make reproduce   from an empty machine to the results table, on phantom studies (about ten minutes, no data needed)
+# make audit       the same run held against its controls, leaks and the released code's defects (an hour more)
 # make test        everything the project promises, checked: notebooks, tests, a smoke run, the pages
 # make lab         JupyterLab on the notebooks            make docs    the pages, in _docs/
 # make install     the environment of requirements.lock   make hooks   git hooks that keep notebooks clean
