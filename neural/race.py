@@ -109,7 +109,7 @@ def plain_reading(
     with torch.no_grad():
         tokens = model.encode(torch.as_tensor(pixels)[None].to(model.device))
         layers = model.read_report(tokens, torch.tensor([report_ids(tokenizer, text, most)[0]]).to(model.device))[1]
-    scores, features = layers[-1].mean((0, 1, 2)).cpu(), tokens[0].cpu()
+    scores, features = layers[-1][:, :, :-1].mean((0, 1, 2)).cpu(), tokens[0].cpu()  # the end token is no word
     at = scores.topk(k).indices.sort().values
     visual, knowledge = visual_graph(at, features[at], scores[at], model.grid), knowledge_graph(reader(text), reader.vocabulary)
     ties = [(central_node(visual.edges, visual.relevance), central_node(knowledge.edges, np.zeros(len(knowledge))) if len(knowledge) else None) for _ in range(2)]
