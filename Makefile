@@ -1,4 +1,4 @@
-# make reproduce   from an empty machine to the results table, on phantom studies (about ten minutes, no data needed)
+# make reproduce   from an empty machine to the results table, on phantom studies (about a quarter of an hour, no data needed)
 # make audit       the same run held against its controls, leaks and the released code's defects (an hour more)
 # make test        everything the project promises, checked: notebooks, tests, a smoke run, the pages
 # make lab         JupyterLab on the notebooks            make docs    the pages, in _docs/
