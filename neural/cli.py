@@ -6,8 +6,8 @@
 __all__ = ['NUMBER', 'SPOKEN', 'DAMAGED', 'UsageError', 'app', 'QUIET', 'SMALL', 'system_error', 'plain_line', 'PlainErrors',
            'no_empty_words', 'one_line', 'show_version', 'start', 'phantom', 'index_summary', 'index', 'stage_folder',
            'read_assignments', 'run', 'publish', 'tell_exclusions', 'read_key', 'build', 'codebook', 'outside',
-           'predict', 'refuse_store', 'settings_lines', 'verify', 'compact', 'describe', 'read_seeds', 'how_drawn',
-           'bench', 'asset_lines', 'find_asset', 'inspect', 'main']
+           'predict', 'refuse_store', 'settings_lines', 'verify', 'compact', 'describe', 'read_seeds', 'stage_values',
+           'how_drawn', 'bench', 'starts', 'asset_lines', 'find_asset', 'inspect', 'main']
 
 # %% ../nbs/api/42_cli.ipynb #12d6d536
 import contextlib, os, re, sys
@@ -423,6 +423,19 @@ def read_seeds(
     if odd := [w for w in words if w and not re.fullmatch(r"\d{1,9}", w)]: raise typer.BadParameter(f"{option} takes whole numbers with commas between them, such as 101,102,103; got {odd[0]}")
     return [int(w) for w in words if w]
 
+def stage_values(
+    preset: str,  # name or path of a preset
+    names: list,  # stages whose parameters are meant; the first has the last word
+) -> dict:        # parameter -> value
+    "What some stages declare, under the values of a preset."
+    from neural.pipeline import find_stages, load_preset, pick_stages, stage_parameters
+    folder = stage_folder()
+    found = {}
+    for name in reversed(names):
+        path = pick_stages(find_stages(folder), [name])[0].path
+        found |= {k: p.default for k, p in stage_parameters(path).items()}
+    return found | load_preset(preset, folder)
+
 def how_drawn(
     given: dict,  # what `--small` and `--studies` say
     small: bool,  # as few test studies as there are in a trial
@@ -432,10 +445,7 @@ def how_drawn(
 ) -> dict:        # of `draws.bench_draws`
     "Draws as stages 10 and 53 declare their settings, under the quickstart's values, under what was asked for here."
     from neural.draws import COHORT, LEAST, draw_settings
-    from neural.pipeline import find_stages, load_preset, pick_stages, stage_parameters
-    folder = stage_folder()
-    stages = pick_stages(find_stages(folder), ["10_finetune", "53_controls"])
-    values = {k: p.default for s in reversed(stages) for k, p in stage_parameters(s.path).items()} | load_preset("quickstart", folder) | given   # stage 10 has the last word
+    values = stage_values("quickstart", ["10_finetune", "53_controls"]) | given
     values |= ({"warm_epochs": epochs, "film_epochs": epochs} if epochs else {}) | ({"size": size} if size else {})
     settings = draw_settings(values, **{k: values[k] for k in COHORT if k in values})
     return dict(settings=settings, least=3 if small else LEAST, **{n: read_seeds(text, f"--{n}") for n, text in seeds.items()})
@@ -486,6 +496,35 @@ def bench(
     for name, table in tables.items() if what != "draws" else [("summary", tables["summary"])]: typer.echo(f"{name}\n{(table if len(table) > 1 else table.T).to_string(float_format=lambda x: f'{x:.4g}', header=len(table) > 1)}\n")
     typer.echo(machine())
     if out: write_tables(out, command, tables)
+
+# %% ../nbs/api/42_cli.ipynb #startcli1
+@app.command()
+def starts(
+    manifest: Annotated[Path, typer.Argument(help="A manifest.csv of `neural index`.", exists=True, dir_okay=False)],
+    preset: Annotated[str, typer.Option(help="Its film size, draw and audited findings are used.")] = "open-i",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training films, the same for all.")] = 6,
+    seeds: Annotated[str, typer.Option(help="Training seeds.")] = "0,1,2",
+    findings: Annotated[str, typer.Option(help="Findings in the mean, with commas between them, instead of the preset's.")] = "",
+    work: Annotated[Path, typer.Option(help="Folder in which trainings are made and kept; a stopped command goes on from there.", file_okay=False)] = Path("build/starts"),
+    workers: Annotated[Optional[int], typer.Option(min=1, help="Trainings side by side, each on one core; all cores if left out.")] = None,
+    small: Annotated[bool, typer.Option("--small", help="Films of 96 pixels and one rate, to see that it works.")] = False,
+    out: Annotated[Optional[Path], typer.Option(help="Write the tables as JSON, too.", dir_okay=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace tables that are there, and trainings that were made otherwise.")] = False,
+):
+    "Train whole-film networks from nothing and from ImageNet at equal passes, and compare them."
+    from neural.starts import RATES, bench_starts, start_settings
+    from neural.study import make_folder, refuse_overwrite
+    from neural.yardstick import is_tables, write_tables
+    if out:
+        refuse_overwrite(out, ours=is_tables, force=force)
+        make_folder(out.parent)
+    wanted = [w.strip() for w in findings.split(",") if w.strip()]
+    settings = start_settings(stage_values(preset, ["10_finetune", "53_controls"]), epochs=epochs, findings=wanted, image_size=96 * small)
+    command = " ".join(["neural starts", manifest.name, "--preset", Path(preset).stem, "--epochs", str(epochs), "--seeds", seeds] + ["--small"] * small)
+    keep = lambda tables: write_tables(out, command, tables) if out else None
+    tables = bench_starts(manifest, settings, read_seeds(seeds, "--seeds"), RATES[-1:] if small else RATES, work, workers, force, keep)
+    for name in ("auc", "differences", "trainings"):
+        typer.echo(f"{name}\n{tables[name].round(3).to_string(index=False)}\n")
 
 # %% ../nbs/api/42_cli.ipynb #46709c97
 def asset_lines(

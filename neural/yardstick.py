@@ -227,5 +227,5 @@ def is_tables(
     path: Path,     # any file
 ) -> bool:          # True if `write_tables` made it
     "Whether a file holds measured tables (this companion's choice)."
-    try: return read_tables(path)[0]["command"].startswith("neural bench")
+    try: return read_tables(path)[0]["command"].startswith(("neural bench", "neural starts"))
     except (NeuralError, AttributeError, TypeError, ValueError): return False
