@@ -532,11 +532,13 @@ def asset_lines(
     vocabulary,  # concept names in order
 ) -> list[str]:  # lines for a person
     "What an asset holds, in plain text."
+    from neural.viewer import sureness_words
     said, linked = ("present", "uncertain", "absent"), ("located at", "modifies", "suggests")
     name = lambda i: "".join(c if c.isprintable() else "\ufffd" for c in vocabulary[asset.concepts[i]])     # a store may come from anywhere, and a terminal obeys
     lines = [f"{asset.study_id}  {asset.track}  {len(asset.to_bytes())} bytes  {len(asset.patches)} of {asset.grid[0] * asset.grid[1]} patches retained"]
     lines += [f"  patch {p:4}  row {p // asset.grid[1]:2}  column {p % asset.grid[1]:2}  relevance {r:.4f}" for p, r in zip(asset.patches, asset.relevance)]
-    lines += [f"  {said[a]:9}  {name(i)}" for i, a in enumerate(asset.assertions)]
+    sure = lambda i: f"  ({words} sure that it is there)" if (words := sureness_words(asset, i)) else ""
+    lines += [f"  {said[a]:9}  {name(i)}{sure(i)}" for i, a in enumerate(asset.assertions)]
     return lines + [f"  {name(h)} {linked[t]} {name(o)}" for h, o, t in asset.relations] + [f"  {k}: {v}" for k, v in asset.provenance.items()]
 
 # %% ../nbs/api/42_cli.ipynb #0f06e0b8
