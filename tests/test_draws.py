@@ -15,7 +15,7 @@ from neural.cli import SMALL, how_drawn
 from neural.draws import FILM, GAP, HEAD, SIX, bench_draws, draw_file, draw_parts, draw_settings, draw_tables, kept_draw, new_draw, prepare_cohort, taught_control, taught_head
 from neural.pipeline import load_preset, stage_parameters
 from neural.study import NeuralError, targets
-from neural.yardstick import is_tables, write_tables
+from neural.yardstick import is_tables, read_tables, write_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = ROOT / "nbs/paper"
@@ -204,3 +204,19 @@ def test_the_page_answers_from_the_record_and_says_what_is_missing(tmp_path):
     mean = new_draw(pd.DataFrame([(c, s, 0.9002 + 0.002 * c + 0.001 * s) for c in (1, 2, 3) for s in (0, 1)], columns=["cohort", "seed", "value"]))
     assert f"Label head, mean AUC of 6 findings: {mean['mean']:.3f} (SD 0.002 over cohorts, 0.001 over seeds; patients of one test split ±0.050); a new draw is expected between {mean['low']:.3f} and {mean['high']:.3f}." in text
     assert re.search(r"Cohort 4, drawn to check: \d+ of 37 numbers fall inside", text)
+
+
+def test_home_says_of_draws_what_the_record_says():
+    "Mean, spreads and interval of a new draw on the home page are those of the published record."
+    _, tables = read_tables(ROOT / "figures/bench/draws.json")
+    summary = tables["summary"].set_index(["what", "finding"])
+    head, film = (summary.loc[(what, "mean")] for what in (HEAD, FILM))
+    text = (ROOT / "README.md").read_text()
+    said = (
+        f"mean of six findings, was {head['mean']:.3f} (SD {head['SD over cohorts']:.3f} over cohorts, {head['SD over seeds']:.3f} over seeds); "
+        f"a new cohort and training is expected between {head['low']:.3f} and {head['high']:.3f}, "
+        f"where the patients of one test split alone say ±{head['patient half-width']:.3f}. "
+        f"The raw film's own network: {film['mean']:.3f}, between {film['low']:.3f} and {film['high']:.3f}"
+    )
+    assert said in text
+    assert (tables["settings"].cohorts[0], tables["settings"].seeds[0]) == ("101 102 103", "0 1 2")
