@@ -6,7 +6,7 @@
 __all__ = ['PLAIN', 'LITE', 'WARM', 'NET', 'LEFT_OUT', 'START_MAKERS', 'TRAINING_FIELDS', 'RATES', 'weights_missing',
            'new_network', 'start_parts', 'start_code', 'taught_start', 'training_file', 'kept_training', 'one_training',
            'mean_auc', 'start_samples', 'with_interval', 'start_tables', 'trainings_table', 'best_rates',
-           'start_settings', 'bench_starts', 'check_findings', 'made_trainings']
+           'start_settings', 'check_findings', 'made_trainings', 'bench_starts']
 
 # %% ../nbs/api/38_starts.ipynb #start0004
 import hashlib
@@ -229,6 +229,39 @@ def start_settings(
     if not found["findings"]: raise NeuralError("starts are compared on some findings; the preset names none in targets_audited")
     return found
 
+# %% ../nbs/api/38_starts.ipynb #startchk
+def check_findings(
+    parts: dict,  # of `start_parts`
+    names: list,  # findings of the manifest
+    findings: list,  # those that are asked for
+) -> None:  # refuses what cannot be measured
+    "Are there both classes of each finding on validate and test?"
+    for f in findings:
+        if f not in names: raise NeuralError(f"the manifest has no finding {f!r}; it has {', '.join(names)}")
+        for split in ("validate", "test"):
+            y = parts[split].targets[:, names.index(f)]
+            if not {0.0, 1.0} <= set(y): raise NeuralError(f"{f} has one class only on {split}; leave it out of the findings")
+
+# %% ../nbs/api/38_starts.ipynb #startmad
+def made_trainings(
+    work: Path,  # where trainings are kept
+    manifest: Path,  # of `neural index`
+    keys: list,  # start, rate, seed of each
+    made_of: dict,  # settings, studies and code
+    workers: int,  # trainings side by side
+    force: bool = False,  # True: trainings that were made otherwise are made again
+) -> list:  # of `kept_training`, in the order of the keys
+    "Trainings that were there, and those that were not."
+    found = {key: kept_training(work, key, made_of, force) for key in keys}
+    left = [key for key in keys if not found[key]]
+    with tqdm(total=len(keys), initial=len(keys) - len(left), desc="trainings", disable=None) as bar, joblib.parallel_config(backend="loky", inner_max_num_threads=1):
+        jobs = (joblib.delayed(one_training)(work, manifest, key, made_of) for key in left)
+        for t in joblib.Parallel(n_jobs=min(workers, max(len(left), 1)), return_as="generator_unordered")(jobs):
+            found[t["start"], t["rate"], t["seed"]] = t
+            bar.update()
+            tqdm.write(f"{t['start']}, rate {t['rate']:g}, seed {t['seed']}: {t['seconds'] / 60:.1f} minutes")
+    return [found[key] for key in keys]
+
 # %% ../nbs/api/38_starts.ipynb #start0032
 RATES = (1e-3, 3e-3)  # peak learning rates that are tried
 
@@ -262,34 +295,3 @@ def bench_starts(
     done += make([(start, best[start], seed) for start in starts for seed in seeds[1:]])
     if keep: keep(tables())
     return tables()
-
-def check_findings(
-    parts: dict,  # of `start_parts`
-    names: list,  # findings of the manifest
-    findings: list,  # those that are asked for
-) -> None:  # refuses what cannot be measured
-    "Are there both classes of each finding on validate and test?"
-    for f in findings:
-        if f not in names: raise NeuralError(f"the manifest has no finding {f!r}; it has {', '.join(names)}")
-        for split in ("validate", "test"):
-            y = parts[split].targets[:, names.index(f)]
-            if not {0.0, 1.0} <= set(y): raise NeuralError(f"{f} has one class only on {split}; leave it out of the findings")
-
-def made_trainings(
-    work: Path,  # where trainings are kept
-    manifest: Path,  # of `neural index`
-    keys: list,  # start, rate, seed of each
-    made_of: dict,  # settings, studies and code
-    workers: int,  # trainings side by side
-    force: bool = False,  # True: trainings that were made otherwise are made again
-) -> list:  # of `kept_training`, in the order of the keys
-    "Trainings that were there, and those that were not."
-    found = {key: kept_training(work, key, made_of, force) for key in keys}
-    left = [key for key in keys if not found[key]]
-    with tqdm(total=len(keys), initial=len(keys) - len(left), desc="trainings", disable=None) as bar, joblib.parallel_config(backend="loky", inner_max_num_threads=1):
-        jobs = (joblib.delayed(one_training)(work, manifest, key, made_of) for key in left)
-        for t in joblib.Parallel(n_jobs=min(workers, max(len(left), 1)), return_as="generator_unordered")(jobs):
-            found[t["start"], t["rate"], t["seed"]] = t
-            bar.update()
-            tqdm.write(f"{t['start']}, rate {t['rate']:g}, seed {t['seed']}: {t['seconds'] / 60:.1f} minutes")
-    return [found[key] for key in keys]
