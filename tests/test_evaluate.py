@@ -9,7 +9,7 @@ from sklearn import metrics
 
 from neural.evaluate import (auc, auc_difference, auc_interval, auprc, bleu, brier, check_predictions, check_target, file_bytes, ece, finding_counts, finding_difference,
                              finding_patches, finding_summary, finding_table, hit_rate, image_bytes, known, markdown_table, mean_interval, negation_table, other_patient, paired_summary,
-                             patient_weights, patches_hit, precision, random_hit_rate, random_precision, read_predictions, reliability, report_quality, results_table,
+                             patient_weights, patches_hit, precision, random_hit_rate, random_precision, read_predictions, reliability, report_quality,
                              roc_band, rouge_l, seed_scores, seed_summary, separated_bound, target_counts, target_verdicts, text_metrics, typical_report, weighted_auc)
 from neural.report import ReportReader, evidence, labels_of, split_sections
 from neural.layouts import index_dataset
@@ -148,19 +148,17 @@ def test_threshold_and_small_findings():
     lambda: seed_summary([0, 1] * 8, [range(16), [np.nan] * 16]), lambda: brier([0, 1], [-.1, .3]), lambda: ece([0, 1], [.2, 7.]), lambda: ece([0, 1], [.2, .7], bins=0),
     lambda: roc_band([0, 1], [.1, .2]), lambda: patches_hit([], [1, 0]), lambda: patches_hit([2], [1, 0]), lambda: patches_hit([0], [0, 0]), lambda: patches_hit([0], [1.5, 0]),
     lambda: patches_hit([0], [np.nan, 1]), lambda: hit_rate([], []), lambda: random_hit_rate([[1, 0]], 3), lambda: mean_interval([]), lambda: mean_interval([1, 2], ["a"]),
-    lambda: known([1, 0], [1]), lambda: results_table([]), lambda: results_table([dict(variant="x", command=" ")]), lambda: image_bytes(np.zeros((3, 4, 5))), lambda: image_bytes(np.full((4, 4), 2.)),
+    lambda: known([1, 0], [1]), lambda: image_bytes(np.zeros((3, 4, 5))), lambda: image_bytes(np.full((4, 4), 2.)),
 ])
 def test_refusals_are_one_line(call):
     with pytest.raises(NeuralError) as e: call()
     assert "\n" not in str(e.value) and len(str(e.value)) > 15
 
 
-def test_tables_carry_their_command(tmp_path):
-    t = results_table([dict(command="neural run a", variant="v", auc=.5, low=.4, high=.6), dict(command="neural run b", variant="w", auc=.7, low=.6, high=.8, extra=float("nan"))])
-    assert list(t.columns[:1]) == ["variant"] and t.columns[-1] == "command"
+def test_a_markdown_table_is_one_line_a_row():
+    t = pd.DataFrame([dict(scores="v", AUC=.5, extra=1.0, command="neural run a"), dict(scores="w | x", AUC=.7, extra=float("nan"), command="neural run b")])
     lines = markdown_table(t, digits=2).splitlines()
-    assert len(lines) == 4 and all(line.count("|") == lines[0].count("|") for line in lines)
-    assert "0.70 [0.60, 0.80]" in lines[3] and "`neural run b`" in lines[3] and "nan" not in lines[3]
+    assert len(lines) == 4 and lines[3] == r"| w \| x | 0.70 |  | `neural run b` |"
 
 
 def test_bytes_are_those_on_disk(tmp_path):
