@@ -832,5 +832,6 @@ def markdown_table(
         if isinstance(v, float): return '' if math.isnan(v) else f"{v:.{digits}f}"
         return str(v).replace('|', r'\|').replace('\n', ' ')
     line = lambda values: '| ' + ' | '.join(values) + ' |'
-    rows = [line(f"`{v}`" if c == 'command' else cell(v) for c, v in zip(table, r)) for r in table.itertuples(index=False)]
+    code = lambda v: f"`{cell(v)}`" if v else ''
+    rows = [line(code(v) if c == 'command' else cell(v) for c, v in zip(table, r)) for r in table.itertuples(index=False)]
     return '\n'.join([line(map(str, table)), line(['---']*table.shape[1]), *rows])

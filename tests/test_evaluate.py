@@ -156,9 +156,9 @@ def test_refusals_are_one_line(call):
 
 
 def test_a_markdown_table_is_one_line_a_row():
-    t = pd.DataFrame([dict(scores="v", AUC=.5, extra=1.0, command="neural run a"), dict(scores="w | x", AUC=.7, extra=float("nan"), command="neural run b")])
+    t = pd.DataFrame([dict(scores="v", AUC=.5, extra=1.0, command="neural run a"), dict(scores="w | x", AUC=.7, extra=float("nan"), command="neural | b"), dict(scores="y", command="")])
     lines = markdown_table(t, digits=2).splitlines()
-    assert len(lines) == 4 and lines[3] == r"| w \| x | 0.70 |  | `neural run b` |"
+    assert len(lines) == 5 and lines[3] == r"| w \| x | 0.70 |  | `neural \| b` |" and lines[4] == "| y |  |  |  |"
 
 
 def test_bytes_are_those_on_disk(tmp_path):
