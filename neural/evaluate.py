@@ -397,12 +397,15 @@ def reliability(
     y,         # targets, 0 or 1, shape [n]
     p,         # probabilities, 0 to 1, shape [n]
     bins=10,   # bins of equal width over [0, 1]
-) -> pd.DataFrame: # one row per bin that holds a study: said (mean p), happened (mean y), studies
-    "What was said against what happened, bin by bin (protocol of this companion)."
+) -> pd.DataFrame: # one row per bin that holds a study: said (mean p), happened (mean y), studies, low, high
+    "What was said against what happened, bin by bin, with 95 % intervals of Wilson (protocol of this companion)."
     y, p = _probabilities(y, p)
     at_least(1, bins=bins)
     table = pd.DataFrame(dict(bin=np.minimum((p*bins).astype(int), bins-1), said=p, happened=y))
-    return table.groupby('bin').agg(said=('said', 'mean'), happened=('happened', 'mean'), studies=('said', 'size'))
+    t = table.groupby('bin').agg(said=('said', 'mean'), happened=('happened', 'mean'), studies=('said', 'size'))
+    z = norm.ppf(.975)**2/t.studies                        # the interval of a share that never leaves [0, 1]
+    middle, reach = t.happened + z/2, np.sqrt(z*t.happened*(1-t.happened) + z**2/4)
+    return t.assign(low=((middle-reach)/(1+z)).clip(lower=0), high=((middle+reach)/(1+z)).clip(upper=1))
 
 # %% ../nbs/api/24_evaluate.ipynb #7cf0d08b
 def ece(
@@ -422,15 +425,11 @@ def reliability_plot(
     bins=10,    # bins of equal width
     ax=None,    # matplotlib axes to draw into; None makes a pair
 ):              # the axes
-    "Draws what was said against what happened (protocol of this companion)."
-    import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(3.4, 3.2), layout='constrained')[1]
+    "Draws what was said against what happened, with its band (protocol of this companion)."
+    from neural.plot import draw_reliability
     t = reliability(y, p, bins)
-    ax.plot([0, 1], [0, 1], ls=':', color='grey', lw=1)
-    line, = ax.plot(t.said, t.happened, lw=1, label=f"{label} ECE {ece(y, p, bins):.3f}".strip())
-    ax.scatter(t.said, t.happened, s=4 + 60*t.studies/t.studies.max(), color=line.get_color(), zorder=3)
-    ax.set(xlabel='probability said', ylabel='share that happened', xlim=(0, 1), ylim=(0, 1)); ax.legend(loc='upper left', frameon=False)
-    return ax
+    label = f"{label} ECE {ece(y, p, bins):.3f}".strip()
+    return draw_reliability(t.said, t.happened, t.studies, t.low, t.high, label, ax=ax)
 
 # %% ../nbs/api/24_evaluate.ipynb #9c7ceec0
 def roc_band(
@@ -461,14 +460,10 @@ def roc_plot(
     **kw,            # samples, seed, least: of the interval and the band
 ):                   # the axes
     "Draws an ROC curve with its patient-bootstrap band and AUC [95 %] (this companion's choice)."
-    import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(3.8, 3.4), layout='constrained')[1]
-    fpr, tpr, low, high = roc_band(y, p, patients, **kw)
-    a, lo, hi = auc_interval(y, p, patients, **kw)
-    ax.plot([0, 1], [0, 1], ls=':', color='grey', lw=1)
-    line, = ax.plot(fpr, tpr, lw=1.2, label=f"{label} {a:.2f} [{lo:.2f}, {hi:.2f}]".strip())
-    ax.fill_between(fpr, low, high, color=line.get_color(), alpha=.15, lw=0)
-    ax.set(xlabel='false positive rate', ylabel='sensitivity', xlim=(0, 1), ylim=(0, 1.01)); ax.legend(loc='lower right', frameon=False, title='AUC [95 %]')
+    from neural.plot import draw_roc
+    a, low, high = auc_interval(y, p, patients, **kw)
+    ax = draw_roc(*roc_band(y, p, patients, **kw), f"{label} {a:.2f} [{low:.2f}, {high:.2f}]".strip(), ax=ax)
+    ax.get_legend().set_title('AUC [95 %]')
     return ax
 
 # %% ../nbs/api/24_evaluate.ipynb #38a833c6

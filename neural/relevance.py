@@ -12,8 +12,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.colors import PowerNorm
-from matplotlib.patches import Rectangle
 
+from .plot import draw_radiograph
 from .study import NeuralError
 
 # %% ../nbs/api/14_relevance.ipynb #d64534ec
@@ -177,18 +177,10 @@ def show_relevance(
     grid: tuple[int, int]=(12, 12),   # rows, columns of the token grid
     ax: plt.Axes | None=None,         # axes to draw in
 ) -> plt.Axes:                        # the axes
-    "The film, its relevance as heat, and the retained patches outlined (NEURAL, framework figure)."
-    film, heat = np.asarray(image).squeeze(), np.asarray(torch.as_tensor(relevance).detach().cpu(), dtype=np.float32)
-    if heat.shape != (grid[0] * grid[1],): raise NeuralError(f"relevance must be [{grid[0] * grid[1]}], one number per patch, got {list(heat.shape)}")
-    if ax is None: ax = plt.subplots(figsize=(3.2, 3.2))[1]
-    heat = heat.reshape(grid) / max(heat.max(), 1e-12)
-    box = (0, grid[1], grid[0], 0)   # the film measured in patches
-    ax.imshow(film, cmap="gray", vmin=0, vmax=1, extent=box)
-    ax.imshow(heat, cmap="inferno", alpha=0.65 * heat, vmin=0, vmax=1, extent=box, interpolation="nearest")
-    for p in [] if retained is None else np.asarray(retained):
-        ax.add_patch(Rectangle((p % grid[1], p // grid[1]), 1, 1, fill=False, ec="#5ee0ff", lw=1.4))
-    ax.set_axis_off()
-    return ax
+    "The film, its relevance as heat from 0 up, and the retained patches outlined (NEURAL, framework figure)."
+    heat = torch.as_tensor(relevance).detach().float().cpu().numpy()
+    kept = () if retained is None else np.asarray(retained)
+    return draw_radiograph(np.asarray(image), heat, kept, None, grid, (0, heat.max(initial=0)), ax=ax)
 
 # %% ../nbs/api/14_relevance.ipynb #fdc43575
 def mention_relevance(
