@@ -346,7 +346,7 @@ def plain(
     raise NeuralError(f"a run record holds numbers, text, lists and dicts, not {type(value).__name__}")
 
 # %% ../nbs/api/40_pipeline.ipynb #1ab22023
-PACKAGES = ("numpy", "scipy", "pandas", "scikit-learn", "torch", "transformers", "tokenizers", "torch-geometric", "spacy", "pydicom", "pyarrow", "matplotlib", "papermill")
+PACKAGES = ("numpy", "scipy", "pandas", "scikit-learn", "torch", "transformers", "tokenizers", "torch-geometric", "spacy", "pydicom", "pyarrow", "matplotlib", "seaborn", "papermill")
 
 # %% ../nbs/api/40_pipeline.ipynb #06e91bb4
 def versions(
