@@ -24,6 +24,7 @@ from .graph import EDGE_TYPES, visual_graph
 from .image_model import ImageModel
 from .prune import top_k
 from .study import NeuralError, above, at_least
+from .train import Training, fit
 from .vlm import ReportVLM, label_loss
 
 # %% auto #0
@@ -200,13 +201,10 @@ def _finder(graphs, targets, parts, vocabulary_size, hidden, seed):
     standardise(model, graphs)
     return model
 
-def _learn(model, graphs, y, packs, optimiser):
-    "One pass over the batches, each cut when its turn comes."
-    model.train()
-    with one_thread():
-        for part in packs:
-            loss = label_loss(model(graphs.batch(part)).reshape(y[part].shape), y[part])
-            optimiser.zero_grad(); loss.backward(); optimiser.step()
+def _findings_loss(model, pack):
+    "The masked label loss of all findings of a batch of graphs."
+    g, y = pack
+    return dict(loss=label_loss(model(g).reshape(y.shape), y))
 
 @torch.no_grad()
 def read_graphs(
@@ -241,16 +239,12 @@ def train_graphs(
     train, validate, y = as_columns(train), as_columns(validate), torch.as_tensor(np.asarray(y_train, np.float32))
     model, rng = _finder(train, y.shape[1], parts, vocabulary_size, hidden, seed), np.random.default_rng(seed)
     packs = np.array_split(rng.permutation(len(train)), -(-len(train) // batch_size))
+    orders = [rng.permutation(len(packs)) for _ in range(epochs)]
+    batches = lambda epoch, _: ((train.batch(packs[i]), y[packs[i]]) for i in orders[epoch])
     optimiser, truth = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4, fused=True), torch.as_tensor(np.asarray(y_validate, np.float32))
-    best, since = (float("inf"), None), 0
-    for _ in range(epochs):
-        _learn(model, train, y, [packs[i] for i in rng.permutation(len(packs))], optimiser)
-        loss, since = label_loss(torch.as_tensor(read_graphs(model, validate)), truth).item(), since + 1
-        if loss < best[0]: best, since = (loss, {k: v.clone() for k, v in model.state_dict().items()}), 0
-        if since >= patience: break
-    if best[1] is None: raise NeuralError("the loss on validate is not finite from the first epoch: lower lr, or look for extreme patch features")
-    model.load_state_dict(best[1])
-    return model.eval()
+    judge = lambda model: dict(eval_loss=label_loss(torch.as_tensor(read_graphs(model, validate)), truth))
+    with one_thread(): fit(model, batches, _findings_loss, optimiser, Training(epochs, "-eval_loss", patience, seed, name="graphs", progress=False), validate=judge)
+    return model
 
 # %% ../nbs/api/26_baseline.ipynb #a6036e94
 def pool_cells(

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch_geometric.loader import DataLoader
 from torch_geometric.nn import global_max_pool, global_mean_pool
 from .asset import AssetStore, Codes, StudyAsset
-from .classify import GraphClassifier, Packs, TypedConv, as_columns, collate, deal, one_epoch, one_thread, standardise, to_data
+from .classify import GraphClassifier, Packs, TypedConv, as_columns, collate, deal, graph_loss, graphs_in, one_thread, standardise, to_data
 from .codec import fit_pca, fit_pq
 from .graph import EDGE_TYPES, knowledge_graph, visual_graph
 from .phantom import toy_study
@@ -35,6 +35,7 @@ from .picture import thumbnail
 from .report import ReportReader
 from .layouts import index_dataset, walk
 from .study import LABELS, NeuralError, at_least
+from .train import one_epoch
 from .yardstick import alternated, aside, matrix_peak, peak_memory, seconds_of
 
 # %% ../nbs/api/41_bench.ipynb #88ac6d1a
@@ -218,7 +219,8 @@ def _epochs(model, graphs, y, batch, lr=1e-3):
         for part in deal(rows, batch, int(order.integers(2**31))): yield columns.batch(part)
     packs = Packs(columns, rows, y, batch, 0)
     return {'read, list of Data': lambda: collections.deque(loader, 0), 'read, columns': lambda: collections.deque(read_columns(), 0),
-            'epoch, list of Data': lambda: [step(plain, slow, g, g.y) for g in loader], 'epoch, columns': lambda: one_epoch(own, fast, packs, order.permutation(len(packs)))}
+            'epoch, list of Data': lambda: [step(plain, slow, g, g.y) for g in loader],
+            'epoch, columns': lambda: one_epoch(own, (packs[i] for i in order.permutation(len(packs))), graph_loss, fast, size=graphs_in)}
 
 # %% ../nbs/api/41_bench.ipynb #662fa5e1
 def products(

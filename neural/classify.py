@@ -7,11 +7,11 @@ __all__ = ['PARTS', 'CONTEXT', 'CONTEXT_SIDE', 'KINDS', 'KEPT', 'FORMAT', 'MAX_C
            'sureness', 'context_of', 'collate', 'in_store', 'StoreDataset', 'whole_assets', 'ragged', 'GraphBatch',
            'GraphColumns', 'bag_sum', 'TypedConv', 'GraphClassifier', 'known_targets', 'one_thread', 'origin',
            'strangers', 'refuse_strangers', 'known_origin', 'unrecorded', 'as_columns', 'predict_logits', 'predict',
-           'deal', 'Packs', 'standardise', 'one_epoch', 'train_classifier', 'save_classifier', 'file_digest',
-           'load_classifier', 'save_predictions', 'is_predictions']
+           'deal', 'Packs', 'standardise', 'graph_loss', 'graphs_in', 'train_classifier', 'save_classifier',
+           'file_digest', 'load_classifier', 'save_predictions', 'is_predictions']
 
 # %% ../nbs/api/22_classify.ipynb #44d57595
-import csv, hashlib, json, math, re, sys
+import csv, hashlib, json, math, re
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -25,11 +25,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch_geometric.data import Batch, Data, Dataset
 from torch_geometric.nn import GCNConv
-from tqdm import tqdm
 from .asset import AssetError
 from .graph import ADJACENT, ASSERTIONS, EDGE_TYPES, REVERSE, SHOWS, certainty_share
 from .picture import decode_picture
 from .study import Exclusions, NeuralError, above, at_least, make_folder, publish, read_table, readable
+from .train import Training, fit
 
 # %% ../nbs/api/22_classify.ipynb #6f00884c
 PARTS = ('visual', 'knowledge')                      # the two graphs
@@ -609,6 +609,11 @@ class Packs:
         if self.cut is not None: self.cut[i] = pack
         return pack
 
+    def orders(self, epochs, seed):     # how often the batches are read, of the order
+        "The order in which the batches are read in each epoch."
+        rng = np.random.default_rng(seed)
+        return [rng.permutation(len(self)) for _ in range(epochs)]
+
 # %% ../nbs/api/22_classify.ipynb #b9131a5b
 def standardise(
     model: GraphClassifier,
@@ -622,34 +627,26 @@ def standardise(
     model.mean.copy_(x.mean(0)); model.spread.copy_(x.std(0, correction=0).clamp_min(1e-3*x.std().clamp_min(1e-6)))
 
 # %% ../nbs/api/22_classify.ipynb #23e936f5
-def one_epoch(
+def graph_loss(
     model: GraphClassifier,
-    optimiser,             # of its weights
-    packs: Packs,
-    order,                 # of the batches
-    device='cpu',          # where the model is
-) -> float:                # mean loss, nats
-    "One pass over the training batches (this companion's choice)."
-    model.train(); total = 0.
-    for i in order:
-        g, y = packs[i]
-        optimiser.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(model(g.to(device)), y.to(device))
-        _finite(loss)
-        loss.backward(); optimiser.step()
-        total += loss.item()*len(y)
-    return total/len(packs.rows)
+    pack,        # GraphBatch and its targets (B,), 0 or 1
+) -> dict:       # loss: scalar tensor, nats per graph
+    "Binary cross-entropy of one finding, as the loop of chapter 03 asks for it (NEURAL, sec. 2.3)."
+    g, y = pack
+    return dict(loss=F.binary_cross_entropy_with_logits(model(g), y))
 
-def _finite(values):
-    "Refuses to go on with a model that has run away."
-    if not values.isfinite().all(): raise NeuralError("training loss or scores are no longer finite: lower lr, or look for extreme patch features")
+def graphs_in(
+    pack,        # GraphBatch and its targets
+) -> int:        # graphs of the batch, by which it counts in the mean over an epoch
+    "How many graphs a batch holds (this companion's choice)."
+    return len(pack[1])
 
 # %% ../nbs/api/22_classify.ipynb #d2748cdd
 def _validate(model, batches, y):
     "AUC and loss on the validation studies."
     s = _logits(model, batches)
-    _finite(torch.tensor(s))
-    return float(roc_auc_score(y, s)), float(F.binary_cross_entropy_with_logits(torch.tensor(s), y.double()))
+    if not np.isfinite(s).all(): raise NeuralError("scores on validate are no longer finite: lower lr, or look for extreme patch features")
+    return dict(validate_loss=F.binary_cross_entropy_with_logits(torch.tensor(s), y.double()), validate_auc=roc_auc_score(y, s))
 
 # %% ../nbs/api/22_classify.ipynb #4a58f9ce
 def train_classifier(
@@ -684,22 +681,12 @@ def train_classifier(
         model.trained_on = dict(graphs.origin)
         standardise(model, graphs, rows); model.to(device)
         optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
-        history = _fit(model, Packs(graphs, rows, y, batch_size, seed), list(_batches(held, rows_held, 512)), y_held, optimiser, epochs, patience, seed, device, progress)
-    return model.eval(), history
-
-# %% ../nbs/api/22_classify.ipynb #b3c84f54
-def _fit(model, packs, held, y_held, optimiser, epochs, patience, seed, device, progress):
-    "Trains until `epochs`, or `patience` epochs without a better one; leaves the best weights in the model."
-    history, best, rng = [], None, np.random.default_rng(seed)
-    for epoch in tqdm(range(1, epochs+1), 'training', disable=not (progress and sys.stderr.isatty()), leave=False):
-        loss = one_epoch(model, optimiser, packs, rng.permutation(len(packs)), device)
-        auc, held_loss = _validate(model, held, y_held)
-        better = best is None or (auc, -held_loss) > best[0]
-        if better: best = (auc, -held_loss), {k: v.detach().clone() for k, v in model.state_dict().items()}, epoch
-        history.append(dict(epoch=epoch, loss=loss, validate_loss=held_loss, validate_auc=auc, best=better))
-        if epoch - best[2] >= patience: break
-    model.load_state_dict(best[1])
-    return history
+        packs, judged = Packs(graphs, rows, y, batch_size, seed), list(_batches(held, rows_held, 512))
+        orders = packs.orders(epochs, seed)
+        history = fit(model, lambda epoch, _: (packs[i] for i in orders[epoch]), graph_loss, optimiser,
+                      Training(epochs, ('validate_auc', '-validate_loss'), patience, seed, progress=progress),
+                      validate=lambda m: _validate(m, judged, y_held), size=graphs_in)
+    return model, history
 
 # %% ../nbs/api/22_classify.ipynb #0793acb4
 FORMAT, MAX_CONFIG = 'neural-graph-classifier', 2**20      # bytes of a config.json

@@ -59,7 +59,7 @@ def draw_settings(
     return found | {name: values[name] for name in TAUGHT}
 
 # %% ../nbs/api/37_draws.ipynb #draw0009
-MAKERS = ("study", "phantom", "layouts", "radiograph", "report", "image_model", "vlm", "finetune", "baseline", "evaluate", "variants")  # modules that draw, teach or measure
+MAKERS = ("study", "phantom", "layouts", "radiograph", "report", "image_model", "vlm", "train", "finetune", "baseline", "evaluate", "variants")  # modules that draw, teach or measure
 
 def code_name() -> str:
     "A short hash of the code that draws come from."

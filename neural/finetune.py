@@ -18,7 +18,6 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from tqdm import tqdm
 from transformers.activations import ACT2FN
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.models.swin.modeling_swin import SwinAttention, SwinMLP
@@ -26,14 +25,16 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .report import swap_laterality
 from .study import NeuralError, above, at_least, make_folder, publish, readable
+from .train import Training, fit
 from .vlm import ReportVLM, kept_memory, label_loss, load_vlm, quiet, writable
 
 # %% auto #0
 __all__ = ['HEALTHY', 'StudyDataset', 'mirror', 'poses', 'moved', 'augment', 'report_ids', 'Collator', 'pad_rows', 'focus_batch',
-           'parameter_groups', 'label_epoch', 'film_logits', 'coarser_side', 'fit_labels', 'stem_logits', 'warm_start',
-           'draw_weights', 'rare_weights', 'focus_loss', 'WindowLook', 'GeluLinear', 'learnt_bias', 'WindowAttention',
-           'GeluMLP', 'thrifty', 'freeze_stages', 'ReportTrainer', 'training_arguments', 'Stop', 'interrupts',
-           'last_checkpoint', 'digest', 'data_name', 'network_name', 'refuse_other_run', 'finetune', 'read_labels']
+           'parameter_groups', 'coarser_side', 'label_batches', 'film_logits', 'fit_labels', 'stem_logits',
+           'warm_start', 'draw_weights', 'rare_weights', 'focus_loss', 'WindowLook', 'GeluLinear', 'learnt_bias',
+           'WindowAttention', 'GeluMLP', 'thrifty', 'freeze_stages', 'ReportTrainer', 'training_arguments', 'Stop',
+           'interrupts', 'last_checkpoint', 'digest', 'data_name', 'network_name', 'refuse_other_run', 'finetune',
+           'read_labels']
 
 # %% ../nbs/api/12_finetune.ipynb #31d8fa23
 class StudyDataset(Dataset):
@@ -194,32 +195,30 @@ def parameter_groups(
         groups.setdefault((rate, decay), []).append(p)
     return [dict(params=ps, lr=rate, weight_decay=decay) for (rate, decay), ps in groups.items()]
 
+# %% ../nbs/api/12_finetune.ipynb #coarse01
+def coarser_side(
+    side: int,  # of the films, in pixels
+) -> int:  # a multiple of 32 where the film has one
+    "Two thirds of the side, so that every stride of the network still divides it (this companion's choice)."
+    return max(32, round(side * 2 / 3 / 32) * 32)
+
 # %% ../nbs/api/12_finetune.ipynb #fc589778
-@kept_memory()
-def label_epoch(
-    logits_of,  # films (B, 1, S, S) on the device -> (B, L), before the sigmoid; in training
+def label_batches(
     data: StudyDataset,  # train split
-    optimiser: torch.optim.Optimizer,  # over whatever is to learn
-    schedule,  # stepped once a batch
-    generator: torch.Generator,  # of order and augmentation
     batch_size: int,  # films per step
-    device: str = "cpu",  # "cpu" or "cuda"
-    bf16: bool = True,  # autocast to bfloat16
     draw: np.ndarray | None = None,  # (n,) weight of each study in the draw, with replacement; None: each once
-    side: int | None = None,  # films are brought to this side first, in pixels; None: as they come
-) -> float:  # mean loss, nats per known label
-    "One pass over the training films, augmented, with the masked label loss and no words."
-    drawn = torch.randperm(len(data), generator=generator) if draw is None else torch.multinomial(torch.as_tensor(draw, dtype=torch.float64), len(data), True, generator=generator)
-    order, losses = drawn.tolist(), []
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        films = torch.as_tensor(np.asarray(data.films.batch([data.ids[i] for i in part])))
-        if side: films = F.interpolate(films, size=(side, side), mode="area")
-        films = augment(films, generator).to(device)
-        with torch.autocast(str(device).partition(":")[0], torch.bfloat16, enabled=bf16): logits = logits_of(films)
-        loss = label_loss(logits, torch.as_tensor(data.targets[part]).to(device))
-        optimiser.zero_grad(); loss.backward(); optimiser.step(); schedule.step(); losses.append(loss.item())
-    return float(np.mean(losses))
+    coarse: float = 0.0,  # passes, the first ones, that see films of two thirds the side
+):  # (pass from 0, torch.Generator) -> batches of films (B, 1, S, S), augmented, and targets (B, L)
+    "Training films and their findings, as the loop of chapter 03 asks for them (this companion's choice)."
+    weights = None if draw is None else torch.as_tensor(draw, dtype=torch.float64)
+    def batches(epoch, generator):
+        if weights is None: order = torch.randperm(len(data), generator=generator)
+        else: order = torch.multinomial(weights, len(data), True, generator=generator)
+        for part in order.split(batch_size):
+            films = torch.as_tensor(np.asarray(data.films.batch([data.ids[i] for i in part.tolist()])))
+            if epoch < coarse: films = F.interpolate(films, size=(coarser_side(films.shape[-1]),) * 2, mode="area")
+            yield augment(films, generator), torch.as_tensor(data.targets[part.numpy()])
+    return batches
 
 # %% ../nbs/api/12_finetune.ipynb #fitlab02
 @torch.no_grad()
@@ -236,13 +235,6 @@ def film_logits(
     device, logits_of = next(model.eval().parameters()).device, logits_of or model
     films = lambda start: torch.as_tensor(np.asarray(data.films.batch(data.ids[start : start + batch_size]))).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16): return torch.cat([logits_of(films(start)).float().cpu() for start in range(0, len(data), batch_size)])
-
-# %% ../nbs/api/12_finetune.ipynb #coarse01
-def coarser_side(
-    side: int,  # of the films, in pixels
-) -> int:  # a multiple of 32 where the film has one
-    "Two thirds of the side, so that every stride of the network still divides it (this companion's choice)."
-    return max(32, round(side * 2 / 3 / 32) * 32)
 
 # %% ../nbs/api/12_finetune.ipynb #fitlab03
 def fit_labels(
@@ -266,15 +258,16 @@ def fit_labels(
     if not 0 <= coarse < 1: raise NeuralError(f"coarse must be 0 or more and below 1, got {coarse}; it is the share of the passes on coarser films")
     if draw is not None and len(draw) != len(train): raise NeuralError(f"{len(draw)} draw weights for {len(train)} training studies; make them from the same targets")
     if not len(train): raise NeuralError(f"the {name} need training studies, got none; look at the split column of the manifest")
-    torch.manual_seed(seed); generator, history = torch.Generator().manual_seed(seed), []
-    optimiser = torch.optim.AdamW(model.to(device, memory_format=torch.channels_last).parameters() if weights is None else weights, lr=lr, weight_decay=0.05)
+    torch.manual_seed(seed)
+    model.to(device)
+    if weights is None: weights = model.to(memory_format=torch.channels_last).parameters()
+    optimiser = torch.optim.AdamW(weights, lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, epochs=epochs, steps_per_epoch=-(-len(train) // batch_size), pct_start=0.2)
-    for epoch in tqdm(range(epochs), desc=name, disable=None):
-        model.train()
-        side = coarser_side(train[0]["film"].shape[-1]) if epoch < coarse * epochs else None
-        history.append(dict(epoch=epoch + 1, loss=label_epoch(logits_of, train, optimiser, schedule, generator, batch_size, device, bf16, draw, side)))
-        if validate is None: continue
-        history[-1]["eval_loss"] = label_loss(film_logits(model, validate, bf16=bf16, logits_of=logits_of), torch.as_tensor(validate.targets)).item()
+    loss = lambda model, batch: dict(loss=label_loss(logits_of(batch[0]), batch[1]))
+    judge = lambda model: dict(eval_loss=label_loss(film_logits(model, validate, bf16=bf16, logits_of=logits_of), torch.as_tensor(validate.targets)))
+    with kept_memory():
+        history = fit(model, label_batches(train, batch_size, draw, coarse * epochs), loss, optimiser, Training(epochs, seed=seed, bf16=bf16, name=name),
+                      schedule, None if validate is None else judge)
     model.to(memory_format=torch.contiguous_format)  # as files want it
     return history
 

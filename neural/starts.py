@@ -72,7 +72,7 @@ def start_parts(
     return studies, draw_parts(studies, films, settings)
 
 # %% ../nbs/api/38_starts.ipynb #start0015
-START_MAKERS = ("study", "radiograph", "report", "image_model", "warmstart", "finetune", "baseline", "draws", "starts")  # modules that teach or read
+START_MAKERS = ("study", "radiograph", "report", "image_model", "warmstart", "train", "finetune", "baseline", "draws", "starts")  # modules that teach or read
 
 def start_code() -> str:
     "A short hash of the code that a training comes from."
