@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn import functional as F
 
-from fixtures.taught import OPTIMISERS, taught
+from taught import OPTIMISERS, taught
 from neural.baseline import read_graphs, train_graphs, visual_data
 from neural.classify import GraphClassifier, as_columns, deal, predict_logits, standardise, train_classifier
 from neural.finetune import StudyDataset, augment, coarser_side, film_logits, fit_labels, warm_start
@@ -273,7 +273,7 @@ def alike(one, two):
 
 def test_a_training_that_was_killed_ends_as_one_that_was_not(tmp_path):
     path = tmp_path / "new" / "training.safetensors"
-    script = [sys.executable, ROOT / "tests/fixtures/taught.py", path]
+    script = [sys.executable, ROOT / "tests/taught.py", path]
     done = subprocess.run(script, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [p.name for p in path.parent.iterdir()] == [path.name]
