@@ -241,9 +241,11 @@ def train_graphs(
     packs = np.array_split(rng.permutation(len(train)), -(-len(train) // batch_size))
     orders = [rng.permutation(len(packs)) for _ in range(epochs)]
     batches = lambda epoch, _: ((train.batch(packs[i]), y[packs[i]]) for i in orders[epoch])
-    optimiser, truth = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4, fused=True), torch.as_tensor(np.asarray(y_validate, np.float32))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4, fused=True)
+    truth = torch.as_tensor(np.asarray(y_validate, np.float32))
     judge = lambda model: dict(eval_loss=label_loss(torch.as_tensor(read_graphs(model, validate)), truth))
-    with one_thread(): fit(model, batches, _findings_loss, optimiser, Training(epochs, "-eval_loss", patience, seed, name="graphs", progress=False), validate=judge)
+    training = Training(epochs, "-eval_loss", patience, seed, name="graphs", progress=False)
+    with one_thread(): fit(model, batches, _findings_loss, optimiser, training, validate=judge)
     return model
 
 # %% ../nbs/api/26_baseline.ipynb #a6036e94

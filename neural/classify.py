@@ -645,8 +645,10 @@ def graphs_in(
 def _validate(model, batches, y):
     "AUC and loss on the validation studies."
     s = _logits(model, batches)
-    if not np.isfinite(s).all(): raise NeuralError("scores on validate are no longer finite: lower lr, or look for extreme patch features")
-    return dict(validate_loss=F.binary_cross_entropy_with_logits(torch.tensor(s), y.double()), validate_auc=roc_auc_score(y, s))
+    if not np.isfinite(s).all():
+        raise NeuralError("scores on validate are no longer finite: lower lr, or look for extreme patch features")
+    loss = F.binary_cross_entropy_with_logits(torch.tensor(s), y.double())
+    return dict(validate_loss=loss, validate_auc=roc_auc_score(y, s))
 
 # %% ../nbs/api/22_classify.ipynb #4a58f9ce
 def train_classifier(

@@ -216,7 +216,8 @@ def label_batches(
         else: order = torch.multinomial(weights, len(data), True, generator=generator)
         for part in order.split(batch_size):
             films = torch.as_tensor(np.asarray(data.films.batch([data.ids[i] for i in part.tolist()])))
-            if epoch < coarse: films = F.interpolate(films, size=(coarser_side(films.shape[-1]),) * 2, mode="area")
+            side = coarser_side(films.shape[-1])
+            if epoch < coarse: films = F.interpolate(films, size=(side, side), mode="area")
             yield augment(films, generator), torch.as_tensor(data.targets[part.numpy()])
     return batches
 
@@ -262,12 +263,15 @@ def fit_labels(
     model.to(device)
     if weights is None: weights = model.to(memory_format=torch.channels_last).parameters()
     optimiser = torch.optim.AdamW(weights, lr=lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, epochs=epochs, steps_per_epoch=-(-len(train) // batch_size), pct_start=0.2)
+    steps = -(-len(train) // batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, epochs=epochs, steps_per_epoch=steps, pct_start=0.2)
     loss = lambda model, batch: dict(loss=label_loss(logits_of(batch[0]), batch[1]))
-    judge = lambda model: dict(eval_loss=label_loss(film_logits(model, validate, bf16=bf16, logits_of=logits_of), torch.as_tensor(validate.targets)))
+    read = lambda model: film_logits(model, validate, bf16=bf16, logits_of=logits_of)
+    judge = lambda model: dict(eval_loss=label_loss(read(model), torch.as_tensor(validate.targets)))
+    batches = label_batches(train, batch_size, draw, coarse * epochs)
+    training = Training(epochs, seed=seed, bf16=bf16, name=name)
     with kept_memory():
-        history = fit(model, label_batches(train, batch_size, draw, coarse * epochs), loss, optimiser, Training(epochs, seed=seed, bf16=bf16, name=name),
-                      schedule, None if validate is None else judge)
+        history = fit(model, batches, loss, optimiser, training, schedule, None if validate is None else judge)
     model.to(memory_format=torch.contiguous_format)  # as files want it
     return history
 

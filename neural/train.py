@@ -34,8 +34,9 @@ def _total(
     if not isinstance(terms, dict) or not terms:
         raise NeuralError(f"{name}: a loss gives named terms, such as {{'loss': tensor}}, not {type(terms).__name__}")
     for term, value in terms.items():
-        if value.numel() != 1:
-            raise NeuralError(f"{name}: the loss {term!r} has shape {tuple(value.shape)}; give one number, its mean")
+        if torch.is_tensor(value) and value.numel() == 1: continue
+        got = f"one of shape {tuple(value.shape)}" if torch.is_tensor(value) else type(value).__name__
+        raise NeuralError(f"{name}: the loss {term!r} must be a tensor of one number, such as a mean; got {got}")
     if len(terms) > 1 and "loss" in terms:
         raise NeuralError(f"{name}: 'loss' names the sum of all terms; give the term another name")
     first, *others = terms.values()
@@ -338,14 +339,14 @@ def begin(
     self.identity, found = state.identity(training, self.about), self.read()
     if found is None: return
     told, tensors = found
-    try:
-        _refuse_other(self.path.name, told["identity"], self.identity)
-        state.restore(told, tensors)
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as e:
+    _refuse_other(self.path.name, told.get("identity"), self.identity)
+    try: state.restore(told, tensors)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as e:
         raise NeuralError(f"{self.path.name} is damaged ({type(e).__name__}): remove it and begin anew") from None
 
 def _refuse_other(name, there, here):
     "Refuses the checkpoint of another training, and says what differs."
+    there = there if isinstance(there, dict) else {}
     odd = [f"{k} {there.get(k)}, now {here.get(k)}" for k in {**here, **there} if there.get(k) != here.get(k)]
     if not odd: return
     raise NeuralError(f"{name} was made with {'; '.join(odd[:3])}: go on with those, remove it, or name another file")
