@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save as as_bytes
 from torch import nn
 from tqdm import tqdm
 
@@ -62,6 +62,7 @@ def _check_finite(terms, name):
     raise NeuralError(f"{name}: the loss {bad[-1]!r} is no longer finite ({terms[bad[-1]]}): "
                       "lower the learning rate, or look for extreme values in the data")
 
+# %% ../nbs/api/03_train.ipynb #train13a
 def _mean(values, counts):
     "The mean over a pass; counts: examples of each batch, None where every batch counts the same."
     if counts is None: return float(np.mean(values))
@@ -119,15 +120,24 @@ class Training:
         at_least(1, patience=self.patience)
         if not self.best: raise NeuralError("patience waits for a better epoch: say with best what is better")
 
-    def rank(self, row: dict) -> tuple:  # the larger, the better
-        "An epoch by what chooses it."
-        return tuple(-row[name[1:]] if name.startswith("-") else row[name] for name in self.best)
+# %% ../nbs/api/03_train.ipynb #train19a
+@patch
+def rank(
+    self: Training,
+    row: dict,  # of a history
+) -> tuple:  # the larger, the better
+    "An epoch by what chooses it."
+    return tuple(-row[name[1:]] if name.startswith("-") else row[name] for name in self.best)
 
-    def over(self, history: list) -> bool:  # True when no epoch is left, or patience is
-        "Whether a training with this history has come to its end."
-        if len(history) >= self.epochs: return True
-        chosen = max((row["epoch"] for row in history if row.get("best")), default=0)
-        return self.patience is not None and len(history) - chosen >= self.patience
+@patch
+def over(
+    self: Training,
+    history: list,  # one row per epoch
+) -> bool:  # True when no epoch is left, or no patience
+    "Whether a training with this history has come to its end."
+    if len(history) >= self.epochs: return True
+    chosen = max((row["epoch"] for row in history if row.get("best")), default=0)
+    return self.patience is not None and len(history) - chosen >= self.patience
 
 # %% ../nbs/api/03_train.ipynb #train23
 @dataclass
@@ -151,6 +161,7 @@ def _add(row, numbers, who):
         raise NeuralError(f"{who} gives {twice[0]!r}, a name that the history uses already: choose another")
     row |= numbers
 
+# %% ../nbs/api/03_train.ipynb #train27a
 def _teach(state, batches, loss, training, size):
     "One more epoch, and its row in the history."
     done, every = len(state.history), training.stepped == "batch"
@@ -160,6 +171,18 @@ def _teach(state, batches, loss, training, size):
     state.history.append(dict(epoch=done + 1))
     _add(state.history[-1], told, f"{training.name}: the loss")
 
+# %% ../nbs/api/03_train.ipynb #train27c
+def _check_choice(numbers, training, epoch):
+    "Refuses to choose an epoch by what is not there, or is no number."
+    for name in (name.removeprefix("-") for name in training.best):
+        who = f"{training.name}: {name!r}"
+        if name not in numbers:
+            raise NeuralError(f"{who} is to choose the epoch, but validate gives {', '.join(numbers)}")
+        if not math.isfinite(numbers[name]):
+            raise NeuralError(f"{who} is no longer finite on validate ({numbers[name]} in epoch {epoch}): "
+                              "lower the learning rate, or look for extreme values in the data")
+
+# %% ../nbs/api/03_train.ipynb #train27b
 @torch.no_grad()
 def _judge(state, validate, training):
     "What `validate` says of the last epoch, and whether it is the best yet."
@@ -171,15 +194,11 @@ def _judge(state, validate, training):
     row["best"] = all(training.rank(row) > training.rank(earlier) for earlier in before if earlier["best"])
     if row["best"]: state.keep()
 
-def _check_choice(numbers, training, epoch):
-    "Refuses to choose an epoch by what is not there, or is no number."
-    for name in (name.removeprefix("-") for name in training.best):
-        who = f"{training.name}: {name!r}"
-        if name not in numbers:
-            raise NeuralError(f"{who} is to choose the epoch, but validate gives {', '.join(numbers)}")
-        if not math.isfinite(numbers[name]):
-            raise NeuralError(f"{who} is no longer finite on validate ({numbers[name]} in epoch {epoch}): "
-                              "lower the learning rate, or look for extreme values in the data")
+# %% ../nbs/api/03_train.ipynb #train28a
+def _bar(training, done):
+    "A bar over the epochs; inside another one it goes when it is full."
+    off = None if training.progress else True  # None: off where there is no terminal
+    return tqdm(total=training.epochs, initial=done, desc=training.name, disable=off, leave=None)
 
 # %% ../nbs/api/03_train.ipynb #train28
 def fit(
@@ -209,11 +228,6 @@ def fit(
     model.eval()
     return state.history
 
-def _bar(training, done):
-    "A bar over the epochs; inside another one it goes when it is full."
-    off = None if training.progress else True  # None: off where there is no terminal
-    return tqdm(total=training.epochs, initial=done, desc=training.name, disable=off, leave=None)
-
 # %% ../nbs/api/03_train.ipynb #train39
 _FORMAT = "neural-training"  # in the head of a checkpoint
 
@@ -229,6 +243,7 @@ def _lists(value):
     if isinstance(value, dict): return {name: _lists(part) for name, part in value.items()}
     return [_lists(part) for part in value] if isinstance(value, (list, tuple)) else value
 
+# %% ../nbs/api/03_train.ipynb #train39a
 @patch
 def tensors(self: _State) -> dict:  # name -> tensor on the CPU, none sharing memory with another
     "All tensors of a training, both sources of randomness with them."
@@ -240,6 +255,7 @@ def tensors(self: _State) -> dict:  # name -> tensor on the CPU, none sharing me
     if device.type == "cuda": found["random.cuda"] = torch.cuda.get_rng_state(device)
     return {name: value.detach().cpu().contiguous().clone() for name, value in found.items()}
 
+# %% ../nbs/api/03_train.ipynb #train39b
 @patch
 def numbers(self: _State) -> dict:  # groups and loose ends of the optimiser, schedule
     "All else that changes, as plain values."
@@ -263,8 +279,21 @@ def identity(
     for i, group in enumerate(numbers["groups"]):
         told |= {f"{name} of group {i}": len(v) if name == "params" else v for name, v in group.items()}
     told |= {f"{name} of the schedule": value for name, value in (numbers["schedule"] or {}).items()}
-    first = save({name: value for name, value in self.tensors().items() if name.startswith("model.")})
+    first = as_bytes({name: value for name, value in self.tensors().items() if name.startswith("model.")})
     return _plain(told | dict(weights=hashlib.sha256(first).hexdigest()[:16]) | about, "what is said of a training")
+
+# %% ../nbs/api/03_train.ipynb #train46a
+def _optimiser_state(optimiser, values, groups):
+    "As `load_state_dict` wants it; moments in the layout of their weights, on which fused optimisers count."
+    weights, moments = [p for group in optimiser.param_groups for p in group["params"]], {}
+    for name, value in values.items():
+        i, key = name.split(".", 1)
+        like = weights[int(i)]
+        if torch.is_tensor(value) and value.dim() > 1 and value.shape == like.shape:
+            value = torch.empty_like(like, dtype=value.dtype).copy_(value)
+        moments.setdefault(int(i), {})[key] = value
+    tuples = lambda name, v: tuple(v) if isinstance(v, list) and name != "params" else v
+    return dict(state=moments, param_groups=[{name: tuples(name, v) for name, v in group.items()} for group in groups])
 
 # %% ../nbs/api/03_train.ipynb #train46
 @patch
@@ -283,18 +312,6 @@ def restore(
     if "random.cuda" in tensors: torch.cuda.set_rng_state(tensors["random.cuda"], next(self.model.parameters()).device)
     self.history, self.kept = told["history"], part("best.") or None
 
-def _optimiser_state(optimiser, values, groups):
-    "As `load_state_dict` wants it; moments in the layout of their weights, on which fused optimisers count."
-    weights, moments = [p for group in optimiser.param_groups for p in group["params"]], {}
-    for name, value in values.items():
-        i, key = name.split(".", 1)
-        like = weights[int(i)]
-        if torch.is_tensor(value) and value.dim() > 1 and value.shape == like.shape:
-            value = torch.empty_like(like, dtype=value.dtype).copy_(value)
-        moments.setdefault(int(i), {})[key] = value
-    tuples = lambda name, v: tuple(v) if isinstance(v, list) and name != "params" else v
-    return dict(state=moments, param_groups=[{name: tuples(name, v) for name, v in group.items()} for group in groups])
-
 # %% ../nbs/api/03_train.ipynb #train49
 class Checkpoint:
     "Where a training goes on after a kill; a finished training leaves none behind (this companion's choice)."
@@ -306,27 +323,43 @@ class Checkpoint:
     ):
         self.path, self.about, self.identity = Path(path), about, None
 
-    def read(self) -> tuple[dict, dict] | None:  # what it says and its tensors; None where there is no file
-        "Opens the file, or says why it is none of ours."
-        if not self.path.exists(): return None
-        try:
-            with safe_open(self.path, "pt") as f:
-                told = json.loads((f.metadata() or {}).get("about", "null"))
-                tensors = {name: f.get_tensor(name) for name in f.keys()}
-        except (SafetensorError, ValueError, OSError): told = None
-        if isinstance(told, dict) and told.get("format") == _FORMAT: return told, tensors
-        raise NeuralError(f"{self.path.name} is no checkpoint, or damaged: move it away, or name another file")
+# %% ../nbs/api/03_train.ipynb #train49a
+@patch
+def read(self: Checkpoint) -> tuple[dict, dict] | None:  # what it says and its tensors; None where there is no file
+    "Opens the file, or says why it is none of ours."
+    if not self.path.exists(): return None
+    try:
+        with safe_open(self.path, "pt") as f:
+            told = json.loads((f.metadata() or {}).get("about", "null"))
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
+    except (SafetensorError, ValueError, OSError): told = None
+    if isinstance(told, dict) and told.get("format") == _FORMAT: return told, tensors
+    raise NeuralError(f"{self.path.name} is no checkpoint, or damaged: move it away, or name another file")
 
-    def save(self, state: _State):
-        "Writes where a training stands, whole or not at all."
-        told = dict(format=_FORMAT, identity=self.identity, history=state.history, **state.numbers())
-        data = save(state.tensors(), {"about": json.dumps(told)})
-        make_folder(self.path.parent)
-        with publish(self.path) as f: f.buffer.write(data)
+# %% ../nbs/api/03_train.ipynb #train49b
+@patch
+def save(
+    self: Checkpoint,
+    state: _State,  # after an epoch
+):
+    "Writes where a training stands, whole or not at all."
+    told = dict(format=_FORMAT, identity=self.identity, history=state.history, **state.numbers())
+    data = as_bytes(state.tensors(), {"about": json.dumps(told)})
+    make_folder(self.path.parent)
+    with publish(self.path) as f: f.buffer.write(data)
 
-    def remove(self):
-        "Takes the file away, where there is one."
-        self.path.unlink(missing_ok=True)
+@patch
+def remove(self: Checkpoint):
+    "Takes the file away, where there is one."
+    self.path.unlink(missing_ok=True)
+
+# %% ../nbs/api/03_train.ipynb #train50a
+def _refuse_other(name, there, here):
+    "Refuses the checkpoint of another training, and says what differs."
+    there = there if isinstance(there, dict) else {}
+    odd = [f"{k} {there.get(k)}, now {here.get(k)}" for k in {**here, **there} if there.get(k) != here.get(k)]
+    if not odd: return
+    raise NeuralError(f"{name} was made with {'; '.join(odd[:3])}: go on with those, remove it, or name another file")
 
 # %% ../nbs/api/03_train.ipynb #train50
 @patch
@@ -343,10 +376,3 @@ def begin(
     try: state.restore(told, tensors)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as e:
         raise NeuralError(f"{self.path.name} is damaged ({type(e).__name__}): remove it and begin anew") from None
-
-def _refuse_other(name, there, here):
-    "Refuses the checkpoint of another training, and says what differs."
-    there = there if isinstance(there, dict) else {}
-    odd = [f"{k} {there.get(k)}, now {here.get(k)}" for k in {**here, **there} if there.get(k) != here.get(k)]
-    if not odd: return
-    raise NeuralError(f"{name} was made with {'; '.join(odd[:3])}: go on with those, remove it, or name another file")
