@@ -185,14 +185,19 @@ def stage_folder(
 
 # %% ../nbs/api/42_cli.ipynb #ac1ea20c
 def read_assignments(
-    pairs,   # `name=value` as typed after -p
-) -> dict:   # name -> value, still text
+    pairs,   # `name=value` or `stage.name=value` as typed after -p
+) -> dict:   # name, with its stage where one was named -> value, still text
     "The `-p name=value` options of a command line; a name twice is refused."
     found = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
-        if not name.isidentifier() or not equals: raise typer.BadParameter(f"write -p name=value, got {pair!r}", param_hint="-p")
-        if name in found: raise typer.BadParameter(f"{name} is given twice, as {found[name]!r} and {value!r}; keep one", param_hint="-p")
+        scope, dot, own = name.rpartition(".")
+        if not equals or not own.isidentifier() or dot and not re.fullmatch(r"\w+(-\d+)?", scope):
+            said = f"write -p name=value, or -p stage.name=value for one stage, got {pair!r}"
+            raise typer.BadParameter(said, param_hint="-p")
+        if name in found:
+            said = f"{name} is given twice, as {found[name]!r} and {value!r}; keep one"
+            raise typer.BadParameter(said, param_hint="-p")
         found[name] = value
     return found
 
@@ -206,15 +211,23 @@ def run(
     images: Annotated[Optional[Path], typer.Option(help="Folder of the images, if they have moved, too.", exists=True, file_okay=False)] = None,
     folder: Annotated[Optional[Path], typer.Option("--run", help="Run folder; runs/<preset> if left out.")] = None,
     notebooks: Annotated[Optional[Path], typer.Option("--stages", help="Folder of stage notebooks; nbs/paper if left out.")] = None,
-    assign: Annotated[Optional[list[str]], typer.Option("-p", metavar="NAME=VALUE", help="Set one parameter; may be repeated. A run remembers it.")] = None,
+    assign: Annotated[Optional[list[str]], typer.Option(
+        "-p", metavar="[STAGE.]NAME=VALUE",
+        help="Set one parameter, for all stages that have it or, as in 60.epochs=3, for one; may be repeated. "
+             "A run remembers it.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Run stages even if nothing changed, and replace those that another preset or other studies made.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show what the cells print.")] = False,
     time_limit: Annotated[Optional[int], typer.Option(min=1, help="Seconds a single cell may take.")] = None,
+    strict: Annotated[bool, typer.Option(
+        "--strict", help="Fail a stage that opens a file of the run which it does not say it reads; "
+                         "stages that are unchanged are not looked at. Linux only.")] = False,
 ):
     "Run the stages in order; skip those nothing changed for."
     from neural.pipeline import run_pipeline
     place = folder or Path("runs")/(Path(preset).stem if preset else "default")
-    run_pipeline(stage_folder(notebooks, place), place, stages or (), preset, read_assignments(assign or ()), manifest, force, tell=typer.echo, verbose=verbose, time_limit=time_limit, root=root, images=images)
+    given = read_assignments(assign or ())
+    run_pipeline(stage_folder(notebooks, place), place, stages or (), preset, given, manifest, force, tell=typer.echo,
+                 verbose=verbose, time_limit=time_limit, root=root, images=images, strict=strict)
     results = place/"tables/results.md"
     typer.echo(f"run: {place}" + (f"\n\n{results.read_text(encoding='utf-8', errors='replace').strip()}" if results.is_file() else ""))
 
@@ -428,13 +441,15 @@ def stage_values(
     names: list,  # stages whose parameters are meant; the first has the last word
 ) -> dict:        # parameter -> value
     "What some stages declare, under the values of a preset."
-    from neural.pipeline import find_stages, load_preset, pick_stages, stage_parameters
-    folder = stage_folder()
-    found = {}
-    for name in reversed(names):
-        path = pick_stages(find_stages(folder), [name])[0].path
-        found |= {k: p.default for k, p in stage_parameters(path).items()}
-    return found | load_preset(preset, folder)
+    from neural.pipeline import addressed, find_stages, load_preset, own_values, pick_stages, stage_parameters
+    stages, found = find_stages(stage_folder()), {}
+    declared = {s.name: stage_parameters(s.path) for s in stages}
+    values = {k: v for k, v in load_preset(preset, stage_folder()).items() if k != "stages"}
+    common = addressed(values, stages, stages, declared, "preset")
+    asked = [pick_stages(stages, [name])[0] for name in reversed(names)]
+    for s in asked: found |= {k: p.default for k, p in declared[s.name].items()}
+    for s in asked: found |= own_values(common, s)
+    return found
 
 def how_drawn(
     given: dict,  # what `--small` and `--studies` say
