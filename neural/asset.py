@@ -95,7 +95,8 @@ def vocabulary_hash(
 _DATASET = re.compile(r'[a-z][a-z0-9-]{0,31} [0-9a-f]{8}')
 SETTINGS = dict(   # what was set when a store was begun, and the form of it
     key=re.compile(r'none|[0-9a-f]{16}'), keep=range(1, 65536), thumbnail=range(65536), pixels=bool, hidden=[range(65536)], guide=_NAME, tokens=_NAME, heads=_NAME,
-    layer=re.compile(r'-?[0-9a-z]{1,16}'), lift=bool, places=bool, writer=_NAME, habit=re.compile(r'none|[0-9a-f]{16}'), longest=range(1, 65536), precision=_NAME, datasets=[_DATASET])
+    layer=re.compile(r'-?[0-9a-z]{1,16}'), lift=bool, places=bool, writer=_NAME, habit=re.compile(r'none|[0-9a-f]{16}'), longest=range(1, 65536), precision=_NAME, datasets=[_DATASET],
+    score=re.compile(r'[a-z][a-z0-9 ,+]{0,47}'), share=re.compile(r'[01]|0\.[0-9]{1,6}'), draw=range(2**31))     # of a scorer that was asked for by name
 
 def _fits(value, form):
     "Whether a value has its form: true or false, a whole number of a range, a list, or text of a pattern."

@@ -13,13 +13,14 @@ from sklearn.model_selection import train_test_split
 from torch_geometric.data import Data
 
 from .asset import StudyAsset
-from .build import Reading, look, read_batch
+from .build import Reading, read
 from .classify import edge_shares, to_data
 from .finetune import pad_rows, report_ids
 from .graph import EDGE_TYPES, RELATIONS, KnowledgeGraph, VisualGraph, centrality, fusion_ties, knowledge_from, knowledge_graph, visual_graph
 from .prune import released_rows
 from .relevance import pick_layer
 from .report import Annotation, Relation, load_lexicon
+from .scores import Batch, Network, as_scoring, look
 from .study import LABELS, NeuralError
 
 # %% auto #0
@@ -142,16 +143,19 @@ def read_variants(
     films: torch.Tensor,  # (B, 1, S, S) in [0, 1]
     variants: dict,       # name -> one annotation per study, such as `masked` makes
     track: str,           # 'image+report' | 'image-only'
-    settings: tuple,      # aggregation, habit, k, longest report: `load_aggregation` of the run
+    settings,             # how the network is read: a `Scoring`, or `load_aggregation` of the run
 ) -> dict:                # name -> readings, relevance and patches chosen from that text alone
     "Reads each film once and several versions of its report, with the run's own guide (NEURAL, sec. 2.2)."
-    (how, mean, k, most), tokens, out = settings, model.encode(films), {}
+    state, tokens, out = as_scoring(settings), model.encode(films), {}
     first = next(iter(variants))
     for name, notes in variants.items():
         fresh = [b for b, a in enumerate(notes) if name == first or a != variants[first][b]]   # a report that lost nothing is not read again
-        read = read_batch(SeenFilms(model), tokenizer, ReadyNotes([notes[b] for b in fresh]), [ids[b] for b in fresh], tokens[fresh], [notes[b].text for b in fresh], track, k, how, mean, most) if fresh else []
-        out[name] = [*out.get(first, read)]
-        for b, r in zip(fresh, read): out[name][b] = r
+        found = []
+        if fresh:
+            network = Network(SeenFilms(model), tokenizer, ReadyNotes([notes[b] for b in fresh]), state)
+            found = read(network, Batch([ids[b] for b in fresh], tokens[fresh], [notes[b].text for b in fresh]), track)
+        out[name] = [*out.get(first, found)]
+        for b, r in zip(fresh, found): out[name][b] = r
     return out
 
 # %% ../nbs/api/27_audit.ipynb #2c23899f

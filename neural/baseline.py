@@ -5,7 +5,6 @@
 # %% ../nbs/api/26_baseline.ipynb #0a61fcec
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -22,15 +21,15 @@ from .classify import GraphClassifier, as_columns, edge_shares, one_thread, stan
 from .finetune import StudyDataset, film_logits, fit_labels
 from .graph import EDGE_TYPES, visual_graph
 from .image_model import ImageModel
-from .prune import top_k
+from .prune import random_map, top_k
 from .study import NeuralError, above, at_least
 from .train import Training, fit
 from .vlm import ReportVLM, label_loss
 
 # %% auto #0
-__all__ = ['film_network', 'read_films', 'train_film_cnn', 'length_control', 'centre_prior', 'film_contrast', 'random_map',
-           'patch_tokens', 'FilmArray', 'only_patches', 'other_patches', 'visual_data', 'read_graphs', 'train_graphs',
-           'pool_cells', 'pooled_bytes', 'linear_reader']
+__all__ = ['film_network', 'read_films', 'train_film_cnn', 'length_control', 'centre_prior', 'film_contrast', 'patch_tokens',
+           'FilmArray', 'only_patches', 'other_patches', 'visual_data', 'read_graphs', 'train_graphs', 'pool_cells',
+           'pooled_bytes', 'linear_reader']
 
 # %% ../nbs/api/26_baseline.ipynb #f548fc55
 def film_network(
@@ -105,17 +104,6 @@ def film_contrast(
     if x.ndim != 4 or x.shape[-2] % grid[0] or x.shape[-1] % grid[1]: raise NeuralError(f"films must be (B, 1, S, S) with sides that {grid[0]}x{grid[1]} patches divide, got {tuple(x.shape)}")
     patches = x[:, 0].unfold(1, x.shape[-2] // grid[0], x.shape[-2] // grid[0]).unfold(2, x.shape[-1] // grid[1], x.shape[-1] // grid[1])
     return patches.flatten(3).std(-1).flatten(1).numpy()
-
-# %% ../nbs/api/26_baseline.ipynb #2c4d355a
-def random_map(
-    ids,  # study ids, n of them
-    patches: int = 144,  # patches of the grid, N
-    seed: int = 0,  # another seed, another draw
-) -> np.ndarray:  # float32 (n, N), in [0, 1)
-    "A relevance that knows nothing: random-k for every k, fixed by study and seed (control of this companion)."
-    at_least(1, patches=patches)
-    own = lambda i: int.from_bytes(hashlib.blake2b(f"{seed}/{i}".encode(), digest_size=8).digest(), "big")
-    return np.array([np.random.default_rng(own(i)).random(patches, np.float32) for i in ids], np.float32).reshape(-1, patches)
 
 # %% ../nbs/api/26_baseline.ipynb #5003dcbf
 @torch.no_grad()

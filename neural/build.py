@@ -5,12 +5,13 @@
 # %% ../nbs/api/21_build.ipynb #7e0bf566
 from __future__ import annotations
 import hashlib
-import json
+import math
 import re
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,44 +23,28 @@ from tqdm import tqdm
 from .asset import AssetStore, StudyAsset, check_new, check_secret, is_store, key_check, keyed_id, told, vocabulary_hash
 from .codec import Codebook
 from .compose import PhraseBank, compose_reports, load_bank
-from .finetune import pad_rows, report_ids
 from .graph import certainty_bytes, concept_looks, concept_nodes, fuse, grounding_links, knowledge_graph, visual_graph
 from .picture import encode_tiles, pad_square, thumbnail
 from .prompt import NewSentences, own_prompts
-from .prune import keep_count, retain
+from .prune import Budget, keep as keep_units, keep_count
 from .radiograph import load_radiograph, open_pool, read_radiograph
-from .relevance import all_tokens, finding_tokens, lift, mean_relevance, mention_relevance, pick_layer, relevance, with_fallback
+from .relevance import mean_relevance, mention_relevance, pick_layer
 from .report import Annotation, Mention, Relation, ReportReader, evidence, labels_of, split_sections
-from .study import Exclusions, Manifest, NeuralError, publish, readable, report_text
-from .vlm import ReportVLM, hash_of_file, kept_memory, load_tokenizer, load_vlm, pack
+from .scores import GUIDED, MIXTURES, Aggregation, Batch, Network, Scoring, as_scoring, attended, baseline_hash, gather
+from .scores import load_aggregation, load_scoring, look, made_ready, measure, save_aggregation, scorer
+from .study import Exclusions, Manifest, NeuralError, readable, report_text
+from .vlm import ReportVLM, kept_memory, load_tokenizer, load_vlm, pack
 
 # %% auto #0
-__all__ = ['TRACKS', 'ZONES', 'SIDES', 'TABLES', 'SCHEMAS', 'Aggregation', 'Reading', 'word_mask', 'named_findings', 'guided',
-           'region', 'mention_regions', 'finding_places', 'concept_findings', 'certainties', 'read_batch',
-           'wanted_findings', 'by_activation', 'look', 'habit', 'write_reports', 'with_bank', 'bank_of',
-           'prompted_looks', 'Packing', 'corners', 'hide', 'reading_rows', 'save_readings', 'load_readings',
-           'save_aggregation', 'load_aggregation', 'lead', 'close_calls', 'settle', 'in_groups', 'shard_of',
+__all__ = ['TRACKS', 'TABLES', 'SCHEMAS', 'Reading', 'concept_findings', 'certainties', 'read', 'read_batch', 'habit',
+           'write_reports', 'with_bank', 'bank_of', 'prompted_looks', 'Packing', 'corners', 'hide', 'reading_rows',
+           'save_readings', 'load_readings', 'lead', 'close_calls', 'settle', 'in_groups', 'Ready', 'shard_of',
            'read_groups', 'decode_films', 'film_paths', 'ahead', 'usable', 'unnamed', 'hash_of', 'reading_settings',
-           'dataset_name', 'open_store', 'begin', 'packed_shard', 'fill_store', 'build_store', 'kept']
+           'selection_of', 'dataset_name', 'open_store', 'begin', 'packed_shard', 'fill_store', 'load_network',
+           'build_store', 'measure_baseline']
 
 # %% ../nbs/api/21_build.ipynb #c9a646cf
 TRACKS = ("image+report", "image-only")
-
-@dataclass(frozen=True)
-class Aggregation:
-    "How a report becomes one number per patch: by which guide, over which tokens, heads and layers, and against which habit."
-    guide: str = "attention"  # "attention" of the report's words (the paper), or the "activation" of the findings it names
-    tokens: str = "finding"  # "all" words of the report, or the "finding"-bearing ones
-    heads: str = "mean"  # "mean" as in the paper, or "max"
-    layer: int = -1  # decoder layer; the paper uses the last
-    lift: bool = True  # divide by what training reports look at as a rule
-    places: bool = True  # with the activation guide: look for a finding only where the report places it
-    writer: str = "decoder"  # of image-only reports: the "decoder" (the paper), or "compose", from the sentences of chapter 15
-
-    def __post_init__(self):
-        if self.writer not in ("decoder", "compose"): raise NeuralError(f"writer must be 'decoder' or 'compose', got {self.writer!r}")
-        if self.guide not in ("attention", "activation"): raise NeuralError(f"guide must be 'attention' or 'activation', got {self.guide!r}")
-        if self.tokens not in ("all", "finding"): raise NeuralError(f"tokens must be 'all' or 'finding', got {self.tokens!r}")
 
 # %% ../nbs/api/21_build.ipynb #c2021d47
 @dataclass
@@ -76,90 +61,6 @@ class Reading:
     tokens_used: int  # report tokens the relevance was averaged over
     fell_back: bool  # no finding-bearing token: all words were used instead
     certainty: dict = field(default_factory=dict)  # image-only: concept -> byte of `certainty_bytes`, where the label head has a finding for it
-
-# %% ../nbs/api/21_build.ipynb #c7509416
-def word_mask(
-    labels: torch.Tensor,  # (B, T) token ids, −100 where padded
-    offsets: list,  # per study, (start, end) of each token in its text
-    annotations: list[Annotation],  # of the same texts
-    tokens: str = "finding",  # "all" or "finding"
-) -> tuple[torch.Tensor, torch.Tensor]:  # bool (B, T) tokens to average over; bool (B,) fell back to all words
-    "The tokens whose attention counts; a report of no words at all keeps its end token."
-    words = all_tokens(labels)
-    silent = ~words.any(1, keepdim=True)
-    words = torch.where(silent, labels == 1, words)
-    if tokens == "all": return words, torch.zeros(len(labels), dtype=torch.bool)
-    finding = pad_rows([finding_tokens(o, a.mentions).tolist() for o, a in zip(offsets, annotations)], False).bool()
-    finding = torch.nn.functional.pad(finding, (0, labels.shape[1] - finding.shape[1])) & words
-    return with_fallback(finding, words)
-
-# %% ../nbs/api/21_build.ipynb #6dab30d6
-def named_findings(
-    annotations: list[Annotation],  # of the reports
-    names: list[str],  # findings of the label head
-) -> torch.Tensor:  # float32 (B, L): 1 stated, 0.5 hedged, 0 denied or not named
-    "Which findings each report names; having none is not a finding one could point at."
-    said = [labels_of(a) for a in annotations]
-    return torch.tensor([[{1: 1.0, -1: 0.5}.get(s.get(n), 0.0) * (n != "No Finding") for n in names] for s in said])
-
-def guided(
-    seen: torch.Tensor,  # (B, N, L) what each patch says for each finding, from `ReportVLM.find`
-    usual: torch.Tensor,  # (N, L) its mean over training films
-    wanted: torch.Tensor,  # (B, L) non-negative weight of each finding
-    sharpness: float = 4.0,  # of the head's pooling; a head that takes the mean has none, and 1 is used
-    where: torch.Tensor | None = None,  # bool (B, N, L) patches to look at, from `finding_places`; None: all of them
-) -> torch.Tensor:  # float32 (B, N), rows sum to 1
-    "Relevance of the findings a report names, against what is seen there as a rule (this companion's choice)."
-    excess = (seen - usual) * (sharpness or 1.0)
-    share = (excess if where is None else excess.masked_fill(~where, -1e4)).softmax(1)
-    total = torch.einsum("bl,bnl->bn", wanted, share)
-    return total / total.sum(-1, keepdim=True)
-
-# %% ../nbs/api/21_build.ipynb #232945a4
-ZONES = {  # place: from and to, in shares of the film's height
-    "lung apex": (0, 1 / 3), "upper lobe": (0, 1 / 2), "perihilar region": (1 / 6, 3 / 4), "mid lung": (1 / 4, 3 / 4), "middle lobe": (1 / 3, 5 / 6),
-    "lingula": (1 / 3, 5 / 6), "lower lobe": (5 / 12, 1), "lung base": (1 / 2, 1), "costophrenic angle": (1 / 2, 1)}
-SIDES = {"right": (0, 7 / 12), "left": (5 / 12, 1)}  # the patient's side: from and to, in shares of the film's width
-
-def region(
-    place: str,  # an anatomy concept, such as "left lower lobe", "lung base" or "right"
-    side: str = "",  # "left" or "right" where another word says so
-    grid: tuple[int, int] = (12, 12),  # rows, columns of the token grid
-) -> torch.Tensor:  # bool (N,), row-major
-    "The patches of a frontal film in which a place of the report may lie; all of them where its words do not tell."
-    side = side or next((s for s in SIDES if place.startswith(s)), "left" if place == "lingula" else "")
-    top, bottom = next((z for name, z in ZONES.items() if place.endswith(name)), (0, 1))
-    first, last = SIDES.get(side, (0, 1))
-    y, x = (torch.arange(n).add(0.5) / n for n in grid)  # middles of the patches
-    return (((y >= top) & (y <= bottom))[:, None] & ((x >= first) & (x <= last))).flatten()
-
-# %% ../nbs/api/21_build.ipynb #d73b2c51
-def mention_regions(
-    annotation: Annotation,  # of one report
-    grid: tuple[int, int] = (12, 12),  # rows, columns of the token grid
-) -> dict[int, torch.Tensor]:  # index of a mention -> bool (N,), for mentions that are given a place
-    "Where the report puts each of its mentions; what a finding suggests lies where the finding does."
-    side = {r.tail: annotation.mentions[r.head].concept for r in annotation.relations if r.type == "modify" and annotation.mentions[r.head].concept in SIDES}
-    found = {}
-    for r in annotation.relations:
-        if r.type == "located_at" and not (spot := region(annotation.mentions[r.tail].concept, side.get(r.tail, ""), grid)).all(): found[r.head] = found.get(r.head, spot) | spot
-    for r in annotation.relations:
-        if r.type == "suggestive_of" and r.head in found: found[r.tail] = found.get(r.tail, found[r.head]) | found[r.head]
-    return found
-
-def finding_places(
-    annotations: list[Annotation],  # of the reports
-    names: list[str],  # findings of the label head
-    grid: tuple[int, int] = (12, 12),  # rows, columns of the token grid
-) -> torch.Tensor:  # bool (B, N, L): where to look for each finding
-    "The places each report gives to each finding it raises; the whole film where it gives none."
-    out = torch.zeros(len(annotations), grid[0] * grid[1], len(names), dtype=torch.bool)
-    for b, a in enumerate(annotations):
-        for i, spot in mention_regions(a, grid).items():
-            said = labels_of(Annotation("", (a.mentions[i],)))
-            for j, name in enumerate(names):
-                if said.get(name) in (1, -1): out[b, :, j] |= spot
-    return out | ~out.any(1, keepdim=True)
 
 # %% ../nbs/api/21_build.ipynb #c21cert2
 @lru_cache(maxsize=4096)
@@ -189,6 +90,44 @@ def certainties(
 
 # %% ../nbs/api/21_build.ipynb #f3e0ba10
 @torch.no_grad()
+def read(
+    network: Network,  # that reads, by the scorer of its state
+    batch: Batch,  # of studies
+    track: str,  # one of TRACKS
+    never: tuple = (),  # patch indices that are not retained, whatever their relevance
+    lower: bool = False,  # let the network compute in bfloat16; what is made of its attention stays in float32
+) -> list[Reading]:
+    "Read a batch of films with their reports: relevance, retained patches, looks of each mention (NEURAL, sec. 2.2)."
+    if track not in TRACKS: raise NeuralError(f"track must be one of {', '.join(TRACKS)}, got {track!r}")
+    model, state, patches = network.model, made_ready(network.scoring, network.model), math.prod(network.model.grid)
+    if len(never) and not 0 <= min(never) <= max(never) < patches:
+        raise NeuralError(f"patches to leave out must be indices 0..{patches - 1}, got {min(never)} to {max(never)}")
+    mine = scorer(state.score)
+    found = gather(replace(network, scoring=state), batch, (*mine.needs, "report", "attention"), lower)
+    ranked = mine(found, state)
+    if never:
+        ranked = ranked.clone()
+        ranked[:, list(never)] = 0
+    kept = keep_units(ranked, Budget(count=state.k))
+    sure = certainties(model, found.tokens, found.notes) if track == "image-only" else [{}] * len(batch.ids)
+    return _readings(found, state, ranked, kept, sure, track, model.grid)
+
+# %% ../nbs/api/21_build.ipynb #02102950
+def _readings(found, state, ranked, kept, sure, track, grid):
+    "One reading per study, of a batch's evidence and what was made of it."
+    mine, studies = scorer(state.score), len(found.ids)
+    used = found.classes[mine.words if mine.words in found.classes else state.how.tokens].sum(1).tolist()
+    fell_back = found.fell_back.get(mine.words, torch.zeros(studies, dtype=torch.bool)).tolist()
+    heads = pick_layer(found.cross, state.how.layer if len(found.cross) > 1 else -1).cpu()
+    features = found.tokens.float().cpu()[torch.arange(studies)[:, None], kept]
+    out = []
+    for b, (study, offsets, note) in enumerate(zip(found.ids, found.offsets, found.notes)):
+        looks = mention_relevance(heads[b, :, :len(offsets)], offsets, note.mentions).numpy()
+        out.append(Reading(study, track, grid, ranked[b].numpy(), kept[b].numpy(), features[b].numpy(), note, looks,
+                           used[b], fell_back[b], sure[b]))
+    return out
+
+# %% ../nbs/api/21_build.ipynb #3114fe97
 def read_batch(
     model: ReportVLM,  # trained, in eval mode
     tokenizer,  # saved with it
@@ -203,68 +142,11 @@ def read_batch(
     max_tokens: int = 96,  # longest report in tokens, as in fine-tuning
     never: tuple = (),  # patch indices that are not retained, whatever their relevance
     grids: torch.Tensor | None = None,  # (B, N, d), where the encoder has seen the films already
-    lower: bool = False,  # let the network compute in bfloat16; what is made of its attention stays in float32
+    lower: bool = False,  # let the network compute in bfloat16
 ) -> list[Reading]:
-    "Read a batch of films with their reports: relevance, retained patches, looks of each mention (NEURAL, sec. 2.2)."
-    if track not in TRACKS: raise NeuralError(f"track must be one of {', '.join(TRACKS)}, got {track!r}")
-    if (how.lift or how.guide == "activation") and mean is None: raise NeuralError("this aggregation needs the mean relevance of the training reports; compute it with habit()")
-    if how.guide == "activation" and not model.config.label_names: raise NeuralError("the activation guide follows the findings of a label head, and this network has none; use guide='attention'")
-    if len(never) and not 0 <= min(never) <= max(never) < model.grid[0] * model.grid[1]: raise NeuralError(f"patches to leave out must be indices 0..{model.grid[0] * model.grid[1] - 1}, got {min(never)} to {max(never)}")
-    pairs, notes = [report_ids(tokenizer, t, max_tokens) for t in texts], list(reader.pipe(texts))
-    labels = pad_rows([p[0] for p in pairs], -100).to(films.device)
-    tokens, layers = look(model, films, labels, how.layer, grids, lower)
-    mask, fell_back = word_mask(labels.cpu(), [p[1] for p in pairs], notes, how.tokens)
-    if how.guide == "activation": ranked, fell_back = by_activation(model, tokens, notes, mean, how.places)
-    else:
-        seen = relevance(layers, mask.to(films.device), "mean", how.heads).cpu()  # (B, N)
-        ranked = lift(seen, mean) if how.lift else seen
-    if never: ranked = ranked.clone(); ranked[:, list(never)] = 0
-    sure = certainties(model, tokens, notes) if track == "image-only" else [{}] * len(ids)
-    kept, heads = retain(ranked, k=k), pick_layer(layers, "mean").cpu()
-    rows = torch.arange(len(ids))[:, None]
-    return [Reading(i, track, model.grid, ranked[b].numpy(), kept[b].numpy(), f.numpy(), notes[b],
-                    mention_relevance(heads[b, :, :len(pairs[b][1])], pairs[b][1], notes[b].mentions).numpy(), int(mask[b].sum()), bool(fell_back[b]), sure[b])
-            for b, (i, f) in enumerate(zip(ids, tokens.float().cpu()[rows, kept]))]
-
-# %% ../nbs/api/21_build.ipynb #02102950
-def wanted_findings(
-    model: ReportVLM,  # trained
-    tokens: torch.Tensor,  # (B, N, d) token grid
-    notes: list[Annotation],  # of the reports
-) -> tuple[torch.Tensor, torch.Tensor]:  # float32 (B, L) weight of each finding; bool (B,) the report named none
-    "The findings a report names, or the head's own probabilities where it names none."
-    wanted = named_findings(notes, model.config.label_names)
-    silent = ~(wanted > 0).any(1)
-    own = torch.sigmoid(model.name_findings(tokens)).cpu()
-    return torch.where(silent[:, None], own * torch.tensor([n != "No Finding" for n in model.config.label_names]), wanted), silent
-
-def by_activation(
-    model: ReportVLM,  # trained
-    tokens: torch.Tensor,  # (B, N, d) token grid
-    notes: list[Annotation],  # of the reports
-    usual: torch.Tensor,  # (N, L) from `habit`
-    places: bool = True,  # look for a finding only where the report places it
-) -> tuple[torch.Tensor, torch.Tensor]:  # float32 (B, N) relevance; bool (B,) no finding was named
-    "Relevance by the findings a report names, or by the head's own where it names none."
-    wanted, silent = wanted_findings(model, tokens, notes)
-    where = finding_places(notes, list(model.config.label_names), model.grid) if places else None
-    return guided(model.find(tokens).cpu(), usual, wanted, model.config.sharpness, where), silent
-
-# %% ../nbs/api/21_build.ipynb #3114fe97
-@torch.no_grad()
-def look(
-    model: ReportVLM,  # trained
-    films: torch.Tensor,  # (B, 1, S, S) in [0, 1]
-    labels: torch.Tensor,  # (B, T) token ids, −100 where padded
-    layer: int | str = "mean",  # decoder layer to read; "mean" brings them all
-    grids: torch.Tensor | None = None,  # (B, N, d), where the encoder has seen the films already
-    lower: bool = False,  # in bfloat16
-    prompts: torch.Tensor | None = None,  # (B, P) prompt token ids, chapter 13; None: the decoder without, as in the paper
-) -> tuple:  # token grid (B, N, d), and cross-attentions, one (B, heads, T, N) per layer asked for
-    "One pass of encoder and decoder over films and their reports, as far as the layer that is read."
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=lower):
-        tokens = model.encode(films) if grids is None else grids
-        return tokens.float(), model.read_report(tokens, labels, prompts=prompts)[1] if layer == "mean" else (model.attend(tokens, labels, layer, prompts),)
+    "`read`, as the pruning stage calls it."
+    network = Network(model, tokenizer, reader, as_scoring((how, mean, k, max_tokens)))
+    return read(network, Batch(ids, films, texts, grids=grids), track, never, lower)
 
 # %% ../nbs/api/21_build.ipynb #079871f7
 def habit(
@@ -277,18 +159,21 @@ def habit(
 ) -> torch.Tensor:  # float32 (N,), sums to 1; for the activation guide (N, L)
     "What training reports look at, or the head finds in their films, as a rule (this companion's choice)."
     if how.guide == "activation": return _mean_activation(model, batches)
-    plainly = replace(how, lift=False)
-    seen = [r.relevance for ids, films, texts in batches
-            for r in read_batch(model, tokenizer, reader, ids, films, texts, "image+report", 1, plainly, max_tokens=max_tokens) if not r.fell_back]
-    if not seen: raise NeuralError("no training report with a finding-bearing word: use tokens='all', or check that the reports were found")
-    return mean_relevance(torch.as_tensor(np.stack(seen)))
+    network, looks = Network(model, tokenizer, reader, Scoring(how, max_tokens=max_tokens)), []
+    for batch in batches:
+        found = gather(network, Batch(*batch), ("report", "attention"))
+        looks.append(attended(found, network.scoring, how.tokens)[~found.fell_back[how.tokens]])
+    if not sum(map(len, looks)):
+        raise NeuralError("no training report with a finding-bearing word: use tokens='all', or check that the reports were found")
+    return mean_relevance(torch.cat(looks))
 
 # %% ../nbs/api/21_build.ipynb #84fc542c
 @torch.no_grad()
 def _mean_activation(model, batches):
     "What each patch says for each finding, mean over training films, (N, L)."
     total, n = 0, 0
-    for _, films, _ in batches: total, n = total + model.find(model.encode(films)).double().sum(0).cpu(), n + len(films)
+    for _, films, _ in batches:
+        total, n = total + model.find(model.encode(films)).double().sum(0).cpu(), n + len(films)
     if not n: raise NeuralError("no training study to measure the habit on")
     return (total / n).float()
 
@@ -516,31 +401,6 @@ def _reading(row, mentions, relations, certainty):
     return Reading(row["study_id"], row["track"], (row["rows"], row["cols"]), np.array(row["relevance"], np.float32), np.array(row["retained"], np.int64),
                    np.array(row["features"], np.float32).reshape(k, -1), note, looks, row["tokens_used"], row["fell_back"], certainty)
 
-# %% ../nbs/api/21_build.ipynb #4f25a1ca
-def save_aggregation(
-    folder: str | Path,  # of the saved network
-    how: Aggregation,  # as chosen on validate
-    mean: torch.Tensor | None,  # the habit, (N,) or (N, L); None without a lift
-    k: int,  # patches to retain
-    max_tokens: int,  # longest report in tokens
-) -> None:
-    "Write `relevance.json` beside a network: how its attention becomes relevance."
-    weights = Path(folder) / "model.safetensors"
-    about = dict(**vars(how), mean=None if mean is None else mean.tolist(), k=k, max_tokens=max_tokens, network=hash_of_file(weights) if weights.is_file() else "")
-    with publish(Path(folder) / "relevance.json") as f: json.dump(about, f)
-
-def load_aggregation(
-    folder: str | Path,  # of the saved network
-) -> tuple[Aggregation, torch.Tensor | None, int, int]:  # aggregation, habit, patches to retain, longest report
-    "Read back what `save_aggregation` wrote."
-    path = Path(folder) / "relevance.json"
-    if not path.is_file(): raise NeuralError(f"{Path(folder).name} has no relevance.json: run the pruning stage for this network first")
-    with readable(path.name): about = json.loads(path.read_text(encoding="utf-8"))
-    chosen, weights = about.pop("network", "") if isinstance(about, dict) else "", path.parent / "model.safetensors"
-    if chosen and weights.is_file() and (here := hash_of_file(weights)) != chosen: raise NeuralError(f"{path.name} was chosen for network {chosen}, and {path.parent.name} holds network {here}: run the pruning stage for this network again")
-    try: mean, k, most = about.pop("mean"), int(about.pop("k")), int(about.pop("max_tokens")); return Aggregation(**about), None if mean is None else torch.tensor(mean), k, most
-    except (KeyError, TypeError, AttributeError, ValueError) as e: raise NeuralError(f"{path.name} does not say how the network is to be read ({e}): run the pruning stage for this network again") from None
-
 # %% ../nbs/api/21_build.ipynb #4fccc1eb
 def lead(
     reading: Reading,  # of any precision
@@ -588,46 +448,52 @@ def in_groups(
     return [order[n : n + step] for n in range(0, len(order), step)]
 
 # %% ../nbs/api/21_build.ipynb #decd989c
+class Ready(NamedTuple):
+    "A study with its film decoded and its report read."
+    study_id: str
+    film: np.ndarray  # float32 (1, S, S) in [0, 1]
+    text: str  # evidence of its report; empty on the image-only track
+    sections: dict | None = None  # of its report, where there is one
+
 @kept_memory()
 def shard_of(
-    model: ReportVLM,  # trained, in eval mode
-    tokenizer,  # saved with it
-    reader,  # a `ReportReader`
-    studies: list,  # (id, film, evidence of its report)
+    network: Network,  # that reads
+    studies: list,  # `Ready` ones, or their first three values
     track: str,  # one of TRACKS
-    settings: tuple,  # from `load_aggregation`
     never: tuple = (),  # patches that are not retained
     precision: str = "float32",  # or "bfloat16", with close calls read again in float32 (`settle`)
 ) -> list[Reading]:  # in the order of the studies
     "Readings of one batch on one track."
     if precision not in ("float32", "bfloat16"): raise NeuralError(f"precision must be 'float32' or 'bfloat16', got {precision!r}")
-    network = (model, tokenizer, reader, settings)
     if precision == "float32": return read_groups(network, studies, track, never)
-    return settle(read_groups(network, studies, track, never, lower=True), lambda places: read_groups(network, [studies[n] for n in places], track, never))
+    first = read_groups(network, studies, track, never, lower=True)
+    return settle(first, lambda places: read_groups(network, [studies[n] for n in places], track, never))
 
+# %% ../nbs/api/21_build.ipynb #c21group
 def read_groups(
-    network: tuple,  # model, tokenizer, reader, settings from `load_aggregation`
-    studies: list,  # (id, film, evidence of its report)
+    network: Network,  # that reads
+    studies: list,  # `Ready` ones, or their first three values
     track: str,  # one of TRACKS
     never: tuple = (),  # patches that are not retained
     lower: bool = False,  # in bfloat16, and nothing is read again
 ) -> list[Reading]:  # in the order of the studies
     "Readings of any number of studies, a group at a time."
-    (model, tokenizer, reader, settings), found = network, {}
-    for group in in_groups([t for *_, t in studies], model.encoder.config.image_size, model.device.type):
-        found.update(zip(group, _read_group(model, tokenizer, reader, [studies[n] for n in group], track, settings, never, lower)))
+    model, studies, found = network.model, [Ready(*s) for s in studies], {}
+    for group in in_groups([s.text for s in studies], model.encoder.config.image_size, model.device.type):
+        found.update(zip(group, _read_group(network, [studies[n] for n in group], track, never, lower)))
     return [found[n] for n in range(len(studies))]
 
-def _read_group(model, tokenizer, reader, studies, track, settings, never, lower=False):
+@torch.inference_mode()
+def _read_group(network, studies, track, never, lower):
     "Readings of studies that go through the network together."
-    how, mean, k, most = settings
-    films = torch.as_tensor(np.stack([f for _, f, _ in studies])).to(model.device)
-    grids, texts = None, [t for *_, t in studies]
-    with torch.inference_mode():
-        if track == "image-only":
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=lower): grids = model.encode(films).float()
-            texts = write_reports(model, tokenizer, None, most, grids=grids, bank=bank_of(model, how))
-        return read_batch(model, tokenizer, reader, [i for i, *_ in studies], films, texts, track, k, how, mean, most, never, grids, lower)
+    model, state, grids = network.model, network.scoring, None
+    films = torch.as_tensor(np.stack([s.film for s in studies])).to(model.device)
+    texts, sections = [s.text for s in studies], [s.sections or {} for s in studies]
+    if track == "image-only":
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=lower): grids = model.encode(films).float()
+        texts = write_reports(model, network.tokenizer, None, state.max_tokens, grids=grids, bank=bank_of(model, state.how))
+        sections = None
+    return read(network, Batch([s.study_id for s in studies], films, texts, sections, grids), track, never, lower)
 
 # %% ../nbs/api/21_build.ipynb #51fb1591
 def decode_films(
@@ -672,15 +538,16 @@ def usable(
     found: list,  # the film of each, or why there is none, from `decode_films`
     track: str,  # one of TRACKS
     excluded: Exclusions,  # takes those that are left out
-) -> list:  # (id, film, evidence) of the others
+) -> list[Ready]:  # the others
     "The studies of a batch that have what their track needs; the others are excluded with a reason."
     out = []
     for s, film in zip(studies, found):
-        try: text = evidence(split_sections(report_text(manifest, s))) if track == "image+report" else ""
+        try: sections = split_sections(report_text(manifest, s)) if track == "image+report" else None
         except NeuralError as e: excluded.add(s.study_id, "report not readable", str(e)); continue
+        text = evidence(sections) if sections else ""
         if isinstance(film, str): excluded.add(s.study_id, "film not readable", film)
         elif track == "image+report" and not text: excluded.add(s.study_id, "no findings and no impression")
-        else: out.append((s.study_id, film, text))
+        else: out.append(Ready(s.study_id, film, text, sections))
     return out
 
 def unnamed(
@@ -702,15 +569,29 @@ def hash_of(vlm: str | Path) -> str:
 
 # %% ../nbs/api/21_build.ipynb #settin01
 def reading_settings(
-    settings: tuple,  # aggregation, habit, patches to retain, longest report, from `load_aggregation`
+    settings,  # a `Scoring`, or what `load_aggregation` gives
     precision: str | None = "float32",  # or "bfloat16"; None is unknown
 ) -> dict:  # what a store remembers of it
     "How studies are read, in the words of a store's settings."
-    how, mean, k, most = settings
     if precision not in (None, "float32", "bfloat16"): raise NeuralError(f"precision must be 'float32' or 'bfloat16', got {precision!r}")
-    habit = "none" if mean is None else hashlib.blake2b(np.asarray(mean, "<f4").tobytes(), digest_size=8).hexdigest()
-    return dict(keep=k, guide=how.guide, tokens=how.tokens, heads=how.heads, layer=str(how.layer), lift=bool(how.lift), places=bool(how.places), writer=how.writer, habit=habit, longest=most, **({"precision": precision} if precision else {}))
+    state = as_scoring(settings)
+    how, guide = state.how, dict(guide="named", heads=state.how.heads, layer=str(state.how.layer))
+    if state.score in GUIDED:
+        guide = dict(guide=how.guide, tokens=how.tokens, heads=how.heads, layer=str(how.layer), lift=bool(how.lift), places=bool(how.places))
+    told = dict(keep=state.k, **guide, writer=how.writer, habit=baseline_hash(state), longest=state.max_tokens)
+    if precision: told["precision"] = precision
+    if state.named: told["score"] = state.named
+    if state.score in MIXTURES: told["share"] = f"{state.shares.get(state.score, 0.5):g}"
+    if state.score == "random": told["draw"] = state.seed
+    return told
 
+def selection_of(
+    scoring: Scoring,  # how a network is read
+) -> dict:  # of a store's provenance; empty where the run's own choice was read
+    "The scorer that was asked for by name, as a provenance names it."
+    return {"selection": re.sub("[^a-z0-9]+", "-", scoring.named)[:32].strip("-")} if scoring.named else {}
+
+# %% ../nbs/api/21_build.ipynb #c21data
 def dataset_name(
     manifest: Manifest,  # of the dataset
     secret: bytes | None = None,  # keys the hash, so that the folder cannot be guessed
@@ -733,7 +614,7 @@ def open_store(
     settings = {**packing.settings(), **(settings or {})}
     if not is_store(folder): return AssetStore.create(folder, reader.vocabulary, reader.kinds, model.encoder.num_features, model.grid, track, packing.codec, provenance, packing.book, settings=settings, certainty=track == "image-only" and bool(model.config.label_names))
     store = AssetStore(folder)
-    made = dict(track=track, codec=packing.codec, codebook=packing.book.hash if packing.book else "none", network=provenance.get("model_hash"), fusion=provenance.get("fusion"), vocabulary=vocabulary_hash(reader.vocabulary))
+    made = dict(track=track, codec=packing.codec, codebook=packing.book.hash if packing.book else "none", network=provenance.get("model_hash"), fusion=provenance.get("fusion"), vocabulary=vocabulary_hash(reader.vocabulary), selection=provenance.get("selection"))
     store.check({**made, **settings})
     return store
 
@@ -741,7 +622,7 @@ def begin(
     manifest: Manifest,  # of the dataset
     folder: str | Path,  # store to make, or to go on with
     vlm: str | Path,  # folder of the network
-    network: tuple,  # model, tokenizer, reader, settings from `load_aggregation`
+    network: Network,  # that will read
     track: str,  # one of TRACKS
     fusion: str,  # "betweenness", "grounding" or "none"
     packing: Packing,  # codec, pictures, keys
@@ -750,9 +631,10 @@ def begin(
 ) -> tuple[AssetStore, list]:  # the store, and the studies it lacks
     "What a build starts from: the store, everything compared that it remembers (this companion's choice)."
     if fusion not in ("betweenness", "grounding", "none"): raise NeuralError(f"fusion must be 'betweenness', 'grounding' or 'none', got {fusion!r}")
-    model, _, reader, settings = network; mine, data = hash_of(vlm), dataset_name(manifest, packing.secret)
+    mine, data = hash_of(vlm), dataset_name(manifest, packing.secret)
     if packing.book and packing.book.network not in ("", mine) and not force: raise NeuralError(f"the codebook was fitted on features of network {packing.book.network}, and {Path(vlm).name} is network {mine}: fit one with `neural codebook`, or go on with --force")
-    store = open_store(folder, reader, model, track, {"model_hash": mine, "fusion": fusion}, packing, {**reading_settings(settings, precision), "datasets": [data]})
+    made = {"model_hash": mine, **selection_of(network.scoring), "fusion": fusion}
+    store = open_store(folder, network.reader, network.model, track, made, packing, {**reading_settings(network.scoring, precision), "datasets": [data]})
     known = store.settings["datasets"]
     if known is not None and data not in known:
         if not force: raise NeuralError(f"{store.folder.name} holds studies of {' and '.join(known)}, and this manifest is of {data}: name a new folder, or, where the data set was only moved or is to join, go on with --force")
@@ -763,7 +645,7 @@ def begin(
 # %% ../nbs/api/21_build.ipynb #98ff3f6c
 def packed_shard(
     manifest: Manifest,  # of the dataset
-    studies: list,  # (id, film, evidence) from `usable`
+    studies: list,  # `Ready` ones, from `usable`
     readings: list[Reading],  # of the same studies
     vocabulary: tuple,  # concept names of the reader
     fusion: str,  # "betweenness", "grounding" or "none"
@@ -773,7 +655,7 @@ def packed_shard(
 ) -> list[StudyAsset]:
     "Assets of a batch; full films are decoded again, one at a time, only where their pixels are kept."
     out, full = [], lambda i: read_radiograph(manifest.image_path(manifest[i].frontal)) if packing.pixels else None
-    for r, (i, film, _) in zip(readings, studies):
+    for r, (i, film, *_) in zip(readings, studies):
         try: out.append((r if certain else replace(r, certainty={})).asset(vocabulary, fusion, None, packing, film, full(i)))
         except NeuralError as e:
             if excluded is None: raise
@@ -785,7 +667,7 @@ def fill_store(
     store: AssetStore,  # to append to
     manifest: Manifest,  # of the dataset
     studies: list,  # of the manifest, not yet in the store
-    network: tuple,  # model, tokenizer, reader, settings from `load_aggregation`
+    network: Network,  # that reads
     fusion: str = "grounding",  # "betweenness", "grounding" or "none"
     packing: Packing = Packing(),  # codec, pictures, keys
     batch_size: int = 64,  # studies per shard
@@ -794,19 +676,34 @@ def fill_store(
     progress: bool | None = None,  # bar; None: on a terminal only
 ) -> Exclusions:  # what was left out
     "Read some studies and append them, shard by shard; what a stopped run has appended stays."
-    (model, tokenizer, reader, settings), track, excluded = network, store.track, Exclusions()
+    track, excluded = store.track, Exclusions()
     if batch_size < 1 or workers < 0: raise NeuralError(f"a shard holds at least one study, and processes are counted from 0; got batch_size={batch_size}, workers={workers}")
-    store.check({**packing.settings(), **reading_settings(settings, precision), "fusion": fusion})
-    parts, size = [studies[n : n + batch_size] for n in range(0, len(studies), batch_size)], model.encoder.config.image_size
+    store.check({**packing.settings(), **reading_settings(network.scoring, precision), "fusion": fusion})
+    parts, size = [studies[n : n + batch_size] for n in range(0, len(studies), batch_size)], network.model.encoder.config.image_size
     with open_pool(workers) if workers and len(studies) > 4 else nullcontext() as pool, tqdm(total=len(studies), desc=track, unit="study", disable=None if progress is None else not progress) as bar:
         for part, found in ahead(parts, lambda p: decode_films(film_paths(manifest, p), size, pool)):
             ready = usable(manifest, part, found, track, excluded)
-            readings = shard_of(model, tokenizer, reader, ready, track, settings, packing.never, precision)
-            if made := packed_shard(manifest, ready, readings, reader.vocabulary, fusion, packing, excluded, store.certain): store.append(made, again="skip")
+            readings = shard_of(network, ready, track, packing.never, precision)
+            if made := packed_shard(manifest, ready, readings, network.reader.vocabulary, fusion, packing, excluded, store.certain): store.append(made, again="skip")
             bar.update(len(part))
     return unnamed(excluded, manifest, packing)
 
 # %% ../nbs/api/21_build.ipynb #1dab3974
+def load_network(
+    vlm: str | Path,  # folder of the network, with tokenizer and relevance.json
+    device: str = "cpu",  # "cpu" or "cuda"
+    precision: str | None = "float32",  # or "bfloat16": laid out for reading so; None: as it was saved
+    scoring: Scoring | None = None,  # how it is to be read, from `load_scoring`; None: as its run chose
+    keep: float | None = None,  # share of the patches to retain, in (0, 1]; None: as in the scoring
+) -> Network:  # complete for its scorer
+    "A saved network with everything that reads a study."
+    state, reader, model = scoring or load_scoring(vlm), ReportReader(), load_vlm(vlm, device)
+    if keep is not None: state = replace(state, k=keep_count(math.prod(model.grid), keep))
+    state = made_ready(state, model)
+    if precision and "gradient" not in scorer(state.score).needs: model = pack(model, precision == "bfloat16")
+    return Network(with_bank(model, vlm, reader, state.how), load_tokenizer(vlm, model), reader, state)
+
+# %% ../nbs/api/21_build.ipynb #c21build
 def build_store(
     manifest: Manifest,  # of the dataset
     folder: str | Path,  # store to make, or to go on with
@@ -821,19 +718,38 @@ def build_store(
     progress: bool | None = None,  # bar; None: on a terminal only
     precision: str = "float32",  # or "bfloat16", with close calls read again in float32 (`settle`)
     force: bool = False,  # go on with a codebook of another network, or with another data set
+    scoring: Scoring | None = None,  # from `load_scoring`, such as one of another scorer; None: as the run chose
 ) -> tuple[AssetStore, Exclusions]:  # the store, and what was left out
     "Build, or go on building, the store of a manifest (NEURAL, stage 2)."
     if not is_store(folder): check_new(folder)
-    reader, settings = ReportReader(), load_aggregation(vlm)
-    model = with_bank(pack(load_vlm(vlm, device), precision == "bfloat16"), vlm, reader, settings[0])
-    network = model, load_tokenizer(vlm, model), reader, kept(settings, model.grid, keep)
+    network = load_network(vlm, device, precision, scoring, keep)
     store, todo = begin(manifest, folder, vlm, network, track, fusion, packing, precision, force)
     return store, fill_store(store, manifest, todo, network, fusion, packing, batch_size, workers, precision, progress)
 
-def kept(
-    settings: tuple,  # from `load_aggregation`
-    grid: tuple,  # rows, columns of the token grid
-    keep: float | None = None,  # share of the patches to retain, in (0, 1]; None: as the network was read in its run
-) -> tuple:  # the same settings with that share
-    "How a network is read, with another share of the patches."
-    return settings if keep is None else (*settings[:2], keep_count(grid[0] * grid[1], keep), settings[3])
+# %% ../nbs/api/21_build.ipynb #c21base
+def measure_baseline(
+    manifest: Manifest,  # of the dataset, with its splits
+    vlm: str | Path,  # folder of the network, with tokenizer and relevance.json
+    studies: int = 400,  # training studies that are read, at most
+    workers: int = 2,  # decoding processes; 0 decodes in this one
+    device: str = "cpu",  # "cpu" or "cuda"
+    progress: bool | None = None,  # bar; None: on a terminal only
+) -> tuple[Scoring, Exclusions]:  # for `save_scoring`; and the studies that could not be read
+    "Everything that scorers compare with, measured on training studies (this companion's choice)."
+    network, excluded, train = load_network(vlm, device), Exclusions(), manifest.of("train")[:studies]
+    if not train: raise NeuralError("baseline maps are measured on training studies, and this manifest has none: name one with a train split")
+    with open_pool(workers) if workers and len(train) > 4 else nullcontext() as pool:
+        parts = tqdm(_train_parts(network, manifest, train, excluded, pool), disable=None if progress is None else not progress, desc="train")
+        usual = measure(network.model, parts, network.scoring)
+    return replace(network.scoring, baseline=usual), excluded
+
+def _train_parts(network, manifest, train, excluded, pool, step=64):
+    "Evidence of training studies, a group at a time."
+    model, size = network.model, network.model.encoder.config.image_size
+    needs = ("report", "attention", "brightness", *(["head"] if model.config.label_names else []))
+    parts = [train[n : n + step] for n in range(0, len(train), step)]
+    for part, found in ahead(parts, lambda p: decode_films(film_paths(manifest, p), size, pool)):
+        ready = usable(manifest, part, found, "image+report", excluded)
+        for group in in_groups([s.text for s in ready], size, model.device.type):
+            ids, films, texts, sections = zip(*(ready[n] for n in group))
+            yield gather(network, Batch(list(ids), torch.as_tensor(np.stack(films)).to(model.device), list(texts), list(sections)), needs)

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['NUMBER', 'SPOKEN', 'DAMAGED', 'UsageError', 'app', 'QUIET', 'SMALL', 'system_error', 'plain_line', 'PlainErrors',
            'no_empty_words', 'one_line', 'show_version', 'start', 'phantom', 'index_summary', 'index', 'stage_folder',
-           'read_assignments', 'run', 'publish', 'tell_exclusions', 'read_key', 'build', 'codebook', 'outside',
-           'predict', 'refuse_store', 'settings_lines', 'verify', 'compact', 'describe', 'read_seeds', 'stage_values',
-           'how_drawn', 'bench', 'starts', 'asset_lines', 'find_asset', 'inspect', 'main']
+           'read_assignments', 'run', 'publish', 'tell_exclusions', 'read_key', 'device_of', 'packing_of', 'build',
+           'scorers', 'baseline', 'codebook', 'outside', 'predict', 'refuse_store', 'settings_lines', 'verify',
+           'compact', 'describe', 'read_seeds', 'stage_values', 'how_drawn', 'bench', 'starts', 'asset_lines',
+           'find_asset', 'inspect', 'main']
 
 # %% ../nbs/api/42_cli.ipynb #12d6d536
 import contextlib, os, re, sys
@@ -265,6 +266,32 @@ def read_key(
     if path is None: return None
     with readable(path.name), open(path, "rb") as f: return f.read(4096)
 
+# %% ../nbs/api/42_cli.ipynb #c42devi1
+def device_of(
+    asked,  # "auto", "cpu" or "cuda"
+) -> str:   # "cpu" or "cuda"
+    "The device that was asked for; auto takes a GPU where there is one."
+    from torch import cuda
+    if asked == "cuda" and not cuda.is_available():
+        raise typer.BadParameter("this machine has no GPU that PyTorch can use; leave --device out", param_hint="--device")
+    return asked if asked != "auto" else "cuda" if cuda.is_available() else "cpu"
+
+def packing_of(
+    vlm,           # folder of the network, whose grid has the corners
+    codec,         # of the patch features
+    codebook,      # its file, or None
+    thumbnail,     # bytes; 0 for none
+    pixels,        # keep the retained patches' pixels
+    key_file,      # of keyed ids, or None
+    hide_corners,  # retain and show no patch of the corners
+):                 # a Packing
+    "How the assets of a build are written."
+    from neural.build import Packing, corners
+    from neural.codec import read_book
+    from neural.vlm import load_vlm
+    hidden = corners(load_vlm(vlm).grid) if hide_corners else ()
+    return Packing(codec, read_book(codebook) if codebook else None, thumbnail, pixels, read_key(key_file), hidden)
+
 # %% ../nbs/api/42_cli.ipynb #d3afc7ac
 @app.command()
 def build(
@@ -275,6 +302,8 @@ def build(
     images: Annotated[Optional[Path], typer.Option(help="Folder of the images, if they have moved, too.", exists=True, file_okay=False)] = None,
     keep: Annotated[Optional[float], typer.Option(help="Share of the patches to retain, such as 0.023; as in the network's run if left out.")] = None,
     track: Annotated[Literal["image+report", "image-only"], typer.Option(help="What is known: the report, or the film alone.")] = "image+report",
+    score: Annotated[Optional[str], typer.Option(help="What ranks the patches, by its name in `neural scorers`; as in the network's run if left out.")] = None,
+    share: Annotated[Optional[float], typer.Option(min=0, max=1, help="Share of the second part of a mixture; as saved, or one half, if left out.")] = None,
     codec: Annotated[Literal["int8", "f16", "f32", "pca", "pq"], typer.Option(help="How patch features are written.")] = "int8",
     codebook: Annotated[Optional[Path], typer.Option(help="Codebook of the codecs pca and pq, from `neural codebook`.", exists=True, dir_okay=False)] = None,
     thumbnail: Annotated[int, typer.Option(min=0, max=65535, help="Bytes of a context thumbnail, such as 450; 0 for none.")] = 0,
@@ -289,23 +318,56 @@ def build(
     force: Annotated[bool, typer.Option("--force", help="Go on with the codebook of another network, or with another data set than the store's.")] = False,
 ):
     "Build the store of a manifest with a fine-tuned network."
-    from torch import cuda
     from neural.asset import check_new, is_store
-    from neural.build import Packing, build_store, corners
+    from neural.build import build_store
     from neural.cluster import build_on_cluster
-    from neural.codec import read_book
+    from neural.scores import load_scoring
     from neural.study import Manifest, made_here, refuse_overwrite
-    from neural.vlm import load_vlm
-    if device == "cuda" and not cuda.is_available(): raise typer.BadParameter("this machine has no GPU that PyTorch can use; leave --device out", param_hint="--device")
+    device = device_of(device)
     if not is_store(store): check_new(store)
     listed = refuse_overwrite(Path(os.path.abspath(store) + "-exclusions.csv"), [manifest, vlm, *([codebook] if codebook else [])], made_here, force=True)
     studies = Manifest.load(manifest, root, images)
-    packing = Packing(codec, read_book(codebook) if codebook else None, thumbnail, pixels, read_key(key_file), corners(load_vlm(vlm).grid) if hide_corners else ())
-    make = {"local": build_store, "ray": build_on_cluster}[engine]
-    made, excluded = make(studies, store, vlm, track, keep, packing=packing, workers=workers, precision=precision, device=("cuda" if cuda.is_available() else "cpu") if device == "auto" else device, force=force)
+    packing = packing_of(vlm, codec, codebook, thumbnail, pixels, key_file, hide_corners)
+    scoring = load_scoring(vlm, score or "", share) if score or share is not None else None
+    made, excluded = {"local": build_store, "ray": build_on_cluster}[engine](studies, store, vlm, track, keep, packing=packing, workers=workers, precision=precision, device=device, force=force, scoring=scoring)
     tell_exclusions(excluded, listed)
     excluded.check(len(studies), limit)
     typer.echo(f"store: {store}, {len(made)} assets" + (f", {made.bytes_per_study():.0f} bytes a study" if len(made) else ""))
+
+# %% ../nbs/api/42_cli.ipynb #c42scor2
+@app.command()
+def scorers():
+    "List what can rank the patches of a film."
+    from neural.scores import scorer, scorers as names
+    for mine in map(scorer, names()):
+        compares = any(need.startswith("usual") for need in mine.needs)
+        typer.echo(f"  {mine.name:24} {mine.what}" + " *" * compares)
+    typer.echo("  * compares with training studies: the maps of the network's run, or of `neural baseline`")
+
+# %% ../nbs/api/42_cli.ipynb #c42scor3
+@app.command()
+def baseline(
+    manifest: Annotated[Path, typer.Argument(help="Manifest with training studies.", exists=True, dir_okay=False)],
+    vlm: Annotated[Path, typer.Option(help="Folder of the network, with its pruning stage finished.", exists=True, file_okay=False)],
+    root: Annotated[Optional[Path], typer.Option(help="Folder of the data set, if it has moved.", exists=True, file_okay=False)] = None,
+    images: Annotated[Optional[Path], typer.Option(help="Folder of the images, if they have moved.", exists=True, file_okay=False)] = None,
+    studies: Annotated[int, typer.Option(min=1, help="Training studies that are read, at most.")] = 400,
+    workers: Annotated[int, typer.Option(min=0, help="Decoding processes.")] = 2,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the network runs.")] = "auto",
+    limit: Annotated[float, typer.Option(min=0, max=1, help="Stop if a larger share of the studies is left out.")] = 0.05,
+    force: Annotated[bool, typer.Option("--force", help="Measure again what is there already.")] = False,
+):
+    "Measure on training studies what scorers compare with, and keep it beside the network."
+    from neural.build import measure_baseline
+    from neural.scores import MAPS, STATE, save_scoring
+    from neural.study import Manifest, NeuralError
+    if (vlm / STATE).exists() and not force:
+        raise NeuralError(f"{vlm.name} has its {STATE} already: go on with it, or measure again with --force")
+    train = Manifest.load(manifest, root, images)
+    measured, excluded = measure_baseline(train, vlm, studies, workers, device_of(device))
+    excluded.check(measured.baseline.studies + len(excluded), limit)
+    save_scoring(vlm, measured)
+    typer.echo(f"baseline maps of {measured.baseline.studies} training studies: {vlm / STATE}, {vlm / MAPS}")
 
 # %% ../nbs/api/42_cli.ipynb #5d75d8f8
 @app.command()
@@ -381,7 +443,8 @@ def settings_lines(
     "What a store remembers of how it was made, and what it does not know."
     from neural.asset import in_words
     known = {name: in_words(value) for name, value in store.settings.items() if value is not None}
-    unknown = [name for name, value in store.settings.items() if value is None]
+    idle = {"score", "share", "draw", *(("tokens", "lift", "places") if known.get("guide") == "named" else ())}  # said where they apply
+    unknown = [name for name, value in store.settings.items() if value is None and name not in idle]
     return [*(f"  {name:10} {value}" for name, value in known.items()), *([f"  unknown    {', '.join(unknown)}"] if unknown else [])]
 
 @app.command()

@@ -14,10 +14,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from .asset import AssetStore, StudyAsset, check_new, is_store
-from .build import Packing, begin, decode_films, film_paths, kept, load_aggregation, packed_shard, shard_of, unnamed, usable, with_bank
-from .report import ReportReader
+from .build import Packing, begin, decode_films, film_paths, load_network, packed_shard, shard_of, unnamed, usable
+from .scores import Scoring
 from .study import Exclusions, Manifest, NeuralError
-from .vlm import load_tokenizer, load_vlm, pack
 
 # %% auto #0
 __all__ = ['TOKEN', 'Worker', 'own_token', 'ray_session', 'build_on_cluster']
@@ -30,7 +29,7 @@ class Worker:
         batches: list,       # study ids of every batch
         vlm: str,            # folder of the network, with tokenizer and relevance.json
         track: str,          # one of TRACKS
-        keep: float | None,  # share of the patches to retain; None: as the network was read in its run
+        scoring: Scoring,    # how the network is read
         fusion: str,         # "betweenness", "grounding" or "none"
         packing: Packing,    # codec, pictures, keys
         device: str,         # "cpu" or "cuda"
@@ -39,16 +38,14 @@ class Worker:
     ):
         torch.set_num_threads(threads)
         self.manifest, self.batches, self.track, self.fusion, self.packing, self.precision = manifest, batches, track, fusion, packing, precision
-        settings, self.reader, self.tokenizer = load_aggregation(vlm), ReportReader(), load_tokenizer(vlm)
-        self.model = with_bank(pack(load_vlm(vlm, device), precision == "bfloat16"), vlm, self.reader, settings[0])
-        self.settings = kept(settings, self.model.grid, keep)
+        self.network = load_network(vlm, device, precision, scoring)
 
     def __call__(self, row):
         part, left = [self.manifest[i] for i in self.batches[row["id"]]], Exclusions()
-        found = decode_films(film_paths(self.manifest, part), self.model.encoder.config.image_size)
+        found = decode_films(film_paths(self.manifest, part), self.network.model.encoder.config.image_size)
         studies = usable(self.manifest, part, found, self.track, left)
-        read = shard_of(self.model, self.tokenizer, self.reader, studies, self.track, self.settings, self.packing.never, self.precision)
-        assets = packed_shard(self.manifest, studies, read, self.reader.vocabulary, self.fusion, self.packing, left)
+        read = shard_of(self.network, studies, self.track, self.packing.never, self.precision)
+        assets = packed_shard(self.manifest, studies, read, self.network.reader.vocabulary, self.fusion, self.packing, left)
         made = [(a.study_id, a.to_bytes(), "", "") for a in assets]
         return [dict(batch=row["id"], study=i, data=data, reason=reason, detail=detail) for i, data, reason, detail in [*made, *((i, b"", reason, detail) for i, reason, detail in left)]]
 
@@ -99,16 +96,17 @@ def build_on_cluster(
     progress: bool | None = None,  # bar; None: on a terminal only
     precision: str = "float32",  # or "bfloat16", as in `build_store`
     force: bool = False,  # go on with a codebook of another network, or with another data set
+    scoring: Scoring | None = None,  # from `load_scoring`, such as one of another scorer; None: as the run chose
 ) -> tuple[AssetStore, Exclusions]:  # the store, and what was left out
     "The store that `build_store` makes, by Ray's workers (this companion's choice)."
     if workers < 1 or batch_size < 1: raise NeuralError(f"the ray engine needs at least one process that holds the network, and one study per pass; got workers={workers}, batch_size={batch_size}")
     if not is_store(folder): check_new(folder)
-    model, excluded = load_vlm(vlm), Exclusions()
-    store, todo = begin(manifest, folder, vlm, (model, None, ReportReader(), kept(load_aggregation(vlm), model.grid, keep)), track, fusion, packing, precision, force)
+    network, excluded = load_network(vlm, precision=None, scoring=scoring, keep=keep), Exclusions()
+    store, todo = begin(manifest, folder, vlm, network, track, fusion, packing, precision, force)
     todo = [s.study_id for s in todo]
     batches = [todo[n : n + batch_size] for n in range(0, len(todo), batch_size)]
     if not batches: return store, excluded
-    settings = (manifest, batches, str(Path(vlm).resolve()), track, keep, fusion, packing, device, torch.get_num_threads(), precision)
+    settings = (manifest, batches, str(Path(vlm).resolve()), track, network.scoring, fusion, packing, device, torch.get_num_threads(), precision)
     with ray_session(workers) as ray:
         data = ray.data.range(len(batches), override_num_blocks=len(batches))
         data.context.enable_progress_bars, data.context.execution_options.preserve_order = False, True

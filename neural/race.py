@@ -30,16 +30,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import AutoTokenizer
 from transformers.utils import logging
-from .build import Aggregation, fill_store, load_aggregation, look, open_store, packed_shard, read_groups, save_aggregation, settle, shard_of
+from .build import fill_store, open_store, packed_shard, read_groups, settle, shard_of
 from .finetune import augment, freeze_stages, pad_rows, report_ids, thrifty
 from .graph import central_node, knowledge_graph, visual_graph
 from .phantom import toy_study, uid_of, write_cohort, write_dicom
 from .radiograph import fit_square, read_radiograph
 from .report import ReportReader, evidence, split_sections, train_tokenizer
 from .layouts import index_dataset
+from .scores import Aggregation, Network, load_scoring, look, save_aggregation
 from .study import LABELS, Manifest, NeuralError, report_text
 from .vlm import ReportVLM, ReportVLMConfig, kept_memory, load_tokenizer, load_vlm, pack, small_config
-from .yardstick import Budget, Products, check_device, matrix_peak, memory_now, peak_memory, peak_of_process, rounds_within, seconds_of, tree_memory
+from .yardstick import Products, TimeBudget, check_device, matrix_peak, memory_now, peak_memory, peak_of_process, rounds_within, seconds_of, tree_memory
 
 # %% ../nbs/api/36_race.ipynb #cecd81f7
 def paper_network() -> ReportVLMConfig:
@@ -100,17 +101,17 @@ def opened(
     return np.asarray(Image.open(io.BytesIO(film)).resize((size, size), Image.BILINEAR).convert('L'), np.float32)[None]/255
 
 def plain_reading(
-    network: tuple,   # model with eager attention, tokenizer, reader, settings
+    network: Network, # its model with eager attention
     pixels,           # (1, S, S) in [0, 1]
     text: str,        # evidence of the report
 ):                    # visual graph, knowledge graph, tie
     "One study the released way, except that its pruning is the intended one."
-    model, tokenizer, reader, (_, _, k, most) = network
+    model, reader, state = network.model, network.reader, network.scoring
     with torch.no_grad():
         tokens = model.encode(torch.as_tensor(pixels)[None].to(model.device))
-        layers = model.read_report(tokens, torch.tensor([report_ids(tokenizer, text, most)[0]]).to(model.device))[1]
+        layers = model.read_report(tokens, torch.tensor([report_ids(network.tokenizer, text, state.max_tokens)[0]]).to(model.device))[1]
     scores, features = layers[-1][:, :, :-1].mean((0, 1, 2)).cpu(), tokens[0].cpu()  # the end token is no word
-    at = scores.topk(k).indices.sort().values
+    at = scores.topk(state.k).indices.sort().values
     visual, knowledge = visual_graph(at, features[at], scores[at], model.grid), knowledge_graph(reader(text), reader.vocabulary)
     ties = [(central_node(visual.edges, visual.relevance), central_node(knowledge.edges, np.zeros(len(knowledge))) if len(knowledge) else None) for _ in range(2)]
     return visual, knowledge, ties[-1]
@@ -124,10 +125,11 @@ def racer(
 ):
     "One way of building, in a process of its own, which waits until it is its turn."
     logging.disable_progress_bar(); logging.set_verbosity_error()
-    model, tokenizer, reader, settings = load_vlm(vlm), AutoTokenizer.from_pretrained(vlm, local_files_only=True), ReportReader(), load_aggregation(vlm)
+    model = load_vlm(vlm)
     if how == 'reference': model.encoder.set_attn_implementation('eager')
     else: model = pack(model, how == 'bfloat16')
-    network, work = (model, tokenizer, reader, settings), release_way if how == 'reference' else our_way
+    network = Network(model, AutoTokenizer.from_pretrained(vlm, local_files_only=True), ReportReader(), load_scoring(vlm))
+    work = release_way if how == 'reference' else our_way
     talk.send('ready')
     for n, weigh in iter(talk.recv, None):
         start = time.perf_counter()
@@ -137,13 +139,13 @@ def racer(
 # %% ../nbs/api/36_race.ipynb #665e2e02
 def release_way(network, manifest, studies, how):
     "All films into memory, then study by study into a list."
-    films, size = [held_twice(manifest.image_path(s.frontal)) for s in studies], network[0].encoder.config.image_size
+    films, size = [held_twice(manifest.image_path(s.frontal)) for s in studies], network.model.encoder.config.image_size
     return [plain_reading(network, opened(film, size), evidence(split_sections(report_text(manifest, s)))) for s, film in zip(studies, films)]
 
 def our_way(network, manifest, studies, how):
     "Into a store, as `neural build` does; the store is dropped afterwards."
     with tempfile.TemporaryDirectory() as home:
-        store = open_store(Path(home)/'s', network[2], network[0], 'image+report', {'fusion': 'betweenness'})
+        store = open_store(Path(home)/'s', network.reader, network.model, 'image+report', {'fusion': 'betweenness'})
         fill_store(store, manifest, studies, network, 'betweenness', precision=how, progress=False)
         return len(store)
 
@@ -235,7 +237,8 @@ def rates_of_reading(
     model, found = pack(load_vlm(vlm), half=True), {}
     size = model.encoder.config.image_size
     some = [(s.study_id, fit_square(read_radiograph(manifest.image_path(s.frontal), size), size), evidence(split_sections(report_text(manifest, s)))) for s in list(manifest)[:studies]]
-    network, readings, twice = (model, AutoTokenizer.from_pretrained(vlm, local_files_only=True), ReportReader(), load_aggregation(vlm)), {}, []
+    network = Network(model, AutoTokenizer.from_pretrained(vlm, local_files_only=True), ReportReader(), load_scoring(vlm))
+    readings, twice = {}, []
     for kind in ('float32', 'bfloat16'):
         read = lambda: readings.update({kind: read_groups(network, some, 'image+report', lower=kind == 'bfloat16')})
         with kept_memory(): read(); found[kind] = len(some)/seconds_of(read)
@@ -432,15 +435,15 @@ def ready_studies(
     return bench_network(home/'vlm', config, manifest), some
 
 def store_of(
-    network: tuple,   # model, tokenizer, reader, settings
+    network: Network, # that reads
     studies: list,    # (id, film, evidence)
     precision: str,   # 'float32' or 'bfloat16'
 ) -> int:             # studies in the store, which is dropped afterwards
     "Ready studies into a store, as `neural build` does with decoded ones."
     with tempfile.TemporaryDirectory() as home:
-        store = open_store(Path(home)/'s', network[2], network[0], 'image+report', {'fusion': 'betweenness'})
-        readings = shard_of(*network[:3], studies, 'image+report', network[3], precision=precision)
-        store.append(packed_shard(None, studies, readings, network[2].vocabulary, 'betweenness'))
+        store = open_store(Path(home)/'s', network.reader, network.model, 'image+report', {'fusion': 'betweenness'})
+        readings = shard_of(network, studies, 'image+report', precision=precision)
+        store.append(packed_shard(None, studies, readings, network.reader.vocabulary, 'betweenness'))
         return len(store)
 
 # %% ../nbs/api/36_race.ipynb #gpu36f
@@ -451,17 +454,17 @@ def building(
     device="cpu",    # or "cuda"
 ):                   # function without arguments that builds all of them once
     "One way of building on a device."
-    model, tokenizer, reader, settings = load_vlm(vlm, device), load_tokenizer(vlm), ReportReader(), load_aggregation(vlm)
+    model, tokenizer, state = load_vlm(vlm, device), load_tokenizer(vlm), load_scoring(vlm)
     if how.startswith('plain'): model.encoder.set_attn_implementation('eager')
     else: model = pack(model, 'bfloat16' in how)
-    network, precision = (model, tokenizer, reader, settings), 'bfloat16' if 'bfloat16' in how else 'float32'
+    network, precision = Network(model, tokenizer, ReportReader(), state), 'bfloat16' if 'bfloat16' in how else 'float32'
     if how.startswith('plain'): return lambda: [plain_reading(network, film, text) for _, film, text in studies]
     if how.endswith('read once'): return lambda: read_groups(network, studies, 'image+report', lower=True)
     if not how.endswith('alone'): return lambda: store_of(network, studies, precision)
     films = torch.as_tensor(np.stack([film for _, film, _ in studies])).to(device)
-    words = pad_rows([report_ids(tokenizer, text, settings[3])[0] for *_, text in studies], -100).to(device)
+    words = pad_rows([report_ids(tokenizer, text, state.max_tokens)[0] for *_, text in studies], -100).to(device)
     def alone():
-        with torch.inference_mode(): look(model, films, words, settings[0].layer, lower=True)
+        with torch.inference_mode(): look(model, films, words, state.how.layer, lower=True)
     return alone
 
 BUILDING = ('plain, float32', 'float32', 'bfloat16', 'bfloat16, read once', 'bfloat16, the network alone')
@@ -489,8 +492,8 @@ def measured_part(
     ways: dict,      # name -> function that makes the way on the device and returns its work
     work: dict,      # name -> 10^9 operations of one round; None where the first way is to be counted
     films: int,      # of one round
-    budget: Budget,
-    until: float,    # from `Budget.part`
+    budget: TimeBudget,
+    until: float,    # from `TimeBudget.part`
     what: str,       # name of the part
     device="cpu",    # or "cuda"
     rounds=20,       # at most
@@ -551,7 +554,7 @@ def bench_gpu(
     if tiny: studies, films, rounds = min(studies, 4), 2, 3
     side = 512 if tiny else 8192 if device == 'cuda' else 2048
     networks = small_networks(tiny)
-    budget = Budget(0.9*60*minutes, 2 + len(networks))      # a tenth is for what comes before and after
+    budget = TimeBudget(0.9*60*minutes, 2 + len(networks))      # a tenth is for what comes before and after
     config = step_network(not tiny).config
     peaks = {kind: matrix_peak(getattr(torch, kind), side, device=device) for kind in ('bfloat16', 'float32')}
     def steps(what, config):

@@ -21,8 +21,8 @@ from transformers.utils import logging as hub
 from typer.testing import CliRunner
 
 from neural.asset import AssetStore, keyed_id, vocabulary_hash
-from neural.build import (TRACKS, Aggregation, Packing, ahead, build_store, by_activation, certainties, close_calls, concept_findings, finding_places, guided, habit, hash_of, load_aggregation, load_readings, named_findings, open_store, read_batch, region,
-                          save_aggregation, save_readings, settle, shard_of)
+from neural.build import (TRACKS, Packing, ahead, build_store, certainties, close_calls, concept_findings, habit, hash_of,
+                          load_network, load_readings, open_store, read_batch, save_readings, settle, shard_of, write_reports)
 from neural.cli import app
 from neural.codec import book_bytes, read_book
 from neural.finetune import stem_logits
@@ -30,8 +30,10 @@ from neural.layouts import index_dataset
 from neural.prune import top_k
 from neural.race import step_network
 from neural.radiograph import load_radiograph
-from neural.report import ReportReader, train_tokenizer
-from neural.study import Manifest, NeuralError
+from neural.report import ReportReader, evidence, split_sections, train_tokenizer
+from neural.scores import (Aggregation, Baseline, Batch, Network, Scoring, as_scoring, finding_places, gather, guided, load_aggregation, load_scoring,
+                           named_findings, region, save_aggregation, score, scorers)
+from neural.study import Manifest, NeuralError, report_text
 from neural.vlm import ReportVLM, label_loss, load_vlm, pack, small_config
 
 hub.disable_progress_bar(); hub.set_verbosity_error()       # the command says so before transformers is imported; here it is already
@@ -66,9 +68,10 @@ def test_a_planted_lesion_is_kept_though_only_its_name_was_taught(taught):
     reader = ReportReader()
     usual = habit(taught, None, reader, [([str(i) for i in range(32)], films[:32], [""] * 32)], Aggregation("activation"))
     ill = [i for i in range(32, 64) if labels[i, 0]]
-    with torch.no_grad(): tokens = taught.encode(films[ill])
-    seen, silent = by_activation(taught, tokens, [reader("There is a lung nodule.")] * len(ill), usual)
-    assert not silent.any() and torch.allclose(seen.sum(1), torch.ones(len(ill)), atol=1e-4)
+    network = Network(taught, train_tokenizer(TEXTS, 64), reader, Scoring(Aggregation("activation"), baseline=Baseline(seen=usual)))
+    batch = Batch([str(i) for i in ill], films[ill], ["There is a lung nodule."] * len(ill))
+    seen = score(network, batch).values
+    assert not gather(network, batch).fell_back["named"].any() and torch.allclose(seen.sum(1), torch.ones(len(ill)), atol=1e-4)
     near = [max(abs(j // 12 - where[i] // 12), abs(j % 12 - where[i] % 12)) <= 1 for i, kept in zip(ill, top_k(seen, 4).tolist()) for j in kept]
     assert np.mean(near) >= 0.5  # within one patch, as far as a convolution reaches; 4 of 144 at random: 0.06
 
@@ -108,10 +111,10 @@ def read_plainly(taught):
     films = planted(128, 2)[0]
     studies = [(str(i), films[i].numpy(), TEXTS[i % 4]) for i in range(128)]
     usual = habit(taught, None, reader, [([str(i) for i in range(128)], films, [""] * 128)], Aggregation("activation"))
-    settings = (Aggregation("activation"), usual, 4, 32)
+    settings = as_scoring((Aggregation("activation"), usual, 4, 32))
     network = ReportVLM(small_config(64, 96, NAMES, width=64, d_model=64, layers=2, sharpness=4.0)).eval()
     network.encoder.load_state_dict(taught.encoder.state_dict()); network.head.load_state_dict(taught.head.state_dict())
-    plain = read_batch(network, tokenizer, reader, [i for i, *_ in studies], films, TEXTS * 32, "image+report", 4, settings[0], usual, 32)
+    plain = read_batch(network, tokenizer, reader, [i for i, *_ in studies], films, TEXTS * 32, "image+report", 4, settings.how, usual, 32)
     return network, tokenizer, reader, studies, settings, plain
 
 
@@ -126,23 +129,24 @@ def test_one_layer_read_alone_equals_the_eager_one(read_plainly, layer):
 def test_packed_float32_is_the_plain_path(read_plainly):
     network, tokenizer, reader, studies, settings, plain = read_plainly
     packed = pack(copy.deepcopy(network))
-    fast = shard_of(packed, tokenizer, reader, studies, "image+report", settings)
+    fast = shard_of(Network(packed, tokenizer, reader, settings), studies, "image+report")
     for a, b in zip(fast, plain):
         assert a.study_id == b.study_id and a.tokens_used == b.tokens_used and (a.patches == b.patches).all()
         assert np.abs(a.relevance - b.relevance).max() < 1e-4 * b.relevance.max() and np.abs(a.features - b.features).max() < 1e-3 and np.abs(a.looks - b.looks).max() < 1e-4
-    again = shard_of(packed, tokenizer, reader, studies, "image+report", settings)
+    again = shard_of(Network(packed, tokenizer, reader, settings), studies, "image+report")
     assert all((a.relevance == b.relevance).all() and (a.features == b.features).all() for a, b in zip(fast, again))  # twice the same numbers
 
 
 @pytest.mark.parametrize("guide", ["activation", "attention"])
 def test_bfloat16_keeps_the_same_patches(read_plainly, guide):
     network, tokenizer, reader, studies, settings, _ = read_plainly
-    settings = settings if guide == "activation" else (Aggregation(lift=False), None, 4, 32)
-    plain, packed = shard_of(network, tokenizer, reader, studies, "image+report", settings), pack(copy.deepcopy(network), half=True)
-    lower = shard_of(packed, tokenizer, reader, studies, "image+report", settings, precision="bfloat16")
+    settings = settings if guide == "activation" else Scoring(Aggregation(lift=False), max_tokens=32)
+    packed = Network(pack(copy.deepcopy(network), half=True), tokenizer, reader, settings)
+    plain = shard_of(Network(network, tokenizer, reader, settings), studies, "image+report")
+    lower = shard_of(packed, studies, "image+report", precision="bfloat16")
     assert np.mean([(a.patches == b.patches).all() for a, b in zip(lower, plain)]) >= 0.99
     assert max(np.abs(a.relevance - b.relevance).max() / b.relevance.max() for a, b in zip(lower, plain)) > 1e-5  # it did compute in bfloat16
-    twice = shard_of(packed, tokenizer, reader, studies, "image+report", settings, precision="bfloat16")
+    twice = shard_of(packed, studies, "image+report", precision="bfloat16")
     assert all((a.relevance == b.relevance).all() for a, b in zip(lower, twice))
 
 
@@ -183,7 +187,7 @@ def test_a_film_is_looked_at_once_even_when_its_report_is_written(read_plainly, 
     network, tokenizer, reader, studies, settings, _ = read_plainly
     seen, encode = [], ReportVLM.encode
     monkeypatch.setattr(ReportVLM, "encode", lambda self, films: (seen.append(len(films)), encode(self, films))[1])
-    shard_of(network, tokenizer, reader, studies[:5], "image-only", settings)
+    shard_of(Network(network, tokenizer, reader, settings), studies[:5], "image-only")
     assert sum(seen) == 5
 
 
@@ -356,6 +360,80 @@ def test_the_command_is_quiet_in_a_pipe(place):
     assert done.returncode == 0 and done.stderr == "" and len(done.stdout.splitlines()) == 1 and done.stdout.startswith("store: st, 6 assets")
 
 
+# stores by any scorer
+
+def by_hand(vlm, manifest, name, track, share=None):
+    "What a scorer retains of each study, from its film and its report, in four lines."
+    network = load_network(vlm, scoring=load_scoring(vlm, name, share))
+    films = torch.stack([torch.as_tensor(load_radiograph(manifest.image_path(s.frontal), 96)) for s in manifest])
+    sections = [split_sections(report_text(manifest, s)) for s in manifest]
+    texts = [evidence(s) for s in sections] if track == "image+report" else write_reports(network.model, network.tokenizer, films, 40)
+    ids = [s.study_id for s in manifest]
+    return dict(zip(ids, top_k(score(network, Batch(ids, films, texts, sections if track == "image+report" else None)).values, 4).tolist()))
+
+
+@pytest.mark.parametrize("track", TRACKS)
+@pytest.mark.parametrize("name", ["all words", "impression", "rollout", "times gradient", "keenest head", "anatomy of findings", "random"])
+def test_a_store_by_a_named_scorer_is_what_the_scorer_says(place, name, track):
+    status, output = build("--score", name, "--track", track)
+    assert status == 0, output
+    store, wanted = AssetStore("st"), by_hand("vlm", Manifest.load("m.csv"), name, track)
+    assert {a.study_id: a.patches.tolist() for a in store} == wanted
+    assert store.settings["score"] == name and store.provenance["selection"] == name.replace(" ", "-")
+    status, told = neural("verify", "st")
+    assert status == 0 and f"\n  score      {name}\n" in told and "unknown" not in told
+    assert build("--score", name, "--track", track)[0] == 0 and len(AssetStore("st")) == 6
+
+
+def test_two_scorers_keep_different_patches_and_no_store_mixes_them(place):
+    assert build()[0] == build("--score", "random", store="su")[0] == 0
+    assert [a.patches.tolist() for a in AssetStore("st")] != [a.patches.tolist() for a in AssetStore("su")]
+    before = {s: held(place / s) for s in ("st", "su")}
+    for store, more, said in (("st", ("--score", "rollout"), "guide attention, now named"), ("su", (), "guide named, now attention"), ("su", ("--score", "rollout"), "score random, now rollout")):
+        status, output = build(*more, store=store)
+        assert status == 1 and said in output and len(output.strip().splitlines()) == 1
+    assert {s: held(place / s) for s in ("st", "su")} == before
+
+
+def test_the_default_by_its_name_makes_the_default_store(place):
+    assert build()[0] == build("--score", "finding words", store="su")[0] == 0
+    st, su = AssetStore("st"), AssetStore("su")
+    assert [replace(a, provenance={}) for a in st] == [replace(a, provenance={}) for a in su]
+    assert st.settings["score"] is None and su.settings["score"] == "finding words"
+    assert {n: v for n, v in st.settings.items() if v != su.settings[n]} == dict(score=None, selection=None)
+
+
+@pytest.mark.parametrize("more, said", [(("--score", "rolout"), "is it 'rollout'"), (("--score", "activation"), "neural baseline"), (("--score", "random", "--share", "0.5"), "is no mixture"), (("--share", "0.5"), "name the scorer")])
+def test_a_scorer_that_cannot_be_read_is_one_line(place, more, said):
+    before = held(place)
+    status, output = build(*more)
+    assert status == 1 and said in output and len(output.strip().splitlines()) == 1 and held(place) == before
+
+
+def test_what_scorers_compare_with_is_measured_once_and_kept_beside_the_network(place):
+    m = Manifest.load("m.csv")
+    Manifest([replace(s, split="train" if i < 4 else "test") for i, s in enumerate(m)], m.root, m.layout).save("split.csv")
+    status, output = neural("baseline", "split.csv", "--vlm", "vlm", "--workers", "0")
+    assert status == 0 and "of 4 training studies" in output and len(output.splitlines()) == 1
+    kept = held(place / "vlm")
+    assert neural("baseline", "split.csv", "--vlm", "vlm")[0] == 1 and held(place / "vlm") == kept
+    for name, share in (("brighter than usual", None), ("words + anatomy", 0.25)):
+        more = () if share is None else ("--share", share)
+        assert build("--score", name, *more, store=name)[0] == 0
+        store = AssetStore(name)
+        assert {a.study_id: a.patches.tolist() for a in store} == by_hand("vlm", m, name, "image+report", share)
+        assert store.settings["share"] == (None if share is None else "0.25") and store.settings["habit"] != "none"
+    assert build()[0] == 0 and AssetStore("st").settings["habit"] == "none"  # the run's own choice is what it was
+    Manifest([replace(s, split="test") for s in m], m.root, m.layout).save("unseen.csv")
+    status, output = neural("baseline", "unseen.csv", "--vlm", "other")
+    assert status == 1 and "train" in output and len(output.strip().splitlines()) == 1
+
+
+def test_scorers_are_listed(place):
+    status, output = neural("scorers")
+    assert status == 0 and all(f"\n  {name} " in "\n" + output for name in scorers())
+
+
 # codebooks
 
 @pytest.fixture
@@ -364,9 +442,9 @@ def run_folder(place):
     run = place / "run"; run.mkdir(); shutil.copytree("vlm", run / "vlm")
     m = Manifest.load("m.csv"); studies = [replace(s, split="train" if i < 4 else "validate") for i, s in enumerate(m)]
     manifest = Manifest(studies, m.root, m.layout); manifest.save(run / "manifest.csv")
-    network = load_vlm("vlm"), AutoTokenizer.from_pretrained("vlm"), ReportReader(), load_aggregation("vlm")
+    network = Network(load_vlm("vlm"), AutoTokenizer.from_pretrained("vlm"), ReportReader(), load_scoring("vlm"))
     films = [(s.study_id, load_radiograph(manifest.image_path(s.frontal), 96), "The heart is normal.") for s in studies]
-    save_readings([r for t in TRACKS for r in shard_of(*network[:3], films, t, network[3])], run)
+    save_readings([r for t in TRACKS for r in shard_of(network, films, t)], run)
     return run
 
 
@@ -430,7 +508,7 @@ def written(read_plainly):
     "A few readings of each track, by the same network."
     network, tokenizer, reader, studies, settings, _ = read_plainly
     films = torch.stack([torch.as_tensor(f) for _, f, _ in studies[:6]])
-    read = lambda track: read_batch(network, tokenizer, reader, [i for i, *_ in studies[:6]], films, [t for *_, t in studies[:6]], track, 4, settings[0], settings[1], 32)
+    read = lambda track: read_batch(network, tokenizer, reader, [i for i, *_ in studies[:6]], films, [t for *_, t in studies[:6]], track, 4, settings.how, settings.mean, 32)
     return network, reader, films, read("image-only"), read("image+report")
 
 

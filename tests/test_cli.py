@@ -20,7 +20,7 @@ def neural(*words, cwd, **env) -> subprocess.CompletedProcess:
 def test_help_names_every_command(tmp_path):
     said = neural("--help", cwd=tmp_path)
     assert said.returncode == 0 and said.stderr == ""
-    for name in ("phantom", "index", "run", "build", "codebook", "predict", "verify", "compact", "inspect", "describe", "bench"): assert f"\n  {name} " in said.stdout, f"`neural {name}` is missing"
+    for name in ("phantom", "index", "run", "build", "scorers", "baseline", "codebook", "predict", "verify", "compact", "inspect", "describe", "bench"): assert f"\n  {name} " in said.stdout, f"`neural {name}` is missing"
 
 
 def test_every_command_explains_itself():

@@ -10,12 +10,13 @@ import torch
 from transformers import AutoTokenizer
 
 from neural.asset import is_keyed, keyed_id
-from neural.build import Aggregation, Packing, build_store, corners, fill_store, load_aggregation, open_store, save_aggregation
+from neural.build import Packing, build_store, corners, fill_store, open_store
 from neural.codec import fit_pq
 from neural.export import write_croissant
 from neural.phantom import toy_study
 from neural.report import ReportReader, train_tokenizer
 from neural.layouts import index_dataset
+from neural.scores import Aggregation, Network, load_scoring, save_aggregation
 from neural.study import Manifest, NeuralError
 from neural.viewer import asset_page
 from neural.vlm import ReportVLM, load_vlm, small_config
@@ -116,11 +117,11 @@ def test_filling_a_keyed_store_by_hand_without_its_key_is_refused(cohort, tmp_pa
     "The parts that a build is made of keep the promise, too."
     home, manifest, vlm, _ = cohort
     store, _ = build_store(Manifest(list(manifest)[:3], manifest.root, manifest.layout), tmp_path / "store", vlm, packing=Packing(secret=KEY, never=corners((12, 12))), workers=0, progress=False)
-    network = load_vlm(vlm), AutoTokenizer.from_pretrained(vlm, local_files_only=True), ReportReader(), load_aggregation(vlm)
+    network = Network(load_vlm(vlm), AutoTokenizer.from_pretrained(vlm, local_files_only=True), ReportReader(), load_scoring(vlm))
     todo, before = list(manifest)[3:], bytes_of(tmp_path / "store")
     for packing in (Packing(), Packing(secret=KEY), Packing(never=corners((12, 12)))):
         with pytest.raises(NeuralError, match="begun with other settings"): fill_store(store, manifest, todo, network, packing=packing, workers=0, progress=False)
-    with pytest.raises(NeuralError, match="begun with other settings"): open_store(tmp_path / "store", network[2], network[0], "image+report", {})
+    with pytest.raises(NeuralError, match="begun with other settings"): open_store(tmp_path / "store", network.reader, network.model, "image+report", {})
     plain, _ = build_store(manifest, tmp_path / "plain", vlm, workers=0, progress=False)
     with pytest.raises(NeuralError, match="holds keyed study ids"): store.append(list(plain))
     with pytest.raises(NeuralError, match="holds plain study ids"): plain.append(list(store))

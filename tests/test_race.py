@@ -11,13 +11,14 @@ from transformers import AutoTokenizer
 
 from neural import race
 
-from neural.build import load_aggregation, shard_of
+from neural.build import shard_of
 from neural.race import (BUILDING, STEPPING, StepStudies, as_many_as_fit, bench_cohort, bench_gpu, bench_network, fast_step, held_twice, measured_part, opened,
                          plain_reading, racers, reference_step, small_networks, step_network)
 from neural.report import ReportReader, evidence, split_sections
+from neural.scores import Network, load_scoring
 from neural.study import NeuralError, report_text
 from neural.vlm import load_vlm, small_config
-from neural.yardstick import Budget, read_tables, write_tables
+from neural.yardstick import TimeBudget, read_tables, write_tables
 
 TINY = small_config(200, 96, width=64, d_model=64)
 
@@ -32,12 +33,12 @@ def cohort(tmp_path_factory):
 def test_both_ways_keep_the_same_patches(cohort):
     "The reference does the work that is compared: on films decoded alike it retains what the library retains."
     manifest, vlm = cohort
-    model, tokenizer, reader, settings = load_vlm(vlm), AutoTokenizer.from_pretrained(vlm, local_files_only=True), ReportReader(), load_aggregation(vlm)
+    network = Network(load_vlm(vlm), AutoTokenizer.from_pretrained(vlm, local_files_only=True), ReportReader(), load_scoring(vlm))
     texts = [evidence(split_sections(report_text(manifest, s))) for s in manifest]
     films = [held_twice(manifest.image_path(s.frontal)) for s in manifest]
-    plain = [plain_reading((model, tokenizer, reader, settings), opened(f, 96), t)[0] for f, t in zip(films, texts)]
+    plain = [plain_reading(network, opened(f, 96), t)[0] for f, t in zip(films, texts)]
     same = [np.asarray(Image.open(io.BytesIO(f)).resize((96, 96), Image.BILINEAR).convert("L"), np.float32)[None] / 255 for f in films]
-    ours = shard_of(model, tokenizer, reader, [(s.study_id, x, t) for s, x, t in zip(manifest, same, texts)], "image+report", settings)
+    ours = shard_of(network, [(s.study_id, x, t) for s, x, t in zip(manifest, same, texts)], "image+report")
     assert [list(p.patches) for p in plain] == [list(r.patches) for r in ours]
     for p, r in zip(plain, ours): assert np.allclose(p.features, r.features, atol=1e-4)
 
@@ -110,7 +111,7 @@ def test_a_smaller_card_sees_fewer_films_at_once():
             if films > 3: raise torch.OutOfMemoryError("CUDA out of memory")
             return lambda: None
         return way
-    table = as_many_as_fit(lambda n: measured_part({"a": make(n)}, {"a": 1.0}, n, Budget(60, 1), 0, "sums"), 16)
+    table = as_many_as_fit(lambda n: measured_part({"a": make(n)}, {"a": 1.0}, n, TimeBudget(60, 1), 0, "sums"), 16)
     assert seen == [16, 8, 4, 2] and table["films a round"]["a"] == 2
 
 

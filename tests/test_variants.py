@@ -8,7 +8,8 @@ import torch
 from neural.report import ReportReader, evidence, split_sections, train_tokenizer
 from neural.phantom import toy_study
 from neural.study import NeuralError
-from neural.variants import FILM, MIXTURES, VARIANTS, Evidence, Habits, anatomy, best_share, chance_met, collect, habits_of, maps_of, marks_met, patch_ranks, variant_maps
+from neural.scores import MIXTURES, anatomy, patch_ranks
+from neural.variants import VARIANTS, best_share, chance_met, collect, habits_of, maps_of, marks_met
 from neural.vlm import ReportVLM, small_config
 
 
@@ -35,13 +36,13 @@ def test_every_variant_is_a_distribution_for_every_study(read):
 
 def test_empty_and_written_reports_have_maps_too(read):
     model, tokenizer, reader, films, texts, _, _, usual = read
-    maps = variant_maps(model, tokenizer, reader, films, ["", "no acute disease.", texts[0]], usual)
+    maps = maps_of(collect(model, tokenizer, reader, films, ["", "no acute disease.", texts[0]]), usual)
     assert all(torch.allclose(m.sum(1), torch.ones(3), atol=1e-4) for m in maps.values())
 
 
 def test_a_report_does_not_depend_on_its_company(read):
     model, tokenizer, reader, films, texts, sections, found, usual = read
-    alone = variant_maps(model, tokenizer, reader, films[1:2], texts[1:2], usual, sections=sections[1:2])
+    alone = maps_of(collect(model, tokenizer, reader, films[1:2], texts[1:2], sections[1:2]), usual)
     together = maps_of(found, usual)
     for name in VARIANTS: assert torch.allclose(alone[name][0], together[name][1], atol=2e-4), name
 

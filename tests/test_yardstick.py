@@ -6,7 +6,7 @@ import torch
 
 from neural import yardstick
 from neural.study import NeuralError
-from neural.yardstick import Budget, card, check_device, machine, matrix_peak, peak_memory, rounds_within, seconds_of
+from neural.yardstick import TimeBudget, card, check_device, machine, matrix_peak, peak_memory, rounds_within, seconds_of
 
 
 class Hand:
@@ -24,7 +24,7 @@ def hand(monkeypatch):
 
 
 def test_parts_share_what_is_left(hand):
-    budget = Budget(120, 3, hand)
+    budget = TimeBudget(120, 3, hand)
     assert budget.part() == 40
     hand.work(20)
     assert budget.part() == 70                      # 100 left, two parts
@@ -33,30 +33,30 @@ def test_parts_share_what_is_left(hand):
 
 
 def test_a_part_takes_as_many_rounds_as_its_share_holds(hand):
-    budget = Budget(100, 2, hand)
+    budget = TimeBudget(100, 2, hand)
     took = rounds_within({"a": lambda: hand.work(2), "b": lambda: hand.work(4)}, budget, budget.part(), "sums")
     assert took.values.tolist() == [[2, 4]] * 7 and hand.now == 48        # one more would not end before 50
 
 
 def test_a_part_without_a_share_takes_three_rounds_and_no_more(hand):
-    budget = Budget(100, 1, hand)
+    budget = TimeBudget(100, 1, hand)
     assert len(rounds_within({"a": lambda: hand.work(5)}, budget, 0, "sums")) == 3
 
 
 def test_enough_rounds_are_enough(hand):
-    budget = Budget(10**6, 1, hand)
+    budget = TimeBudget(10**6, 1, hand)
     assert len(rounds_within({"a": lambda: hand.work(1)}, budget, budget.part(), "sums", most=6)) == 6
 
 
 def test_what_does_not_fit_is_refused_in_one_line_before_it_is_measured(hand):
     with pytest.raises(NeuralError, match="^sums: 3 rounds of 40.0 s do not fit into the 80 s that are left; allow more minutes, or measure less$"):
-        rounds_within({"a": lambda: hand.work(40)}, Budget(120, 1, hand), 120, "sums")
+        rounds_within({"a": lambda: hand.work(40)}, TimeBudget(120, 1, hand), 120, "sums")
     assert hand.now == 40
 
 
 def test_rounds_that_become_slower_end_the_part(hand):
     pace = iter([1, 1, 1, 1, 30, 30, 30, 30])
-    took = rounds_within({"a": lambda: hand.work(next(pace))}, Budget(60, 1, hand), 60, "sums")
+    took = rounds_within({"a": lambda: hand.work(next(pace))}, TimeBudget(60, 1, hand), 60, "sums")
     assert took["a"].tolist() == [1, 1, 1, 30]      # after 34 s, thirty more would be too many
 
 
