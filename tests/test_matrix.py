@@ -23,6 +23,16 @@ LARDER = Path(__file__).parent / "fixtures/larder.py"
 ABOUT = "--name phantoms --licence CC0-1.0 --url https://example.org --creator nobody --published 2026-01-01"
 STUB = "import pandas, neural.bench; neural.bench.bench_store = lambda **k: {'store': pandas.DataFrame({'s': [1.5, 2]})}"
 DRAWS = "import neural.draws as d, pandas; d.bench_draws = lambda keep=None, **k: {'summary': pandas.DataFrame({'value': [0.5, k['settings']['studies']]})}"
+STARTS = """
+import neural.starts as s, pandas
+from neural.study import Manifest
+def stub(manifest, settings, *more):
+    Manifest.load(manifest)
+    tables = {name: pandas.DataFrame({"value": [0.5, settings["epochs"]]}) for name in ("auc", "differences", "trainings")}
+    more[-1](tables)
+    return tables
+s.bench_starts = stub
+"""
 DRAFT = re.compile(r"(^|/)(\.(?!lock$)[^/]*|[^/]*\.(part|tmp))(/|$)")
 CARDS = "from neural.export import write_cards; write_cards('in/run')"
 
@@ -77,6 +87,8 @@ def index(layout, data, more="") -> Row:
 
 SHARDS = r"(out/store|in/store)/(store\.parquet|_?codebook\.safetensors|shard-[\w-]+\.parquet)$"
 BUILD = "build in/list.csv {out} --vlm in/vlm --workers 0 --limit 1 --key-file in/key --codec pq --codebook in/book"
+BASELINE = "baseline in/list.csv --vlm in/vlm --workers 0 --limit 1"
+MAPS = r"in/vlm/scores\.(json|safetensors)$"
 ROWS = {
     "phantom": Row("phantom {out} --studies 3 --size 64", {}, "out/cohort", True, "phantom {out} --studies 3 --size 64 --seed 1"),
     "index mimic-cxr": index("mimic-cxr", "cohort", " --labels in/data/truth/labels.csv"),
@@ -100,6 +112,11 @@ ROWS = {
     "describe": Row(f"describe in/store {ABOUT}", {"in/store": "store"}, "in/store/_croissant.json", other=f"describe in/store {ABOUT} --description more"),
     "bench": Row("bench store --small --out {out}", {}, "out/found.json", other="bench store --studies 9 --out {out}", same=shape_of, first=STUB),
     "bench draws": Row("bench draws --small --out {out}", {}, "out/found.json", other="bench draws --small --studies 90 --out {out}", same=shape_of, first=DRAWS),
+    "starts": Row("starts in/list.csv --small --out {out}", {"in/list.csv": "list.csv", "in/list.json": "list.json", "in/data": "cohort"}, "out/found.json",
+                  other="starts in/list.csv --small --epochs 2 --out {out}", same=shape_of, first=STARTS),
+    "scorers": Row("scorers"),
+    "baseline": Row(BASELINE, {"in/list.csv": "list.csv", "in/list.json": "list.json", "in/data": "cohort", "in/vlm": "vlm"}, "in/vlm/scores.json",
+                    other=BASELINE + " --studies 2", own=MAPS, leaves=MAPS, most=2),
     "inspect": Row("inspect in/store s1", {"in/store": "store"}),
     "inspect --html": Row("inspect in/store s1 --html {out}", {"in/store": "store"}, "out/page.html", other="inspect in/store s2 --html {out}"),
     "cards": Row("", {"in/run": "run"}, "in/run/model_card.md", first=CARDS, own=r"in/run/\w+_card\.md"),
@@ -442,7 +459,7 @@ def test_command_meets_hazard(name, hazard, nursery, larder, mounts):
 
 # a terminal, and a pipe
 
-BARS = {"phantom": "phantoms", "index folder": "checksums", "run": "10_draw", "build": "image+report"}
+BARS = {"phantom": "phantoms", "index folder": "checksums", "run": "10_draw", "build": "image+report", "baseline": "train"}
 
 
 @pytest.mark.parametrize("name", [n for n in ROWS if n != "cards"])
