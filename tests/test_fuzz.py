@@ -3,6 +3,7 @@
 Memory has three rulers. tracemalloc sees Python and numpy; a pool of its own sees Arrow; the peak of resident pages sees all of
 it, with what zlib, libjpeg, OpenJPEG, CharLS and zstd take for themselves. Beside twice the largest valid file each ruler leaves a
 small fixed room, named where it is used. What failed once, and one of every hostile kind, is kept in tests/corpus."""
+import gc
 import builtins
 import ctypes
 import gc
@@ -105,12 +106,14 @@ def measured(act, trace=True):
 def fitting(act, room, trace=True):
     """What `act` returns, or None if it is refused; it must fit into `room`.
 
-    What goes over is done again, up to three times: a library maps pages of its own when some path of it is first taken, and
-    those it keeps. What belongs to the input is given back to the system in between, and taken again each time."""
-    for _ in range(3):
+    What goes over is done again, up to six times: a library maps pages of its own when some path of it is first taken, and
+    those it keeps; pages that the system had taken back while the process slept come back when they are touched, which is
+    done in between. What belongs to the input is given back to the system, too, and taken again each time."""
+    for _ in range(6):
         found, took = measured(act, trace)
         if (took <= room).all(): return found
         if trim := getattr(C, "malloc_trim", None): trim(0)
+        gc.collect()
     raise AssertionError(f"{took} does not fit into {room}")
 
 
