@@ -3,7 +3,6 @@
 Memory has three rulers. tracemalloc sees Python and numpy; a pool of its own sees Arrow; the peak of resident pages sees all of
 it, with what zlib, libjpeg, OpenJPEG, CharLS and zstd take for themselves. Beside twice the largest valid file each ruler leaves a
 small fixed room, named where it is used. What failed once, and one of every hostile kind, is kept in tests/corpus."""
-import gc
 import builtins
 import ctypes
 import gc
