@@ -1029,8 +1029,9 @@ def _refuse_undeclared(
     most=12,       # files named in the message
 ):
     "Fail a stage that opened files of the run which it does not say it reads (this companion's choice)."
-    reads, made = read_record(run, stage.name).get("reads") or [], _makers(run)
-    mine = {"run.json", *own, *(f"{stage.name}.{end}" for end in ("ipynb", "json", "log"))}
+    before = {n: e["stage"] for e in earlier_records(run, stage.name) for n in e.get("outputs", {})}
+    reads, made = read_record(run, stage.name).get("reads") or [], _makers(run) | before
+    mine = {"run.json", *(own - set(before)), *(f"{stage.name}.{end}" for end in ("ipynb", "json", "log"))}
     wrong = sorted(n for n in opened if n not in mine and not _is_read(n, reads))
     if not wrong: return
     whose = lambda n: made.get(n) or (m[1] if (m := re.fullmatch(r"(\d+_\w+)\.(ipynb|json|log)", n)) else "no stage")

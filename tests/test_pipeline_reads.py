@@ -196,6 +196,17 @@ if seed == 4: (run / 'a.txt').read_text()
 
 @LINUX
 @pytest.mark.usefixtures("quick")
+def test_what_is_changed_in_place_stays_another_s(tmp_path):
+    write_stage(tmp_path / "s", "10_draw", DRAW, "{}")
+    write_stage(tmp_path / "s", "60_late", "with (run / 'a.txt').open('a') as f: f.write('!')", "{}")
+    told(tmp_path / "s", tmp_path / "r")
+    assert "a.txt" in read_record(tmp_path / "r", "60_late")["outputs"]
+    with pytest.raises(NeuralError, match='reads: {"10_draw": ."a.txt".}'):
+        told(tmp_path / "s", tmp_path / "r", ["60"], force=True, strict=True)
+
+
+@LINUX
+@pytest.mark.usefixtures("quick")
 def test_being_looked_at_changes_nothing(four):
     told(four, "free"), told(four, "held", strict=True)
     assert run_files("free").keys() == run_files("held").keys() and ran(told(four, "held")) == []
