@@ -11,7 +11,7 @@ from neural.cli import app, stage_values
 from neural.image_model import EfficientNetLite
 from neural.layouts import index_dataset
 from neural.phantom import write_cohort
-from neural.starts import LITE, PLAIN, WARM, bench_starts, best_rates, new_network, start_parts, start_settings, start_tables, training_file
+from neural.starts import LITE, PLAIN, WARM, bench_starts, new_network, start_parts, start_settings, start_tables, training_file
 from neural.study import NeuralError
 from neural.yardstick import is_tables, read_tables
 
@@ -112,8 +112,3 @@ def test_the_command_writes_its_tables_and_not_over_a_file_of_the_user(manifest,
     (tmp_path / "starts.json").write_text("mine")
     again = CliRunner().invoke(app, [*words, "--force"])
     assert again.exit_code == 1 and (tmp_path / "starts.json").read_text() == "mine"
-
-
-def test_test_is_not_looked_at_when_a_rate_is_chosen():
-    import inspect
-    assert "test" not in inspect.getsource(best_rates).split('"""')[0].replace("test is not looked at", "")
