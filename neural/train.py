@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .study import NeuralError, at_least, make_folder, publish
 
 # %% auto #0
-__all__ = ['one_epoch', 'Training', 'fit', 'Checkpoint']
+__all__ = ['pick_device', 'one_epoch', 'Training', 'fit', 'Checkpoint']
 
 # %% ../nbs/api/03_train.ipynb #train05
 def _total(
@@ -53,6 +53,19 @@ def _to_device(
     if not isinstance(batch, (tuple, list)): return batch
     parts = [_to_device(part, device) for part in batch]
     return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+
+# %% ../nbs/api/03_train.ipynb #train11b
+def pick_device(
+    name: str="auto",  # "cpu", "cuda", "cuda:1", or "auto": a GPU where there is one
+) -> torch.device:     # on this machine
+    "The device a network is taught and read on (this companion's choice)."
+    try: device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except (RuntimeError, TypeError): raise NeuralError(f"{name!r} is no device; use auto, cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"): raise NeuralError(f"{name!r} is no device here; use auto, cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise NeuralError(f"{name}: there are {torch.cuda.device_count()} GPUs that torch can use; use auto or cpu")
+    return device
+
 
 # %% ../nbs/api/03_train.ipynb #train13
 def _check_finite(terms, name):
