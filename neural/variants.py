@@ -34,6 +34,7 @@ def collect(
     network = Network(model, tokenizer, reader, Scoring(max_tokens=max_tokens))
     return gather(network, Batch([""] * len(texts), films, texts, sections)).cpu()
 
+# %% ../nbs/api/28_variants.ipynb #55bef600x1
 def habits_of(
     model: ReportVLM,  # trained, in eval mode
     parts: list[Evidence],  # from `collect`, of TRAINING studies
@@ -81,6 +82,7 @@ def marks_met(
     pointed = on[np.arange(len(r)), r.argmax(1)] * 1.0
     return {"hit": kept["hit"], "precision": kept["precision"], "mass": (r * on).sum(1) / r.sum(1), "pointing": pointed}
 
+# %% ../nbs/api/28_variants.ipynb #0216dc88x1
 def chance_met(
     coverage: np.ndarray,  # (n, N) share of each patch that the mark covers
     k: int,  # patches drawn
@@ -98,7 +100,8 @@ def swapped_precision(
     "What the maps of other films would have met on this one (control, this companion's choice)."
     on = finding_patches(coverage)
     if len(on) < 2 or on.shape != tuple(np.shape(maps)):
-        raise NeuralError(f"swapping takes at least two studies and one map each; got {len(on)} coverages, {len(maps)} maps")
+        raise NeuralError(
+            f"swapping takes at least two studies and one map each; got {len(on)} coverages, {len(maps)} maps")
     kept = np.zeros(on.shape)
     np.put_along_axis(kept, top_k(torch.as_tensor(maps), k).numpy(), 1, 1)
     others = kept.sum(0) - kept  # how often the other studies kept each patch

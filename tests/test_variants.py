@@ -17,8 +17,10 @@ from neural.vlm import ReportVLM, small_config
 def read():
     "A network that has learnt nothing, three toy studies, and its habits."
     toys = [toy_study(f, size=96, seed=i) for i, f in enumerate(("Pneumonia", "", "Pleural Effusion"))]
-    sections = [split_sections(t.report) for t in toys]; texts = [evidence(s) for s in sections]
-    tokenizer = train_tokenizer(texts * 5, vocab_size=120); torch.manual_seed(0)
+    sections = [split_sections(t.report) for t in toys]
+    texts = [evidence(s) for s in sections]
+    tokenizer = train_tokenizer(texts * 5, vocab_size=120)
+    torch.manual_seed(0)
     model = ReportVLM(small_config(len(tokenizer), 96, width=64, d_model=64, layers=2)).eval()
     torch.nn.init.normal_(model.head.weight, std=0.1)
     films, reader = torch.stack([torch.as_tensor(np.asarray(t.image)) for t in toys]), ReportReader()
@@ -31,7 +33,8 @@ def test_every_variant_is_a_distribution_for_every_study(read):
     maps = maps_of(found, usual)
     assert tuple(maps) == VARIANTS
     for name, m in maps.items():
-        assert tuple(m.shape) == (3, 144) and torch.isfinite(m).all() and (m >= 0).all() and torch.allclose(m.sum(1), torch.ones(3), atol=1e-4), name
+        assert (tuple(m.shape) == (3, 144) and torch.isfinite(m).all() and (m >= 0).all()
+                and torch.allclose(m.sum(1), torch.ones(3), atol=1e-4)), name
 
 
 def test_empty_and_written_reports_have_maps_too(read):
@@ -57,15 +60,18 @@ def test_reading_leaves_the_network_as_it_was(read):
 
 def test_priors_read_no_film(read):
     *_, found, usual = read
-    other = replace(found, seen=torch.randn_like(found.seen), bright=torch.rand_like(found.bright), cross=tuple(a.flip(-1) for a in found.cross))
+    other = replace(found, seen=torch.randn_like(found.seen), bright=torch.rand_like(found.bright),
+                    cross=tuple(a.flip(-1) for a in found.cross))
     a, b = maps_of(found, usual), maps_of(other, usual)
     for name in ("anatomy of findings", "anatomy of the lungs"): assert torch.equal(a[name], b[name])
-    for name in set(VARIANTS) - {"anatomy of findings", "anatomy of the lungs"}: assert not torch.allclose(a[name], b[name]), name
+    for name in set(VARIANTS) - {"anatomy of findings", "anatomy of the lungs"}:
+        assert not torch.allclose(a[name], b[name]), name
     assert torch.equal(a["anatomy of the lungs"][0], a["anatomy of the lungs"][2])
 
 
 def test_the_slope_is_the_slope(read):
-    "A nudge of the last cross-attention in the direction of its gradient raises the log-likelihood of the finding words."
+    """A nudge of the last cross-attention in the direction of its gradient raises the log-likelihood of the finding
+    words."""
     model, tokenizer, reader, films, texts, sections, found, _ = read
     assert found.slope.shape == found.cross[-1].shape and torch.isfinite(found.slope).all()
     silent = ~found.classes["finding"].any(1)
@@ -74,22 +80,26 @@ def test_the_slope_is_the_slope(read):
 
 @pytest.mark.parametrize("gamma,gain", [(0.5, 0.9), (2.0, 0.5)])
 def test_brightness_ignores_exposure(gamma, gain):
-    flat = torch.rand(2, 1, 12, 12, generator=torch.Generator().manual_seed(0)).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    flat = (torch.rand(2, 1, 12, 12, generator=torch.Generator().manual_seed(0)) .repeat_interleave(8, 2)
+            .repeat_interleave(8, 3))
     assert torch.equal(patch_ranks(flat), patch_ranks(flat ** gamma * gain))
 
 
 def test_anatomy_is_drawn_from_phantoms_alone_and_repeats():
-    a, b = anatomy(["No Finding", "Pneumonia", "Edema"], studies=2), anatomy(["No Finding", "Pneumonia", "Edema"], studies=2)
+    a, b = anatomy(["No Finding", "Pneumonia", "Edema"], studies=2), anatomy(
+        ["No Finding", "Pneumonia", "Edema"], studies=2)
     assert torch.equal(a, b) and torch.allclose(a.sum(0), torch.ones(3), atol=1e-4)
     assert torch.allclose(a[:, 0], torch.full((144,), 1 / 144)) and a[:, 2].max() > 1.5 / 144
 
 
 def test_chance_is_what_random_patches_do():
-    rng = np.random.default_rng(0); cover = np.zeros((40, 144), np.float32)
+    rng = np.random.default_rng(0)
+    cover = np.zeros((40, 144), np.float32)
     for c in cover: c[rng.choice(144, rng.integers(2, 30), replace=False)] = 1
     drawn = [marks_met(torch.as_tensor(rng.random((40, 144))), cover, 4) for _ in range(300)]
     chance = chance_met(cover, 4)
-    for what in ("hit", "precision", "pointing"): assert abs(np.mean([d[what].mean() for d in drawn]) - chance[what].mean()) < 0.01, what
+    for what in ("hit", "precision", "pointing"):
+        assert abs(np.mean([d[what].mean() for d in drawn]) - chance[what].mean()) < 0.01, what
 
 
 def test_refusals(read):

