@@ -36,8 +36,8 @@ __all__ = ['OF_STUDY', 'OF_TRAINING', 'NEEDS', 'FAMILIES', 'ZONES', 'SIDES', 'GU
            'MAPS', 'Scorer', 'register_scorer', 'scorers', 'scorer', 'section_tokens', 'word_mask', 'word_classes',
            'named_findings', 'guided', 'region', 'mention_regions', 'finding_places', 'wanted_findings', 'Aggregation',
            'Baseline', 'Scoring', 'as_scoring', 'scored_by', 'anatomy', 'Network', 'Batch', 'Evidence', 'patch_ranks',
-           'look', 'decode', 'gather', 'attended', 'measure', 'made_ready', 'score', 'save_scoring', 'save_aggregation',
-           'load_aggregation', 'load_scoring', 'baseline_hash']
+           'look', 'decode', 'gather', 'attended', 'measure', 'made_ready', 'score', 'shared_looks', 'save_scoring',
+           'save_aggregation', 'load_aggregation', 'load_scoring', 'baseline_hash']
 
 # %% ../nbs/api/17_scores.ipynb #sc05
 OF_STUDY = {  # what a scorer may ask of a study
@@ -849,6 +849,21 @@ def score(
     mine = scorer(network.scoring.score)
     ready = replace(network, scoring=made_ready(network.scoring, network.model))
     return Scores(mine(gather(ready, batch, mine.needs), ready.scoring), ("study", "patch"))
+
+# %% ../nbs/api/17_scores.ipynb #shared01
+@torch.no_grad()
+def shared_looks(
+    network: Network,  # that reads
+    batch: Batch,  # of studies
+) -> list[tuple[int, float]]:  # per study: words, effective number of patches that they look at most
+    "Do words look at patches of their own (this companion's choice)?"
+    rows = [report_ids(network.tokenizer, text, network.scoring.max_tokens)[0] for text in batch.texts]
+    labels = pad_rows(rows, -100).to(batch.films.device)
+    looks, found = look(network.model, batch.films, labels, -1, batch.grids)[1][-1].mean(1), []
+    for seen, row in zip(looks, rows):
+        share = torch.bincount(seen[: len(row)].argmax(-1)).float() / len(row)
+        found.append((len(row), float(torch.special.entr(share).sum().exp())))
+    return found
 
 # %% ../nbs/api/17_scores.ipynb #sc151
 STATE, MAPS = "scores.json", "scores.safetensors"
