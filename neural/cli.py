@@ -503,7 +503,8 @@ def stage_values(
     preset: str,  # name or path of a preset
     names: list,  # stages whose parameters are meant; the first has the last word
 ) -> dict:        # parameter -> value
-    "What some stages declare, under the values of a preset."
+    "What some stages declare, under the values of a preset; a recipe as its single settings."
+    from neural.finetune import FROM_IMAGENET, Recipe, recipe_of
     from neural.pipeline import addressed, find_stages, load_preset, own_values, pick_stages, stage_parameters
     stages, found = find_stages(stage_folder()), {}
     declared = {s.name: stage_parameters(s.path) for s in stages}
@@ -512,7 +513,8 @@ def stage_values(
     asked = [pick_stages(stages, [name])[0] for name in reversed(names)]
     for s in asked: found |= {k: p.default for k, p in declared[s.name].items()}
     for s in asked: found |= own_values(common, s)
-    return found
+    if "recipe" not in found: return found
+    return found | vars(recipe_of(found["recipe"], FROM_IMAGENET if found.get("imagenet") else Recipe()))
 
 def how_drawn(
     given: dict,  # what `--small` and `--studies` say

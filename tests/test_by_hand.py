@@ -121,7 +121,8 @@ def run(clone, by_hand):
 
 # before anything has run
 
-LEFT = {"10_finetune": ["manifest.csv", "images/ids.json", "vlm/model.safetensors", "history.json"],
+NETWORK = [f"vlm/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "phrases.json")]
+LEFT = {"10_finetune": ["manifest.csv", "manifest.json", "exclusions.csv", "images/ids.json", *NETWORK, "history.json", "findings.json"],
         "20_prune": ["relevance.parquet", "mentions.parquet", "relations.parquet", "generated.parquet", "head.parquet", "vlm/relevance.json"]}
 ZEROS = {"seeds = 0": "seeds must be 1 or more, got 0", "samples = 0": "samples must be 1 or more, got 0", "least = -1": "least must be 1 or more, got -1",
          "graph_lr = 0.0": "graph_lr must be above 0, got 0.0", "seeds = True": "parameter seeds takes int, got True"}
@@ -187,7 +188,7 @@ def test_without_a_checkout_the_run_lies_where_the_notebook_does(clone, tmp_path
 
 # a small training, again and with other settings
 
-SMALL = dict(phantom_studies=60, image_size=96, width=32, d_model=32, layers=1, vocab_size=300, warm_epochs=1, epochs=1.0, batch_size=16)
+SMALL = dict(phantom_studies=60, image_size=96, width=32, d_model=32, vocab_size=300, warm_epochs=1, epochs=1.0, batch_size=16, recipe=["layers=1"])
 
 
 def test_the_same_training_again_is_the_same_and_another_is_another(clone, tmp_path):
