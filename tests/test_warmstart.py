@@ -10,6 +10,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from neural import warmstart
+from neural.asset import AssetStore
 from neural.build import build_store
 from neural.cli import app
 from neural.image_model import EfficientNetLite, ImageModel, load_image_model, save_image_model
@@ -202,9 +203,13 @@ def test_stage_10_starts_from_imagenet_and_a_store_is_built_with_it(phantom_coho
     assert done.exit_code == 0, done.output
     model = load_vlm(run / "vlm")
     assert (model.config.stem, model.grid, model.encoder.num_features) == (NAME, (12, 12), 320)
-    some = Manifest.load(run / "manifest.csv").of("validate")
     store, left_out = build_store(Manifest.load(run / "manifest.csv"), tmp_path / "store", run / "vlm", workers=0)
-    assert some and {s.study_id for s in some} <= set(store.ids) and not len(left_out) and not store.verify()
+    theirs = AssetStore(run / "store/image+report")
+    assert len(store) > 30 and sorted(store.ids) == sorted(theirs.ids) and not len(left_out) and not store.verify()
+    for a, b in ((store[i], theirs[i]) for i in store.ids):                      # one route: the same asset by both ways
+        assert a.patches.tolist() == b.patches.tolist() and a.concepts.tolist() == b.concepts.tolist()
+        assert np.array_equal(a.grounding, b.grounding) and a.provenance == b.provenance
+        assert np.allclose(a.features, b.features, atol=np.abs(b.features).max() / 100)   # a step of the codec: batches differ
 
 
 def test_a_wide_grid_serves_an_encoder_of_its_width():
