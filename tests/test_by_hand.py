@@ -121,7 +121,7 @@ def run(clone, by_hand):
 
 # before anything has run
 
-LEFT = {"10_finetune": ["manifest.csv", "images/ids.json", "vlm/model.safetensors", "history.json"],
+LEFT = {"10_finetune": ["manifest.csv", "manifest.json", "images/ids.json", "vlm/model.safetensors", "history.json"],
         "20_prune": ["relevance.parquet", "mentions.parquet", "relations.parquet", "generated.parquet", "head.parquet", "vlm/relevance.json"]}
 ZEROS = {"seeds = 0": "seeds must be 1 or more, got 0", "samples = 0": "samples must be 1 or more, got 0", "least = -1": "least must be 1 or more, got -1",
          "graph_lr = 0.0": "graph_lr must be above 0, got 0.0", "seeds = True": "parameter seeds takes int, got True"}
@@ -236,7 +236,7 @@ def test_the_five_stages_run_in_order_with_nothing_typed(by_hand, run):
         assert not complaints(nb), f"{name} complains:\n{complaints(nb)}"
         assert printed(nb).startswith("run folder: ../../runs/by-hand"), name
         assert "stale" not in printed(nb), name
-    assert {name: len(pictures(nb)) for name, nb in by_hand.items()} == {"10_finetune": 2, "20_prune": 3, "30_fuse": 2, "40_classify": 1, "50_figures": 7}
+    assert {name: len(pictures(nb)) for name, nb in by_hand.items()} == {"10_finetune": 2, "20_prune": 3, "30_fuse": 2, "40_classify": 2, "50_figures": 7}
 
 
 def test_the_defaults_have_patients_to_spare(run):
