@@ -7,8 +7,8 @@ __all__ = ['PARTS', 'CONTEXT', 'CONTEXT_SIDE', 'KINDS', 'KEPT', 'FORMAT', 'MAX_C
            'sureness', 'context_of', 'collate', 'in_store', 'StoreDataset', 'whole_assets', 'ragged', 'GraphBatch',
            'GraphColumns', 'bag_sum', 'TypedConv', 'GraphClassifier', 'known_targets', 'one_thread', 'origin',
            'strangers', 'refuse_strangers', 'known_origin', 'unrecorded', 'as_columns', 'predict_logits', 'predict',
-           'deal', 'Packs', 'standardise', 'graph_loss', 'graphs_in', 'train_classifier', 'save_classifier',
-           'file_digest', 'load_classifier', 'save_predictions', 'is_predictions']
+           'deal', 'Packs', 'standardise', 'graph_loss', 'graphs_in', 'train_classifier', 'each_seed',
+           'save_classifier', 'file_digest', 'load_classifier', 'save_predictions', 'is_predictions']
 
 # %% ../nbs/api/22_classify.ipynb #44d57595
 import csv, hashlib, json, math, re
@@ -689,6 +689,21 @@ def train_classifier(
                       Training(epochs, ('validate_auc', '-validate_loss'), patience, seed, progress=progress),
                       validate=lambda m: _validate(m, judged, y_held), size=graphs_in)
     return model, history
+
+# %% ../nbs/api/22_classify.ipynb #eachseed2
+def each_seed(
+    graphs: dict,   # split -> graphs, assets or columns: 'train', 'validate', and what else is to be read
+    y: dict,        # 'train' and 'validate' -> their targets: 1, 0 or nan (unknown)
+    seeds,          # one training each
+    **options,      # of `train_classifier`: kind, fusion, parts, epochs, lr, hidden, ...
+):                  # for each seed: seed, classifier, history, split -> float64 [n] probabilities (all but 'train')
+    "The same classifier from several seeds, and what each says of the studies it did not learn from (NEURAL, sec. 3)."
+    reading = {name: options[name] for name in ('kind', 'fusion', 'parts') if name in options}
+    columns = {split: as_columns(some, **{'kind': 'gcn', **reading}) for split, some in graphs.items()}
+    for seed in seeds:
+        learnt = columns['train'], y['train'], columns['validate'], y['validate']
+        model, history = train_classifier(*learnt, seed=seed, **options)
+        yield seed, model, history, {split: predict(model, c) for split, c in columns.items() if split != 'train'}
 
 # %% ../nbs/api/22_classify.ipynb #0793acb4
 FORMAT, MAX_CONFIG = 'neural-graph-classifier', 2**20      # bytes of a config.json

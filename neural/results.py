@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SYSTEM', 'PREDICTIONS', 'METRICS', 'SPREAD', 'MACRO', 'WORST', 'CARD', 'System', 'predicted', 'as_predictions',
            'write_predictions', 'open_predictions', 'weighted_auprc', 'weighted_brier', 'weighted_ece', 'Costs',
-           'as_card', 'Resampling', 'report_card', 'differences', 'count_parameters', 'model_bytes', 'count_macs',
-           'write_card', 'read_card', 'collect_cards', 'wide_card', 'card_markdown']
+           'as_card', 'Resampling', 'report_card', 'differences', 'card_intervals', 'count_parameters', 'model_bytes',
+           'count_macs', 'write_card', 'read_card', 'collect_cards', 'wide_card', 'card_markdown']
 
 # %% ../nbs/api/33_results.ipynb #result04
 import re
@@ -615,6 +615,27 @@ def differences(
         raise NeuralError(f"{gone[0].label} predicts nothing on {split}; the table holds {_labels(scores)}")
     drawn = _drawn([scores[s] for s in dict.fromkeys(chain.from_iterable(pairs))], resampling)
     return _priced(_all_gaps(pairs, scores, drawn, split, groups, by), {}, scores, command)
+
+# %% ../nbs/api/33_results.ipynb #resval02
+def card_intervals(
+    card: pd.DataFrame,     # of one split: of `report_card`, of `differences`, or both below each other
+    named: dict,            # name -> System; for a difference name -> (System, System), the first less the second
+    metric: str=HEADLINE,   # which number
+) -> dict:                  # target, or group of targets -> name -> [value, low, high]
+    "Numbers of a card by target and by names of the caller's choice (this companion's choice)."
+    if len(splits := card.split.unique()) > 1:
+        raise NeuralError(f"a card of {' and '.join(splits)}: take the numbers of one split at a time")
+    rows = {}
+    for system, part in _by_system(card[card.joined != "one seed"]):
+        rows |= {(system, r.against, r.metric, r.target): [r.value, r.low, r.high] for r in part.itertuples()}
+    found = {}
+    for name, which in named.items():
+        pair = not isinstance(which, System)
+        wanted = (which[0], which[1].label, f"difference of {metric}") if pair else (which, "", metric)
+        some = {target: rows[*wanted, target] for target in dict.fromkeys(card.target) if (*wanted, target) in rows}
+        if not some: raise NeuralError(f"{name}: the card holds no {wanted[2]} of {wanted[0].label}")
+        for target, numbers_of in some.items(): found.setdefault(target, {})[name] = numbers_of
+    return found
 
 # %% ../nbs/api/33_results.ipynb #result94
 def count_parameters(
