@@ -121,7 +121,7 @@ def run(clone, by_hand):
 
 # before anything has run
 
-LEFT = {"10_finetune": ["manifest.csv", "images/ids.json", "vlm/model.safetensors", "history.json"],
+LEFT = {"10_finetune": ["manifest.csv", "manifest.json", "images/ids.json", "vlm/model.safetensors", "history.json"],
         "20_prune": ["relevance.parquet", "mentions.parquet", "relations.parquet", "generated.parquet", "head.parquet", "vlm/relevance.json"]}
 ZEROS = {"seeds = 0": "seeds must be 1 or more, got 0", "samples = 0": "samples must be 1 or more, got 0", "least = -1": "least must be 1 or more, got -1",
          "graph_lr = 0.0": "graph_lr must be above 0, got 0.0", "seeds = True": "parameter seeds takes int, got True"}
