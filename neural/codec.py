@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CODECS', 'FITTED', 'TABLES', 'MAX_BOOK', 'finite', 'quantise', 'dequantise', 'Codebook', 'checked_tables', 'fit_pca',
-           'fit_pq', 'check_codec', 'encode', 'nearest', 'decode', 'canonical', 'loss_of_codec', 'book_bytes',
-           'book_from', 'read_book', 'is_book']
+           'fit_pq', 'check_codec', 'encode', 'nearest', 'decode', 'canonical', 'loss_of_codec', 'codec_name',
+           'codec_size', 'book_bytes', 'book_from', 'read_book', 'is_book']
 
 # %% ../nbs/api/19_codec.ipynb #c8e48008
 import hashlib, json, re
@@ -200,6 +200,23 @@ def loss_of_codec(
     x = finite(x)
     if len(x) < 2: raise NeuralError("the loss of a codec is a share of variance: it takes at least two features")
     return float(((decode(encode(x, codec, book), codec, x.shape[1], book) - x)**2).sum()/((x - x.mean(0))**2).sum())
+
+# %% ../nbs/api/19_codec.ipynb #name19b
+def codec_name(
+    codec: str,   # one of CODECS
+    size: int=0,  # bytes per patch of a fitted codec; 0 for the others
+) -> str:         # 'int8', or 'pca, 24 bytes'
+    "A codec and its setting in words, as the column `codec` of predictions and cards holds them."
+    if codec not in CODECS: raise NeuralError(f"codec must be one of {', '.join(CODECS)}, got {str(codec)[:30]!r}")
+    if (size > 0) != (codec in FITTED): raise NeuralError(f"codec {codec} has {'a' if codec in FITTED else 'no'} size to set, got {size}")
+    return f"{codec}, {size} bytes" if size else codec
+
+def codec_size(
+    name: str,  # of `codec_name`, or the name of a picture's codec
+) -> int:       # bytes per patch of a fitted codec; 0 for the others
+    "The setting that a codec's name tells."
+    told = re.fullmatch(rf"(?:{'|'.join(FITTED)}), (\d+) bytes", name)
+    return int(told[1]) if told else 0
 
 # %% ../nbs/api/19_codec.ipynb #cfbe296d
 MAX_BOOK = 64_000_000   # bytes of a codebook file

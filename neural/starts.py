@@ -86,13 +86,15 @@ def taught_start(
     parts: dict,  # of `start_parts`
     names: list,  # the findings
     settings: dict,  # epochs, batch_size, coarse, rare, bf16, image_size
+    device: str = "cpu",  # or "cuda"
 ) -> tuple[ImageModel, list]:  # in eval mode, and its learning curve
     "Teaches one network the findings."
     s, train = settings, parts["train"]
     torch.manual_seed(seed)
     model = new_network(start, names, s["image_size"])
     draw = rare_weights(train.targets, names, most=s["rare"]) if s["rare"] else None
-    curve = fit_labels(model, model, train, parts["validate"], s["epochs"], s["batch_size"], rate, seed, "cpu", s["bf16"], name=start, draw=draw, coarse=s["coarse"])
+    curve = fit_labels(model, model, train, parts["validate"], s["epochs"], s["batch_size"], rate, seed, device, s["bf16"],
+                       name=start, draw=draw, coarse=s["coarse"])
     return model.eval(), curve
 
 # %% ../nbs/api/38_starts.ipynb #start0018
