@@ -27,7 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch_geometric.loader import DataLoader
 from torch_geometric.nn import global_max_pool, global_mean_pool
 from .asset import AssetStore, Codes, StudyAsset
-from .classify import GraphClassifier, Packs, TypedConv, as_columns, collate, deal, graph_loss, graphs_in, one_thread, standardise, to_data
+from .classify import (GraphClassifier, Packs, TypedConv, as_columns, collate, deal, graph_loss, graphs_in,
+                             one_thread, standardise, to_data)
 from .codec import fit_pca, fit_pq
 from .graph import EDGE_TYPES, knowledge_graph, visual_graph
 from .phantom import toy_study
@@ -49,7 +50,9 @@ def drawn_features(
     "Features near a small subspace and in clusters, as those of a trained network are (this companion's choice)."
     world, rng = np.random.default_rng(1), np.random.default_rng((2, seed))
     mix, kinds = world.normal(size=(min(48, dim), dim)), 4*world.normal(size=(30, min(48, dim)))
-    return ((kinds[rng.integers(0, 30, n)] + rng.normal(size=(n, mix.shape[0])))@mix + .3*rng.normal(size=(n, dim))).astype(np.float32)
+    return (
+        (kinds[rng.integers(0, 30, n)] + rng.normal(size=(n, mix.shape[0]))) @ mix + 0.3 * rng.normal(size=(n, dim))
+    ).astype(np.float32)
 
 # %% ../nbs/api/41_bench.ipynb #d65f8f46
 def sized_asset(
@@ -65,7 +68,8 @@ def sized_asset(
     "One study of the benchmark: a phantom's graph, drawn features, the densest ties the format knows."
     rng, toy, note = np.random.default_rng((i, k)), toys[i % len(toys)], notes[i % len(notes)]
     knowledge = knowledge_graph(note, vocabulary)
-    visual = visual_graph(np.sort(rng.choice(144, k, replace=False)), drawn_features(k, dim, i), np.sort(rng.random(k))[::-1], (12, 12))
+    visual = visual_graph(
+        np.sort(rng.choice(144, k, replace=False)), drawn_features(k, dim, i), np.sort(rng.random(k))[::-1], (12, 12))
     ties = rng.random((len(knowledge), k)) if len(knowledge) else None
     small = thumbnail(toy.image, picture, 'webp', 96) if picture else b''
     return StudyAsset.from_graphs(f"s{50000000 + i}", 'image+report', visual, knowledge, ties, {}, codec, book, small)
@@ -79,7 +83,8 @@ def store_bytes(
     "What a store of some assets takes on disk, everything counted."
     first, *rest = assets = list(assets)
     with tempfile.TemporaryDirectory() as home:
-        store = AssetStore.create(Path(home)/'s', reader.vocabulary, reader.kinds, first.features.shape[1], first.grid, first.track, first.codec, book=book)
+        store = AssetStore.create(Path(home) / 's', reader.vocabulary, reader.kinds, first.features.shape[1],
+                                  first.grid, first.track, first.codec, book=book)
         store.append(assets)
         return store.bytes_per_study()
 
@@ -87,11 +92,17 @@ def store_bytes(
 def film_bytes(
     films: list,      # (1, H, W) in [0, 1]
 ) -> dict:            # format -> mean bytes
-    "The same films in the formats they travel in: raw 12-bit DICOM pixels (two bytes each), PNG of 16 and 8 bits, JPEG."
+    """The same films in the formats they travel in: raw 12-bit DICOM pixels (two bytes each), PNG of 16 and 8 bits,
+    JPEG."""
     def written(x, form, bits=8, **how):
-        out = io.BytesIO(); Image.fromarray(np.round(x[0]*(2**bits - 1)).astype(np.uint8 if bits == 8 else np.uint16)).save(out, form, **how); return len(out.getvalue())
-    return {'film, DICOM pixels uncompressed': float(np.mean([2*x.size for x in films])), 'film, PNG 16 bits': float(np.mean([written(x, 'PNG', 16) for x in films])),
-            'film, PNG 8 bits': float(np.mean([written(x, 'PNG') for x in films])), 'film, JPEG quality 90': float(np.mean([written(x, 'JPEG', quality=90) for x in films]))}
+        out = io.BytesIO()
+        Image.fromarray(np.round(x[0] * (2**bits - 1)).astype(np.uint8 if bits == 8 else np.uint16)).save(
+            out, form, **how)
+        return len(out.getvalue())
+    return {'film, DICOM pixels uncompressed': float(np.mean([2 * x.size for x in films])),
+            'film, PNG 16 bits': float(np.mean([written(x, 'PNG', 16) for x in films])),
+            'film, PNG 8 bits': float(np.mean([written(x, 'PNG') for x in films])),
+            'film, JPEG quality 90': float(np.mean([written(x, 'JPEG', quality=90) for x in films]))}
 
 # %% ../nbs/api/41_bench.ipynb #3967d4d0
 def bytes_growth(
@@ -106,8 +117,10 @@ def bytes_growth(
     rows = []
     for times in growth:
         some, sizes = assets[:len(assets)*times//max(growth)], []
-        with peak_memory({}) as seen: took = [seconds_of(lambda: sizes.append(store_bytes(some, reader, book))) for _ in range(rounds)]
-        rows.append({'work': times, 'studies': len(some), 'bytes a study': sizes[0], 'studies written a second': len(some)/np.median(took), 'MB more': seen['MB']})
+        with peak_memory({}) as seen:
+            took = [seconds_of(lambda: sizes.append(store_bytes(some, reader, book))) for _ in range(rounds)]
+        rows.append({'work': times, 'studies': len(some), 'bytes a study': sizes[0],
+                     'studies written a second': len(some) / np.median(took), 'MB more': seen['MB']})
     return pd.DataFrame(rows).set_index('work')
 
 # %% ../nbs/api/41_bench.ipynb #2c019563
@@ -118,22 +131,36 @@ def bench_bytes(
     size=64,          # bytes per patch of the fitted codecs
     picture=450,      # bytes of a context thumbnail, at most
     side=1024,        # pixels of the films that are weighed beside
-) -> dict:            # tables: bytes per study, one row per form, and its ratio to the released graph; the growth of one form
+    # tables: bytes per study, one row per form, and its ratio to the released graph; the growth of one form
+) -> dict:
     "What a study takes, form by form (answers defect A8)."
     at_least(1, studies=studies, size=size, picture=picture, side=side, **{"number of counts": len(counts)})
-    if dim % size: raise NeuralError(f"{size} bytes a patch do not divide {dim} numbers; product quantisation needs that")
-    reader, toys = ReportReader(), [toy_study(FINDINGS[s % 6], size=128, seed=s) for s in range(studies)]      # no study twice: compression must not find a copy
+    if dim % size:
+        raise NeuralError(f"{size} bytes a patch do not divide {dim} numbers; product quantisation needs that")
+    # no study twice: compression must not find a copy
+    reader, toys = ReportReader(), [toy_study(FINDINGS[s % 6], size=128, seed=s) for s in range(studies)]
     notes = [reader(t.report) for t in toys]
     train = drawn_features(4096, dim, seed=10**6)
     books = {'pca': fit_pca(train, size), 'pq': fit_pq(train, size), 'int8': None, 'f32': None}
-    make = lambda k, codec, picture=0: (sized_asset(i, k, dim, toys, notes, reader.vocabulary, codec, books[codec], picture) for i in range(studies))
+    make = lambda k, codec, picture=0: (
+        sized_asset(i, k, dim, toys, notes, reader.vocabulary, codec, books[codec], picture) for i in range(studies))
     rows = film_bytes([toy_study(FINDINGS[s], size=side, seed=s).image for s in range(6)])
-    rows['released graph, f32, a node per word and concept'] = float(np.mean([(len(t.report.split()) + len(knowledge_graph(n, reader.vocabulary)))*dim*4 for t, n in zip(toys, notes)]))
-    rows |= {f'asset, {codec}, k = {k}': store_bytes(make(k, codec), reader, books[codec]) for k in counts for codec in books}
+    rows['released graph, f32, a node per word and concept'] = float(
+        np.mean([
+            (len(t.report.split()) + len(knowledge_graph(n, reader.vocabulary))) * dim * 4 for t, n in zip(toys, notes)
+        ])
+    )
+    rows |= {
+        f'asset, {codec}, k = {k}': store_bytes(make(k, codec), reader, books[codec]) for k in counts for codec in books
+    }
     rows |= {f'asset, pq, k = {k}, thumbnail': store_bytes(make(k, 'pq', picture), reader, books['pq']) for k in counts}
     released = next(v for n, v in rows.items() if n.startswith('released'))
-    return dict(bytes=pd.DataFrame({'bytes a study': rows, 'times smaller than the released graph': {n: released/v for n, v in rows.items()}}),
-                growth=bytes_growth(list(make(counts[0], 'pq')), reader, books['pq']))
+    return dict(
+        bytes=pd.DataFrame(
+            {'bytes a study': rows, 'times smaller than the released graph': {n: released / v for n, v in rows.items()}}
+        ),
+        growth=bytes_growth(list(make(counts[0], 'pq')), reader, books['pq']),
+    )
 
 # %% ../nbs/api/41_bench.ipynb #bf638d16
 def read_times(
@@ -148,12 +175,23 @@ def read_times(
     from resource import RUSAGE_SELF, getrusage
     from neural.asset import AssetStore
     status = Path("/proc/self/status")       # what getrusage tells on Linux may be the parent's
-    peak = lambda: next(int(l.split()[1]) for l in status.open() if l.startswith("VmHWM"))/1024 if status.is_file() else getrusage(RUSAGE_SELF).ru_maxrss/2**20
+    peak = lambda: (next(int(l.split()[1]) for l in status.open() if l.startswith("VmHWM")) / 1024 if status.is_file()
+                    else getrusage(RUSAGE_SELF).ru_maxrss / 2**20)
     idle, clock = peak(), time.perf_counter
-    start = clock(); store = AssetStore(folder); ids = store.ids; listed, took = clock() - start, []
-    for i in random.Random(0).choices(ids, k=draws): start = clock(); store[i]; took.append(clock() - start)
-    start = clock(); walked = sum(1 for _ in islice(iter(store), walk))
-    return {"studies": len(ids), "seconds to list": listed, "milliseconds per random study, median": 1000*sorted(took)[draws//2], "studies per second in order": walked/(clock() - start), "megabytes at most": peak(), "megabytes of the imports": idle}
+    start = clock()
+    store = AssetStore(folder)
+    ids = store.ids
+    listed, took = clock() - start, []
+    for i in random.Random(0).choices(ids, k=draws):
+        start = clock()
+        store[i]
+        took.append(clock() - start)
+    start = clock()
+    walked = sum(1 for _ in islice(iter(store), walk))
+    return {"studies": len(ids), "seconds to list": listed,
+            "milliseconds per random study, median": 1000 * sorted(took)[draws // 2],
+            "studies per second in order": walked / (clock() - start), "megabytes at most": peak(),
+            "megabytes of the imports": idle}
 
 # %% ../nbs/api/41_bench.ipynb #1b025eae
 def bench_store(
@@ -167,10 +205,13 @@ def bench_store(
     reader, toys = ReportReader(), [toy_study(FINDINGS[s % 6], size=128, seed=s) for s in range(100)]
     notes, book = [reader(t.report) for t in toys], fit_pq(drawn_features(4096, dim, seed=10**6), size)
     some = [sized_asset(i, 4, dim, toys, notes, reader.vocabulary, 'pq', book) for i in range(100)]
-    again = lambda n: replace((a := some[n % 100]), study_id=f"s{n:09}", features=Codes(a.codes, dim))      # codes as they are, another study
+    # codes as they are, another study
+    again = lambda n: replace((a := some[n % 100]), study_id=f"s{n:09}", features=Codes(a.codes, dim))
     with tempfile.TemporaryDirectory() as home:
-        store = AssetStore.create(Path(home)/'s', reader.vocabulary, reader.kinds, dim, (12, 12), 'image+report', 'pq', book=book)
-        for start in range(0, studies, batch): store.append([again(n) for n in range(start, min(start + batch, studies))])
+        store = AssetStore.create(
+            Path(home) / 's', reader.vocabulary, reader.kinds, dim, (12, 12), 'image+report', 'pq', book=book)
+        for start in range(0, studies, batch):
+            store.append([again(n) for n in range(start, min(start + batch, studies))])
         code = f"import json\n{inspect.getsource(read_times)}\nprint(json.dumps(read_times({str(store.folder)!r})))"
         return pd.DataFrame([aside(code)])
 
@@ -190,8 +231,15 @@ class PlainReader(nn.Module):
             h = m.layers[1](m.layers[0](h, g.edge_index).relu(), g.edge_index)
             return m.last(global_mean_pool(h, g.batch)).squeeze(-1)
         for layer in m.layers: h = (h + plain_typed(layer, h, g)).relu()
-        return m.last(torch.cat([pool(h[at], g.batch[at], g.num_graphs) for at in (g.is_patch, ~g.is_patch) for pool in (global_mean_pool, global_max_pool)], -1)).squeeze(-1)
+        return m.last(
+            torch.cat(
+                [pool(h[at], g.batch[at], g.num_graphs) for at in (g.is_patch, ~g.is_patch)
+                 for pool in (global_mean_pool, global_max_pool)],
+                -1,
+            )
+        ).squeeze(-1)
 
+# %% ../nbs/api/41_bench.ipynb #24e5e3e8x1
 def plain_typed(
     layer: TypedConv,
     h,          # (n, width)
@@ -214,13 +262,19 @@ def _epochs(model, graphs, y, batch, lr=1e-3):
     for g, t in zip(graphs, y): g.y = t[None]
     loader = DataLoader(graphs, batch, shuffle=True)
     def step(model, optimiser, g, y):
-        optimiser.zero_grad(); F.binary_cross_entropy_with_logits(model(g), y).backward(); optimiser.step()
+        optimiser.zero_grad()
+        F.binary_cross_entropy_with_logits(model(g), y).backward()
+        optimiser.step()
     def read_columns():
         for part in deal(rows, batch, int(order.integers(2**31))): yield columns.batch(part)
     packs = Packs(columns, rows, y, batch, 0)
-    return {'read, list of Data': lambda: collections.deque(loader, 0), 'read, columns': lambda: collections.deque(read_columns(), 0),
-            'epoch, list of Data': lambda: [step(plain, slow, g, g.y) for g in loader],
-            'epoch, columns': lambda: one_epoch(own, (packs[i] for i in order.permutation(len(packs))), graph_loss, fast, size=graphs_in)}
+    return {
+        'read, list of Data': lambda: collections.deque(loader, 0),
+        'read, columns': lambda: collections.deque(read_columns(), 0),
+        'epoch, list of Data': lambda: [step(plain, slow, g, g.y) for g in loader],
+        'epoch, columns': lambda: one_epoch(
+            own, (packs[i] for i in order.permutation(len(packs))), graph_loss, fast, size=graphs_in),
+    }
 
 # %% ../nbs/api/41_bench.ipynb #662fa5e1
 def products(
@@ -244,19 +298,31 @@ def bench_read(
     kinds=('gcn', 'typed'),  # the classifiers
 ) -> pd.DataFrame:           # one row per kind and size
     "Graphs per second, read and learned from, beside torch-geometric's way (this companion's choice)."
-    at_least(2, studies=studies); at_least(1, rounds=rounds, batch=batch, k=k, **{"number of sizes": len(growth), "number of kinds": len(kinds)})
+    at_least(2, studies=studies)
+    at_least(1, rounds=rounds, batch=batch, k=k, **{"number of sizes": len(growth), "number of kinds": len(kinds)})
     reader, toys = ReportReader(), [toy_study(FINDINGS[s % 6], size=64, seed=s) for s in range(60)]
     notes, rows = [reader(t.report) for t in toys], []
     few = [to_data(sized_asset(i, k, dim, toys, notes, reader.vocabulary)) for i in range(min(studies, 500))]
     with one_thread(): peak = matrix_peak()
     for kind, times in itertools.product(kinds, growth):
         graphs = [copy.copy(few[i % len(few)]) for i in range(studies*times)]
-        torch.manual_seed(0); model = GraphClassifier(kind, dim, len(reader.vocabulary), hidden)
-        with one_thread(), peak_memory({}) as seen: took = alternated(_epochs(model, graphs, torch.arange(len(graphs)) % 2*1., batch), rounds)
+        torch.manual_seed(0)
+        model = GraphClassifier(kind, dim, len(reader.vocabulary), hidden)
+        with one_thread(), peak_memory({}) as seen:
+            took = alternated(_epochs(model, graphs, torch.arange(len(graphs)) % 2*1., batch), rounds)
         ratio = lambda what: (took[f'{what}, list of Data']/took[f'{what}, columns']).median()
-        rows.append({'kind': kind, 'studies': len(graphs), 'read, graphs a second': len(graphs)/took['read, columns'].median(), 'read, times the reference': ratio('read'),
-                     'epoch, graphs a second': len(graphs)/took['epoch, columns'].median(), 'epoch, times the reference': ratio('epoch'),
-                     'epoch, ms a study': 1e3*took['epoch, columns'].median()/len(graphs), 'epoch, share of a core\'s matrix peak': products(model, graphs[:batch])/batch*len(graphs)/took['epoch, columns'].median()/peak, 'MB more': seen['MB']})
+        rows.append({
+            'kind': kind,
+            'studies': len(graphs),
+            'read, graphs a second': len(graphs) / took['read, columns'].median(),
+            'read, times the reference': ratio('read'),
+            'epoch, graphs a second': len(graphs) / took['epoch, columns'].median(),
+            'epoch, times the reference': ratio('epoch'),
+            'epoch, ms a study': 1e3 * took['epoch, columns'].median() / len(graphs),
+            'epoch, share of a core\'s matrix peak': (
+                products(model, graphs[:batch]) / batch * len(graphs) / took['epoch, columns'].median() / peak),
+            'MB more': seen['MB'],
+        })
     return pd.DataFrame(rows).set_index(['kind', 'studies'])
 
 # %% ../nbs/api/41_bench.ipynb #825b45a1
@@ -275,9 +341,11 @@ def mimic_tree(
         names = [f"{rng.getrandbits(160):040x}" for _ in range(1 + (i % 20 < 13))]
         for name, view in zip(names, ('PA', 'LATERAL')):
             (folder/f"{name}.dcm").write_bytes(bytes.fromhex(name).ljust(size, b'\0'))
-            films.append((name, study, patient[1:], 'test' if i//3 % 5 == 0 else 'validate' if i//3 % 5 == 1 else 'train', view))
+            films.append((name, study, patient[1:],
+                          'test' if i // 3 % 5 == 0 else 'validate' if i // 3 % 5 == 1 else 'train', view))
         labels.append((patient[1:], study, *('' if j % 4 else str(i % 2) for j in range(len(LABELS)))))
-    table = lambda name, rows, columns: pd.DataFrame(rows, columns=columns).to_csv(root/f"mimic-cxr-2.0.0-{name}.csv.gz", index=False)
+    table = lambda name, rows, columns: pd.DataFrame(rows, columns=columns).to_csv(
+        root / f"mimic-cxr-2.0.0-{name}.csv.gz", index=False)
     table('split', [f[:4] for f in films], ['dicom_id', 'study_id', 'subject_id', 'split'])
     table('metadata', [(*f[:3], f[4]) for f in films], ['dicom_id', 'subject_id', 'study_id', 'ViewPosition'])
     table('chexpert', labels, ['subject_id', 'study_id', *LABELS])
@@ -295,7 +363,9 @@ def walked_index(
 # %% ../nbs/api/41_bench.ipynb #720df526
 _INDEX = """import time
 from neural.layouts import index_dataset
-def memory(field): return next(int(line.split()[1])/1024 for line in open('/proc/self/status') if line.startswith(field))
+def memory(field):
+    lines = open('/proc/self/status').readlines()
+    return next(int(line.split()[1])/1024 for line in lines if line.startswith(field))
 before, begin = memory('VmRSS'), time.perf_counter()
 manifest, _ = index_dataset('mimic-cxr', TREE, hash_files=HASH)
 manifest.save(TREE + '.csv')
@@ -317,14 +387,17 @@ def bench_index(
     size=64,                 # bytes per film
     folder=None,             # where the trees are written; None: a temporary folder
 ) -> pd.DataFrame:           # one row per size
-    "Seconds to index a tree, beside the reference that walks every path for every study (answers the released look-up)."
+    "Seconds to index a tree, beside a reference that walks every path for every study (answers the released look-up)."
     at_least(1, studies=studies, rounds=rounds, size=size, **{"number of sizes": len(growth)})
     rows = []
     with tempfile.TemporaryDirectory(dir=folder) as home:
         for n in sorted({*beside, *(studies*g for g in growth)}):
-            tree = Path(home)/str(n); films = mimic_tree(tree, n, size)
-            found = [(*timed_index(tree), seconds_of(lambda: walked_index(tree)) if n in beside else np.nan) for _ in range(rounds)]
+            tree = Path(home)/str(n)
+            films = mimic_tree(tree, n, size)
+            found = [(*timed_index(tree), seconds_of(lambda: walked_index(tree)) if n in beside else np.nan)
+                     for _ in range(rounds)]
             seconds, memory, slow = np.median(found, 0)
-            rows.append({'studies': n, 'films': films, 'seconds': seconds, 'studies a second': n/seconds, 'ms a study': 1e3*seconds/n, 'MB': memory,
-                         'reference, seconds': slow, 'reference, ms a study': 1e3*slow/n, 'times the reference': slow/seconds})
+            rows.append({'studies': n, 'films': films, 'seconds': seconds, 'studies a second': n/seconds,
+                         'ms a study': 1e3*seconds/n, 'MB': memory, 'reference, seconds': slow,
+                         'reference, ms a study': 1e3*slow/n, 'times the reference': slow/seconds})
     return pd.DataFrame(rows).set_index('studies')

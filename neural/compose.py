@@ -29,23 +29,29 @@ UNFIT = re.compile(  # what a composed report has no right to say
     r"|\b(?:previous|prior|former|earlier|compar|interval|resol|chronic|unchanged|stabl|improv|increas|decreas|wors|progress|persist|remain|recent|new|develop)\w*"
     r"|\b(?:since|again|longer|now|old|still|residual|evolving|today|yesterday)\b"
     r"|\b(?:histor|clinic|recommend|follow|correlat|discuss|telephon|call|notif|communicat|report|review|sign|attest|dictat|read|request|obtain|doctor|nurse|patient|year|resident|attending)\w*"
-    r"|\b(?:dr|mr|mrs|ms|md|pt|he|she|his|her|man|woman|male|female|pa|ap|portable|lateral|upright|supine|view|views)\b", re.I)
+    r"|\b(?:dr|mr|mrs|ms|md|pt|he|she|his|her|man|woman|male|female|pa|ap|portable|lateral|upright|supine|view|views)\b",
+    re.I,
+)
 
 def sayable(
     sentence: str,  # without its end mark
 ) -> bool:  # False: a digit, a name, a title, another film, the patient, how the film was taken
     "Whether a sentence could be said of any film by someone who has seen nothing but the film."
-    return 3 <= len(sentence) <= 200 and not UNFIT.search(sentence) and not re.search(r"(?<=[\s(\"'/-])[A-Z][a-z]|(?<=\s)[A-Z]\.", sentence)
+    return (3 <= len(sentence) <= 200 and not UNFIT.search(sentence)
+            and not re.search(r"(?<=[\s(\"'/-])[A-Z][a-z]|(?<=\s)[A-Z]\.", sentence))
 
+# %% ../nbs/api/15_compose.ipynb #compose06x1
 def phrases_of(
     text: str,  # one report
 ) -> list[str]:  # as written, without numbers of a list and end marks
     "The sentences of a report."
-    parts = (re.sub(r"^\s*(?:\d{1,2}[.)]|[-*•])\s+", "", p) for p in re.split(r"(?<=[A-Za-z)][.!?;])\s+|\n\s*\n|\n(?=\s*\d{1,2}[.)])", text))
+    parts = (re.sub(r"^\s*(?:\d{1,2}[.)]|[-*•])\s+", "", p)
+             for p in re.split(r"(?<=[A-Za-z)][.!?;])\s+|\n\s*\n|\n(?=\s*\d{1,2}[.)])", text))
     return [p for p in (" ".join(p.split()).rstrip(" .!?;") for p in parts) if p]
 
 # %% ../nbs/api/15_compose.ipynb #compose10
-QUALITIES = ("mild", "moderate", "severe", "small", "large", "borderline", "acute", "focal", "diffuse", "patchy", "subsegmental", "displaced", "nonspecific")
+QUALITIES = ("mild", "moderate", "severe", "small", "large", "borderline", "acute", "focal", "diffuse", "patchy",
+             "subsegmental", "displaced", "nonspecific")
 
 @dataclass(frozen=True)
 class Phrase:
@@ -56,24 +62,34 @@ class Phrase:
     zones: tuple = ()  # that it names, of 1 upper, 2 middle, 3 lower
     qualities: tuple = ()  # words of size and kind beyond the finding
     count: int = 0  # patients in whose training reports it stands
-    typical: int = 0  # how much of its wording other training reports share: for each pair of neighbouring words, the reports that hold it
+    # how much of its wording other training reports share: for each pair of neighbouring words, the reports that hold
+    # it
+    typical: int = 0
     place: float = 0.5  # its usual place in a report, from 0 to 1
 
+# %% ../nbs/api/15_compose.ipynb #compose10x1
 def read_phrase(
     annotation: Annotation,  # of one sentence
 ) -> Phrase | None:  # None: it says nothing of the findings, or something else as well
     "What one sentence says, for someone who may say no more than the states of the findings."
     known, seen = load_lexicon()["observations"], [m for m in annotation.mentions if m.kind == "Observation"]
     other = [m for m in seen if m.concept not in QUALITIES and not known.get(m.concept, {}).get("label")]
-    says = {n: {1: 1.0, -1: 0.5, 0: 0.0}[v] for n, v in labels_of(annotation).items() if v is not None and n != "No Finding"}
-    if any((m.concept, m.assertion) != ("acute abnormality", "absent") for m in other) or other and says or not (other or says): return None
+    says = {
+        n: {1: 1.0, -1: 0.5, 0: 0.0}[v] for n, v in labels_of(annotation).items() if v is not None and n != "No Finding"
+    }
+    if (any((m.concept, m.assertion) != ("acute abnormality", "absent") for m in other) or other and says
+        or not (other or says)):
+        return None
     places = [place_of(m.concept) for m in annotation.mentions if m.kind == "Anatomy"]
     sides, zones = set().union(*(s for s, _ in places)), {z for _, z in places} - {0}
-    return Phrase(annotation.text, says, tuple(sorted(sides)), tuple(sorted(zones)), tuple(sorted({m.concept for m in seen} & set(QUALITIES))))
+    return Phrase(annotation.text, says, tuple(sorted(sides)), tuple(sorted(zones)),
+                  tuple(sorted({m.concept for m in seen} & set(QUALITIES))))
 
 # %% ../nbs/api/15_compose.ipynb #compose18
-NOUNS = {"Lung Lesion": "lung nodule", "Edema": "pulmonary edema", "Pleural Other": "pleural thickening", "Enlarged Cardiomediastinum": "widened mediastinum"}
-WHOLE = {"Cardiomegaly": "The heart is enlarged.", "Enlarged Cardiomediastinum": "The mediastinum is widened.", "Support Devices": "A support device is in place."}
+NOUNS = {"Lung Lesion": "lung nodule", "Edema": "pulmonary edema", "Pleural Other": "pleural thickening",
+         "Enlarged Cardiomediastinum": "widened mediastinum"}
+WHOLE = {"Cardiomegaly": "The heart is enlarged.", "Enlarged Cardiomediastinum": "The mediastinum is widened.",
+         "Support Devices": "A support device is in place."}
 WHERE = {(): "", (1,): " on the left", (2,): " on the right", (1, 2): " on both sides"}
 
 def own_sentence(
@@ -83,8 +99,13 @@ def own_sentence(
 ) -> str:
     "A plain sentence that says one state of one finding."
     if state == 1 and finding in WHOLE: return WHOLE[finding]
-    noun, at = NOUNS.get(finding, finding.lower().removesuffix("s" if finding == "Support Devices" else "")), "" if finding in WHOLE else WHERE[tuple(sides)]
-    return {1.0: f"{noun[:1].upper()}{noun[1:]} is seen{at}.", 0.5: f"Possible {noun}{at}.", 0.0: f"No {noun} is seen."}[float(state)]
+    noun, at = NOUNS.get(finding, finding.lower().removesuffix("s" if finding == "Support Devices" else "")), (
+        "" if finding in WHOLE else WHERE[tuple(sides)])
+    return {
+        1.0: f"{noun[:1].upper()}{noun[1:]} is seen{at}.",
+        0.5: f"Possible {noun}{at}.",
+        0.0: f"No {noun} is seen.",
+    }[float(state)]
 
 # %% ../nbs/api/15_compose.ipynb #compose50
 def word_pairs(
@@ -106,6 +127,7 @@ class PhraseBank:
     thresholds: dict = field(default_factory=dict)  # finding -> [low, high], from `teach_bank`
     sure: float = 0.7  # share of the evidence on one side, or in one zone, that is called clear
 
+# %% ../nbs/api/15_compose.ipynb #compose14x1
 def learn_bank(
     texts: list[str],  # TRAINING reports
     whose: list[str],  # patient of each
@@ -115,36 +137,54 @@ def learn_bank(
     denied: float = 0.25,  # a finding is denied as a rule from this share of reports on that do not raise it
 ) -> PhraseBank:
     "The sentences that are shared by many patients."
-    at_least(5, patients=patients); names = tuple(names)
-    if len(texts) != len(whose): raise NeuralError(f"{len(texts)} reports of {len(whose)} patients: one patient for each report")
+    at_least(5, patients=patients)
+    names = tuple(names)
+    if len(texts) != len(whose):
+        raise NeuralError(f"{len(texts)} reports of {len(whose)} patients: one patient for each report")
     owners, spelt, places = {}, {}, {}
     for text, who in zip(texts, whose):
         parts = phrases_of(text)
         for i, p in enumerate(parts):
-            key = p.casefold(); owners.setdefault(key, set()).add(who); spelt.setdefault(key, Counter())[p] += 1; places.setdefault(key, []).append((i + 0.5) / len(parts))
+            key = p.casefold()
+            owners.setdefault(key, set()).add(who)
+            spelt.setdefault(key, Counter())[p] += 1
+            places.setdefault(key, []).append((i + 0.5) / len(parts))
     pairs = Counter(w for t in texts for w in set(word_pairs(t)))
     shared = [k for k in sorted(owners) if len(owners[k]) >= patients and all(map(sayable, spelt[k]))]
     said = [min(spelt[k], key=lambda p: (-spelt[k][p], p)) + "." for k in shared]
-    found = [replace(p, count=len(owners[k]), typical=sum(pairs[w] for w in word_pairs(p.text)), place=round(float(np.mean(places[k])), 3)) for k, a in zip(shared, reader.pipe(said)) if (p := read_phrase(a)) and set(p.says) <= set(names)]
-    notes = list(reader.pipe(texts)); told = [labels_of(a) for a in notes]
+    found = [
+        replace(p, count=len(owners[k]), typical=sum(pairs[w] for w in word_pairs(p.text)),
+                place=round(float(np.mean(places[k])), 3))
+        for k, a in zip(shared, reader.pipe(said))
+        if (p := read_phrase(a)) and set(p.says) <= set(names)
+    ]
+    notes = list(reader.pipe(texts))
+    told = [labels_of(a) for a in notes]
     spots = np.stack([said_places(a, names) for a in notes]) if notes else np.zeros((0, len(names), 2))
     raised = {n: spots[[t.get(n) in (1, -1) for t in told], j, 0] > 0 for j, n in enumerate(names)}
     quiet = {n: [t[n] == 0 for t in told if t.get(n, 1) in (0, None)] for n in (names[j] for j in promptable(names))}
-    return PhraseBank(names, tuple(sorted(found, key=lambda p: (-p.typical, p.text))), tuple(n for n, v in quiet.items() if v and np.mean(v) >= denied), tuple(n for n, v in raised.items() if n not in (*WHOLE, "No Finding") and len(v) and v.mean() >= 0.25), patients)
+    return PhraseBank(
+        names, tuple(sorted(found, key=lambda p: (-p.typical, p.text))),
+        tuple(n for n, v in quiet.items() if v and np.mean(v) >= denied),
+        tuple(n for n, v in raised.items() if n not in (*WHOLE, "No Finding") and len(v) and v.mean() >= 0.25),
+        patients)
 
 # %% ../nbs/api/15_compose.ipynb #compose22
 GRAVE = ("severe", "large", "acute", "displaced")  # what nobody has seen, and somebody might act on, is not said
 
-WIDER = {"Lung Opacity": ("Edema", "Consolidation", "Pneumonia", "Atelectasis", "Lung Lesion"), "Consolidation": ("Pneumonia",), "Enlarged Cardiomediastinum": ("Cardiomegaly",)}
+WIDER = {"Lung Opacity": ("Edema", "Consolidation", "Pneumonia", "Atelectasis", "Lung Lesion"),
+         "Consolidation": ("Pneumonia",), "Enlarged Cardiomediastinum": ("Cardiomegaly",)}
 
 def settled(
     states: np.ndarray,  # (L,) 1 present, 0.5 uncertain, 0 absent, NaN unsaid
     names,  # L findings
 ) -> dict:  # finding -> state, of those that are said
     "The states a report may hold together."
-    if np.shape(states) != (len(names),): raise NeuralError(f"{np.shape(states)} states for {len(names)} findings: one for each")
+    if np.shape(states) != (len(names),):
+        raise NeuralError(f"{np.shape(states)} states for {len(names)} findings: one for each")
     told = {names[j]: float(states[j]) for j in promptable(names) if not np.isnan(states[j])}
-    if odd := [n for n, v in told.items() if v not in (0, 0.5, 1)]: raise NeuralError(f"state of {odd[0]} must be 1, 0.5, 0 or unsaid (NaN), got {told[odd[0]]:g}")
+    if odd := [n for n, v in told.items() if v not in (0, 0.5, 1)]:
+        raise NeuralError(f"state of {odd[0]} must be 1, 0.5, 0 or unsaid (NaN), got {told[odd[0]]:g}")
     return {n: v for n, v in told.items() if v or not any(told.get(m, 0) > 0 for m in WIDER.get(n, ()))}
 
 # %% ../nbs/api/15_compose.ipynb #compose25
@@ -156,25 +196,38 @@ def raising(
     like: Phrase | None = None,  # a sentence that is to be said in other words; None: none was said yet
 ) -> Phrase | None:  # a sentence of our own where the bank has none; None: no other words
     "The sentence that raises a finding, and says no more than is told."
-    sides, zones = spots[finding]; able = []
+    sides, zones = spots[finding]
+    able = []
     for p in bank.phrases if finding != "Support Devices" else ():
         if set(p.qualities) & set(GRAVE): continue
         up = [n for n, v in p.says.items() if v]
-        fits = all(told.get(n) == v for n, v in p.says.items()) and all(p.sides == (spots[n][0] if n not in WHOLE else ()) and p.zones in ((), spots[n][1]) for n in up)
-        if finding in up and fits and (like is None or p.qualities == like.qualities and p.text != like.text): able.append(p)
+        fits = all(told.get(n) == v for n, v in p.says.items()) and all(
+            p.sides == (spots[n][0] if n not in WHOLE else ()) and p.zones in ((), spots[n][1]) for n in up)
+        if finding in up and fits and (like is None or p.qualities == like.qualities and p.text != like.text):
+            able.append(p)
     if able: return min(able, key=lambda p: (len(p.qualities), -p.typical, p.text))
     usual = [p.place for p in bank.phrases if p.says.get(finding)]
-    return None if like else Phrase(own_sentence(finding, told[finding], sides), {finding: told[finding]}, sides, place=float(np.mean(usual or [0.4])))
+    return (
+        None
+        if like
+        else Phrase(own_sentence(finding, told[finding], sides), {finding: told[finding]}, sides,
+                    place=float(np.mean(usual or [0.4])))
+    )
 
+# %% ../nbs/api/15_compose.ipynb #compose25x1
 def denying(
     told: dict,  # from `settled`
     bank: PhraseBank,
     said: set,  # findings that stand in the report already
 ) -> list[Phrase]:
     "The most typical sentences that deny what is denied as a rule, each finding once."
-    able, left, out = [p for p in bank.phrases if p.says and not any(p.says.values()) and all(told.get(n) == 0 for n in p.says)], {n for n in bank.usual if told.get(n) == 0} - said, []
+    able, left, out = (
+        [p for p in bank.phrases if p.says and not any(p.says.values()) and all(told.get(n) == 0 for n in p.says)],
+        {n for n in bank.usual if told.get(n) == 0} - said, [])
     while best := next((p for p in able if left & set(p.says) and not set(p.says) & said), None):
-        out.append(best); said = said | set(best.says); left -= said
+        out.append(best)
+        said = said | set(best.says)
+        left -= said
     return out + [Phrase(own_sentence(n, 0), {n: 0.0}, place=0.6) for n in bank.names if n in left]
 
 # %% ../nbs/api/15_compose.ipynb #compose28
@@ -186,11 +239,13 @@ def compose(
     "The report that says these states: always the same for the same states."
     told, chosen, again = settled(states, bank.names), [], []
     side, zone = {0: (), 1: (1,), 2: (2,), 3: (1, 2)}, lambda z: (int(z),) if z else ()
-    spots = {n: ((), ()) if places is None or n not in bank.sided else (side[int(places[j][0])], zone(places[j][1])) for j, n in enumerate(bank.names)}
+    spots = {n: ((), ()) if places is None or n not in bank.sided else (side[int(places[j][0])], zone(places[j][1]))
+             for j, n in enumerate(bank.names)}
     for n in (n for n in told if told[n]):
         if any(n in p.says for p in chosen): continue
         first = raising(n, told, spots, bank)
-        chosen.append(first); again += [p for p in [raising(n, told, spots, bank, first)] if p]
+        chosen.append(first)
+        again += [p for p in [raising(n, told, spots, bank, first)] if p]
     raised = [n for n in told if told[n] and n != "Support Devices"]
     chosen += denying(told, bank, {n for p in chosen for n in p.says})
     if told and not raised: again = [p for p in bank.phrases if not p.says][:1]
@@ -205,8 +260,10 @@ def report_states(
 ) -> np.ndarray:  # float (n, L): 1 present, 0.5 uncertain, 0 denied or not spoken of
     "What reports say, as between two reports: silence is not there."
     value = {1: 1.0, -1: 0.5}
-    return np.array([[value.get(said.get(n), 0.0) for n in names] for said in map(labels_of, annotations)]).reshape(-1, len(names))
+    return np.array([[value.get(said.get(n), 0.0) for n in names] for said in map(labels_of, annotations)]).reshape(
+        -1, len(names))
 
+# %% ../nbs/api/15_compose.ipynb #compose32x1
 def teach_bank(
     bank: PhraseBank,
     said: np.ndarray,  # (n, L) from `report_states`, of VALIDATE
@@ -214,9 +271,12 @@ def teach_bank(
     sure: float = 0.7,  # share of the evidence on one side that is called clear
 ) -> PhraseBank:  # with thresholds
     "Choose on validate from where on a finding is raised, and from where on it is sure."
-    if np.shape(said) != np.shape(p) or np.shape(p)[1:] != (len(bank.names),): raise NeuralError(f"states {np.shape(said)} and probabilities {np.shape(p)} must be of the same studies and the {len(bank.names)} findings of the bank")
+    if np.shape(said) != np.shape(p) or np.shape(p)[1:] != (len(bank.names),):
+        raise NeuralError(f"states {np.shape(said)} and probabilities {np.shape(p)} must be of the same studies and the"
+                          f" {len(bank.names)} findings of the bank")
     if not 0.5 < sure <= 1: raise NeuralError(f"sure must lie above 0.5 and not above 1, got {sure}")
-    low, high = (choose_thresholds(np.asarray(goal, float), np.asarray(p), list(bank.names)) for goal in (said > 0, said == 1))
+    low, high = (
+        choose_thresholds(np.asarray(goal, float), np.asarray(p), list(bank.names)) for goal in (said > 0, said == 1))
     return replace(bank, thresholds={n: [t[0], max(t[0], high.get(n, t)[0])] for n, t in low.items()}, sure=sure)
 
 # %% ../nbs/api/15_compose.ipynb #compose36
@@ -227,11 +287,15 @@ def compose_reports(
     bank: PhraseBank,  # taught
 ) -> list[str]:
     "What the label head sees on each film, in sentences of the bank."
-    if list(model.config.label_names) != list(bank.names): raise NeuralError("the phrase bank speaks of other findings than the network's label head: learn it again for this network")
-    if not bank.thresholds: raise NeuralError("the phrase bank has no thresholds: choose them on validate with teach_bank")
+    if list(model.config.label_names) != list(bank.names):
+        raise NeuralError(
+            "the phrase bank speaks of other findings than the network's label head: learn it again for this network")
+    if not bank.thresholds:
+        raise NeuralError("the phrase bank has no thresholds: choose them on validate with teach_bank")
     patches = model.find(tokens)
     p = torch.sigmoid(pool_patches(patches, model.config.sharpness) + model.head.bias.float()).cpu().numpy()
-    states, places = said_states(p, bank.thresholds, list(bank.names)), seen_places(patches, model.grid, model.config.sharpness, bank.sure)
+    states, places = said_states(p, bank.thresholds, list(bank.names)), seen_places(
+        patches, model.grid, model.config.sharpness, bank.sure)
     return [compose(s, where, bank) for s, where in zip(states, places)]
 
 # %% ../nbs/api/15_compose.ipynb #compose40
@@ -242,24 +306,37 @@ def save_bank(
     folder: str | Path,  # of the saved network
 ) -> None:
     "Write the phrase bank beside its network."
-    with publish(Path(folder) / FILE) as f: json.dump(dict(version=1, network=hash_of_file(Path(folder) / "model.safetensors"), **asdict(bank)), f, indent=1)
+    with publish(Path(folder) / FILE) as f:
+        json.dump(
+            dict(version=1, network=hash_of_file(Path(folder) / "model.safetensors"), **asdict(bank)), f, indent=1)
 
+# %% ../nbs/api/15_compose.ipynb #compose40x1
 def load_bank(
     folder: str | Path,  # of the saved network
     reader: ReportReader,
 ) -> PhraseBank:
     "The phrase bank of a network, its sentences read again, or why there is none."
     path, again = Path(folder) / FILE, "learn it again for this network"
-    if not path.is_file(): raise NeuralError(f"{Path(folder).name} has no {FILE}: run the fine-tuning stage for this network, or let the decoder write")
+    if not path.is_file():
+        raise NeuralError(
+            f"{Path(folder).name} has no {FILE}: run the fine-tuning stage for this network, or let the decoder write")
     with readable(path.name):
-        if path.stat().st_size > MOST[0]: raise NeuralError(f"{path.name} takes more than {MOST[0]:,} bytes, that is no phrase bank: {again}")
+        if path.stat().st_size > MOST[0]:
+            raise NeuralError(f"{path.name} takes more than {MOST[0]:,} bytes, that is no phrase bank: {again}")
         text = path.read_text(encoding="utf-8")
-        try: about = json.loads(text, parse_constant=lambda c: None); bank = _bank(about)
+        try:
+            about = json.loads(text, parse_constant=lambda c: None)
+            bank = _bank(about)
         except json.JSONDecodeError: raise
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError): raise NeuralError(f"{path.name} is damaged or no phrase bank: {again}") from None
-    if about["network"] != (here := hash_of_file(path.parent / "model.safetensors")): raise NeuralError(f"{path.name} was chosen for network {str(about['network'])[:16]!r}, and {path.parent.name} holds network {here}: {again}")
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
+            raise NeuralError(f"{path.name} is damaged or no phrase bank: {again}") from None
+    if about["network"] != (here := hash_of_file(path.parent / "model.safetensors")):
+        raise NeuralError(
+            f"{path.name} was chosen for network {str(about['network'])[:16]!r}, and {path.parent.name} holds network"
+            f" {here}: {again}")
     for p, a in zip(bank.phrases, reader.pipe([p.text for p in bank.phrases])):
-        if (read := read_phrase(a)) is None or replace(read, count=p.count, typical=p.typical, place=p.place) != p: raise NeuralError(f"{path.name} holds a sentence that does not say what is written beside it: {again}")
+        if (read := read_phrase(a)) is None or replace(read, count=p.count, typical=p.typical, place=p.place) != p:
+            raise NeuralError(f"{path.name} holds a sentence that does not say what is written beside it: {again}")
     return bank
 
 # %% ../nbs/api/15_compose.ipynb #compose41
@@ -268,10 +345,20 @@ def _bank(about):
     number = lambda v, low, high: isinstance(v, (int, float)) and not isinstance(v, bool) and low <= v <= high
     tuples = lambda v: tuple(x if isinstance(x, (str, int)) and not isinstance(x, bool) else int("no") for x in v)
     names, rows, patients = tuples(about["names"]), about["phrases"], about["patients"]
-    phrases = [Phrase(r["text"], {n: float(v) for n, v in r["says"].items()}, *(tuples(r[k]) for k in ("sides", "zones", "qualities")), r["count"], r["typical"], r["place"]) for r in rows[: MOST[1] + 1]]
+    phrases = [
+        Phrase(r["text"], {n: float(v) for n, v in r["says"].items()},
+               *(tuples(r[k]) for k in ("sides", "zones", "qualities")), r["count"], r["typical"], r["place"])
+        for r in rows[: MOST[1] + 1]
+    ]
     ends = {n: [float(x) for x in t] for n, t in about["thresholds"].items()}
-    sound = about["version"] == 1 and isinstance(about["network"], str) and type(patients) is int and patients >= 5 and len(phrases) <= MOST[1] and len(set(names)) == len(names) <= 1000
-    sound &= all(isinstance(p.text, str) and p.text.endswith(".") and sayable(p.text[:-1]) and type(p.count) is int and p.count >= patients and type(p.typical) is int and 0 <= p.typical < 2**53 and number(p.place, 0, 1) and set(p.says) <= set(names) for p in phrases)
-    sound &= all(n in names and len(t) == 2 and 0 <= t[0] <= t[1] <= 1 for n, t in ends.items()) and number(about["sure"], 0.5, 1) and about["sure"] > 0.5 and set(about["usual"]) | set(about["sided"]) <= set(names)
+    sound = (about["version"] == 1 and isinstance(about["network"], str) and type(patients) is int and patients >= 5
+             and len(phrases) <= MOST[1] and len(set(names)) == len(names) <= 1000)
+    sound &= all(isinstance(p.text, str) and p.text.endswith(".") and sayable(p.text[:-1]) and type(p.count) is int
+                 and p.count >= patients and type(p.typical) is int and 0 <= p.typical < 2**53
+                 and number(p.place, 0, 1) and set(p.says) <= set(names) for p in phrases)
+    sound &= (all(n in names and len(t) == 2 and 0 <= t[0] <= t[1] <= 1 for n, t in ends.items())
+              and number(about["sure"], 0.5, 1) and about["sure"] > 0.5
+              and set(about["usual"]) | set(about["sided"]) <= set(names))
     if not sound: raise ValueError
-    return PhraseBank(names, tuple(phrases), tuples(about["usual"]), tuples(about["sided"]), patients, ends, about["sure"])
+    return PhraseBank(
+        names, tuple(phrases), tuples(about["usual"]), tuples(about["sided"]), patients, ends, about["sure"])

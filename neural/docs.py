@@ -27,7 +27,8 @@ def public_names(
     for node in ast.parse(re.sub(r"(?m)^\s*[%!].*$", "", source)).body:
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"): continue
         patched = isinstance(node, ast.FunctionDef) and any("patch" in ast.unparse(d) for d in node.decorator_list)
-        owner = ast.unparse(node.args.args[0].annotation) if patched and node.args.args and node.args.args[0].annotation else ""
+        owner = (ast.unparse(node.args.args[0].annotation)
+                 if patched and node.args.args and node.args.args[0].annotation else "")
         names.append(f"{owner}.{node.name}" if owner else node.name)
     return names
 
@@ -40,7 +41,7 @@ def is_import_cell(
     return bool(body) and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body)
 
 # %% ../nbs/api/44_docs.ipynb #5a8496da
-EXPORT = re.compile(r"(?m)^#\|\s*export\s*$\n?")
+EXPORT = re.compile(r"(?m)^#\|\s*export(i?)\s*$\n?")   # with an i: what only its own chapter uses
 
 # %% ../nbs/api/44_docs.ipynb #e091152c
 def split_title(
@@ -62,7 +63,8 @@ def reading_copy(
             cells, cell = [*cells, cell], new_markdown_cell(rest)
         if cell.cell_type == "code" and EXPORT.search(cell.source):
             body = EXPORT.sub("", cell.source)
-            names = public_names(body)
+            internal = EXPORT.search(cell.source)[1]
+            names = [] if internal else public_names(body)
             extra = "".join(f'<span id="{n.lower()}"></span>' for n in names[1:])
             if names: cells.append(new_markdown_cell(f"### {names[0]} {{#{names[0].lower()}}}\n{extra}".strip()))
             cell.source = ("#| code-fold: true\n#| code-summary: \"Imports\"\n" if is_import_cell(body) else "") + body
@@ -91,10 +93,12 @@ def number_figures(
         if not label.startswith("fig-"): continue
         if label in numbers: raise NeuralError(f"{name}: two figures are called {label}; rename one")
         for need in ("fig-cap", "fig-alt"):
-            if not options.get(need): raise NeuralError(f"{name}: figure {label} has no {need}; add a line `#| {need}: \"…\"`")
+            if not options.get(need):
+                raise NeuralError(f"{name}: figure {label} has no {need}; add a line `#| {need}: \"…\"`")
         numbers[label] = len(numbers) + 1
         caption = options["fig-cap"].replace('"', "'")
-        cell.source = re.sub(r"(?m)^#\|\s*fig-cap:.*$", lambda _: f'#| fig-cap: "Figure {numbers[label]}. {caption}"', cell.source)
+        cell.source = re.sub(
+            r"(?m)^#\|\s*fig-cap:.*$", lambda _: f'#| fig-cap: "Figure {numbers[label]}. {caption}"', cell.source)
     return numbers
 
 # %% ../nbs/api/44_docs.ipynb #a9645ad8
@@ -106,7 +110,9 @@ def link_figures(
     "Turn figure references into links, on this page or to another one."
     def link(match):
         label, homes = match[1], [here] if match[1] in pages[here] else [p for p in pages if match[1] in pages[p]]
-        if len(homes) != 1: raise NeuralError(f"{here}: reference @{label} names {'no figure' if not homes else 'figures on several pages'}")
+        if len(homes) != 1:
+            raise NeuralError(
+                f"{here}: reference @{label} names {'no figure' if not homes else 'figures on several pages'}")
         place = "" if homes[0] == here else os.path.relpath(homes[0], os.path.dirname(here) or ".")
         return f"[Figure {pages[homes[0]][label]}{f' of {Path(homes[0]).stem}' if place else ''}]({place}#{label})"
     return re.sub(r"(?<![\w`])@(fig-[\w-]*\w)", link, text)
@@ -133,7 +139,8 @@ def relative_links(
         target = os.path.normpath(os.path.join(folder, match[2]))
         return f"{match[1]}{os.path.relpath(moved[target], folder)}" if target in moved else match[0]
     text = re.sub(r"(\]\()([\w./-]+\.ipynb)", renamed, text)
-    return re.sub(r"\]\((?:\.\./)+figures/", f"]({os.path.relpath('figures', folder)}/", text)  # figures/ of the checkout is copied beside the pages
+    # figures/ of the checkout is copied beside the pages
+    return re.sub(r"\]\((?:\.\./)+figures/", f"]({os.path.relpath('figures', folder)}/", text)
 
 # %% ../nbs/api/44_docs.ipynb #fd6e98f6
 def write_source(
@@ -149,10 +156,12 @@ def write_source(
     pages = {moved[p]: number_figures(nb, p) for p, nb in books.items()}
     for path, nb in books.items():
         for cell in nb.cells:
-            if cell.cell_type == "markdown": cell.source = link_figures(relative_links(cell.source, moved[path], host, moved), moved[path], pages)
+            if cell.cell_type == "markdown":
+                cell.source = link_figures(relative_links(cell.source, moved[path], host, moved), moved[path], pages)
             if cell.cell_type == "raw": cell.source = re.sub(r"(?m)^(output-file|skip_showdoc):.*\n", "", cell.source)
         target = site/Path(moved[path]).with_suffix(".ipynb")
-        target.parent.mkdir(parents=True, exist_ok=True); nbformat.write(nb, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nb, target)
     return pages
 
 # %% ../nbs/api/44_docs.ipynb #395614b1
@@ -174,11 +183,16 @@ def write_config(
     "Write the renderer's settings: the hand-written ones with the page names of this site."
     settings = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
     listed = listed_notebooks(settings["website"]["sidebar"]["contents"])
-    if missing := sorted(set(notebooks) - set(listed)): raise NeuralError(f"{missing[0]} is not in the sidebar; add it to nbs/_quarto.yml")
-    if gone := sorted(set(listed) - set(notebooks)): raise NeuralError(f"nbs/_quarto.yml lists {gone[0]}, which is not there; take it out")
-    text = re.sub(r"[\w./-]+\.ipynb", lambda m: Path(page_name(m[0])).with_suffix(".ipynb").as_posix(), yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-    settings = yaml.safe_load(text); settings["project"]["output-dir"] = os.path.relpath(output, site)
-    (Path(site)/"_quarto.yml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    if missing := sorted(set(notebooks) - set(listed)):
+        raise NeuralError(f"{missing[0]} is not in the sidebar; add it to nbs/_quarto.yml")
+    if gone := sorted(set(listed) - set(notebooks)):
+        raise NeuralError(f"nbs/_quarto.yml lists {gone[0]}, which is not there; take it out")
+    text = re.sub(r"[\w./-]+\.ipynb", lambda m: Path(page_name(m[0])).with_suffix(".ipynb").as_posix(),
+                  yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    settings = yaml.safe_load(text)
+    settings["project"]["output-dir"] = os.path.relpath(output, site)
+    (Path(site) / "_quarto.yml").write_text(
+        yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 # %% ../nbs/api/44_docs.ipynb #db2b7d4c
 def to_mathml(
@@ -190,7 +204,8 @@ def to_mathml(
     body = re.sub(r"^\s*(\\\[|\\\(|\$\$?)|(\\\]|\\\)|\$\$?)\s*$", "", tex).strip()
     try: math = convert(body, display="block" if display else "inline")
     except Exception as e: raise NeuralError(f"formula {body[:60]!r} cannot be set: {type(e).__name__}") from None
-    if unknown := re.search(r"\\[a-zA-Z]+", math): raise NeuralError(f"formula {body[:60]!r} cannot be set: {unknown[0]} is not known")
+    if unknown := re.search(r"\\[a-zA-Z]+", math):
+        raise NeuralError(f"formula {body[:60]!r} cannot be set: {unknown[0]} is not known")
     return math
 
 # %% ../nbs/api/44_docs.ipynb #29c93c55
@@ -201,7 +216,8 @@ def finish_page(
     soup = BeautifulSoup(html, "html.parser")
     for span in soup.select("span.math"):
         span.replace_with(BeautifulSoup(to_mathml(span.get_text(), "display" in span.get("class", [])), "html.parser"))
-    for tag in soup.select("script[src^=http], link[href^=http][rel=stylesheet], link[href^=http][rel=preconnect]"): tag.decompose()
+    for tag in soup.select("script[src^=http], link[href^=http][rel=stylesheet], link[href^=http][rel=preconnect]"):
+        tag.decompose()
     for table in soup.select("main table"):
         if not table.find_parent(class_="sd-table"): table.wrap(soup.new_tag("div", attrs={"class": "sd-table"}))
     return str(soup)
@@ -217,13 +233,19 @@ def finish_style(
 def page_faults(
     html: str,  # a finished page
 ) -> list[str]: # what is wrong with it
-    "What a finished page still gets wrong: requests to elsewhere, pictures without words, raw formulas, loose references."
+    """What a finished page still gets wrong: requests to elsewhere, pictures without words, raw formulas, loose
+    references."""
     soup = BeautifulSoup(html, "html.parser")
-    faults = [f"fetches {t.get('src') or t.get('href')}" for t in soup.select("script[src], link[href], img[src], iframe[src], source[src]")
-              if re.match(r"(https?:)?//", t.get("src") or t.get("href")) and t.get("rel") not in (["canonical"], ["alternate"])]
+    faults = [f"fetches {t.get('src') or t.get('href')}"
+              for t in soup.select("script[src], link[href], img[src], iframe[src], source[src]")
+              if re.match(r"(https?:)?//", t.get("src") or t.get("href"))
+              and t.get("rel") not in (["canonical"], ["alternate"])]
     for img in soup.select("main img"):
         above = img.find_previous(["h1", "h2", "h3"])
-        if not (img.get("alt") or "").strip(): faults.append(f"has a picture without alt text{f' below {above.get_text().strip()!r}' if above else ''}; add label, fig-cap and fig-alt to its cell")
+        if not (img.get("alt") or "").strip():
+            faults.append(
+                f"has a picture without alt text{f' below {above.get_text().strip()!r}' if above else ''}; add label,"
+                " fig-cap and fig-alt to its cell")
     faults += [f"shows a raw formula {s.get_text()[:30]}" for s in soup.select("span.math")]
     for code in soup.select("pre, code, script, style, math"): code.decompose()
     return faults + [f"has a loose reference {r}" for r in re.findall(r"@(?:fig|eq|sec)-[\w-]+", soup.get_text())]
@@ -238,9 +260,11 @@ def process_notebooks(
     shutil.rmtree(copies, ignore_errors=True)
     for path in sorted((Path(root)/"nbs").rglob("*.ipynb")):
         if any(part.startswith((".", "_")) for part in path.relative_to(root).parts): continue
-        target = copies/path.relative_to(Path(root)/"nbs"); target.parent.mkdir(parents=True, exist_ok=True)
+        target = copies/path.relative_to(Path(root)/"nbs")
+        target.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(reading_copy(read_notebook(path)), target)
-    with contextlib.chdir(root), contextlib.redirect_stdout(io.StringIO()): return Path(root).resolve()/proc_nbs("build/nbs", n_workers=0, force=True)
+    with contextlib.chdir(root), contextlib.redirect_stdout(io.StringIO()):
+        return Path(root).resolve()/proc_nbs("build/nbs", n_workers=0, force=True)
 
 # %% ../nbs/api/44_docs.ipynb #01cdd93f
 def smalldocs(
@@ -248,11 +272,15 @@ def smalldocs(
 ):
     "Call the renderer; what it complains about ends the build."
     done = subprocess.run([sys.executable, "-m", "smalldocs.cli", *map(str, words)], capture_output=True, text=True)
-    complaints = [l for l in (done.stdout + done.stderr).splitlines() if "warning" in l.lower() or "broken" in l.lower()]
-    if done.returncode or complaints: raise NeuralError(f"smalldocs {words[0]}: {(complaints or (done.stdout + done.stderr).splitlines() or ['failed'])[0]}")
+    complaints = [
+        l for l in (done.stdout + done.stderr).splitlines() if "warning" in l.lower() or "broken" in l.lower()]
+    if done.returncode or complaints:
+        raise NeuralError(
+            f"smalldocs {words[0]}: {(complaints or (done.stdout + done.stderr).splitlines() or ['failed'])[0]}")
 
 # %% ../nbs/api/44_docs.ipynb #mark1
-MARK, TEXT = ".made-by-neural-docs", "The pages in this folder are made by `python -m neural.docs`, which replaces all of them.\n"
+MARK, TEXT = (".made-by-neural-docs",
+              "The pages in this folder are made by `python -m neural.docs`, which replaces all of them.\n")
 
 def empty_pages(
     output,  # folder for the pages
@@ -261,10 +289,12 @@ def empty_pages(
     "Empty the folder of an earlier build, or refuse a folder that is something else."
     output, root = Path(output).resolve(), Path(root).resolve()
     sources = [root/name for name in ("nbs", "figures", "neural", "tests", "build")]
-    if root.is_relative_to(output) or any(output.is_relative_to(s) for s in sources): raise NeuralError(f"{output} holds what the pages are made from; name another folder with --out")
+    if root.is_relative_to(output) or any(output.is_relative_to(s) for s in sources):
+        raise NeuralError(f"{output} holds what the pages are made from; name another folder with --out")
     if output.exists() and not output.is_dir(): raise NeuralError(f"{output} is a file; name a folder with --out")
     ours = output == root/"_docs" or (output/MARK).is_file()
-    if output.is_dir() and any(output.iterdir()) and not ours: raise NeuralError(f"{output} holds files that are no pages of ours; name a new or empty folder with --out")
+    if output.is_dir() and any(output.iterdir()) and not ours:
+        raise NeuralError(f"{output} holds files that are no pages of ours; name a new or empty folder with --out")
     shutil.rmtree(output, ignore_errors=True)
     return make_folder(output)
 
@@ -275,19 +305,29 @@ def build_docs(
 ) -> dict:         # page -> {figure label: number}
     "Build all pages from the committed notebooks and refuse to finish with a fault."
     from nbdev.config import get_config
-    root = Path(root).resolve(); output = Path(output).resolve() if output else root/"_docs"
-    site = root/"build/site"; shutil.rmtree(site, ignore_errors=True); site.mkdir(parents=True); empty_pages(output, root)
+    root = Path(root).resolve()
+    output = Path(output).resolve() if output else root/"_docs"
+    site = root/"build/site"
+    shutil.rmtree(site, ignore_errors=True)
+    site.mkdir(parents=True)
+    empty_pages(output, root)
     processed, config = process_notebooks(root), get_config(path=root)
     pages = write_source(processed, site, config.doc_host.rstrip("/") + "/" + config.doc_baseurl.lstrip("/"))
-    write_config(root/"nbs/_quarto.yml", site, [p.relative_to(processed).as_posix() for p in processed.rglob("*.ipynb")], output)
+    write_config(root / "nbs/_quarto.yml", site,
+                 [p.relative_to(processed).as_posix() for p in processed.rglob("*.ipynb")], output)
     if (root/"nbs/styles.css").is_file(): shutil.copy(root/"nbs/styles.css", site)
-    if (root/"figures").is_dir(): shutil.copytree(root/"figures", site/"figures", ignore=lambda d, names: [n for n in names if not n.endswith(".png")])
-    smalldocs("render", site); (output/MARK).write_text(TEXT, encoding="utf-8")
+    if (root/"figures").is_dir():
+        shutil.copytree(
+            root / "figures", site / "figures", ignore=lambda d, names: [n for n in names if not n.endswith(".png")])
+    smalldocs("render", site)
+    (output/MARK).write_text(TEXT, encoding="utf-8")
     if (root/"figures").is_dir(): shutil.copytree(site/"figures", output/"figures", dirs_exist_ok=True)
     for suffix, finish in ((".html", finish_page), (".css", finish_style)):
-        for path in sorted(output.rglob(f"*{suffix}")): path.write_text(finish(path.read_text(encoding="utf-8")), encoding="utf-8")
+        for path in sorted(output.rglob(f"*{suffix}")):
+            path.write_text(finish(path.read_text(encoding="utf-8")), encoding="utf-8")
     smalldocs("check", site)
-    faults = [f"{p.relative_to(output)} {f}" for p in sorted(output.rglob("*.html")) for f in page_faults(p.read_text(encoding="utf-8"))]
+    faults = [f"{p.relative_to(output)} {f}" for p in sorted(output.rglob("*.html"))
+              for f in page_faults(p.read_text(encoding="utf-8"))]
     if faults: raise NeuralError(f"{len(faults)} faults in the pages, first: {faults[0]}")
     return pages
 
@@ -299,7 +339,9 @@ def readme_text(
     "The home page as README text, with links that hold from the top of the checkout."
     from nbconvert import MarkdownExporter
     body, resources = MarkdownExporter().from_notebook_node(read_notebook(index))
-    if resources.get("outputs"): raise NeuralError("the home page makes pictures; show those of figures/ by a link, so that README.md can show them too")
+    if resources.get("outputs"):
+        raise NeuralError(
+            "the home page makes pictures; show those of figures/ by a link, so that README.md can show them too")
     def moved(match): return f"]({os.path.normpath(os.path.join(folder, match[1]))}"
     return re.sub(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", moved, body).strip() + "\n"
 
@@ -311,7 +353,8 @@ def write_readme(
     index, path = Path(root, "nbs/index.ipynb"), Path(root, "README.md")
     text = readme_text(index)
     title = text.split("\n")[0]
-    refuse_overwrite(path, [index], ours=lambda p: p.read_text(encoding="utf-8", errors="replace").startswith(title), force=True)
+    refuse_overwrite(
+        path, [index], ours=lambda p: p.read_text(encoding="utf-8", errors="replace").startswith(title), force=True)
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -320,15 +363,18 @@ def main(
     words=None,  # command line; sys.argv if None
 ):
     "`python -m neural.docs`: build the pages of a checkout."
-    parser = argparse.ArgumentParser(prog="python -m neural.docs", description="Build the pages from the committed notebooks.")
+    parser = argparse.ArgumentParser(
+        prog="python -m neural.docs", description="Build the pages from the committed notebooks.")
     parser.add_argument("--root", default=".", help="folder with settings.ini (default: here)")
     parser.add_argument("--out", default=None, help="folder for the pages (default: _docs)")
     parser.add_argument("--readme", action="store_true", help="write README.md from nbs/index.ipynb, and no pages")
     asked = parser.parse_args(words)
     try: pages = write_readme(asked.root) if asked.readme else build_docs(asked.root, asked.out)
     except NeuralError as e: raise SystemExit(f"docs: {e}") from None
-    except OSError as e: raise SystemExit(f"docs: {f'{e.filename}: ' if e.filename else ''}{system_reason(e)}") from None
-    if not asked.readme: print(f"{len(pages)} pages with {sum(map(len, pages.values()))} figures in {asked.out or '_docs'}")
+    except OSError as e:
+        raise SystemExit(f"docs: {f'{e.filename}: ' if e.filename else ''}{system_reason(e)}") from None
+    if not asked.readme:
+        print(f"{len(pages)} pages with {sum(map(len, pages.values()))} figures in {asked.out or '_docs'}")
 
 # %% ../nbs/api/44_docs.ipynb #81108200
 if __name__ == "__main__" and "__file__" in globals(): main()

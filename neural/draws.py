@@ -42,24 +42,48 @@ from .variants import chance_met, marks_met
 from .vlm import ReportVLM, small_config
 
 # %% ../nbs/api/37_draws.ipynb #draw0005
-COHORT = dict(studies=1800, size=320, test=0.38)  # of every draw: studies, pixels as drawn, share of the patients in the test split
-TAUGHT = ("image_size", "stem", "depth", "width", "d_model", "layers", "vocab_size", "label_weight", "sharpness", "policy", "bf16",
-          "warm_epochs", "warm_batch", "lr_warm", "rare", "coarse", "film_epochs")  # parameters of stages 10 and 53 on which a draw depends
+# of every draw: studies, pixels as drawn, share of the patients in the test split
+COHORT = dict(studies=1800, size=320, test=0.38)
+TAUGHT = (
+    "image_size",
+    "stem",
+    "depth",
+    "width",
+    "d_model",
+    "layers",
+    "vocab_size",
+    "label_weight",
+    "sharpness",
+    "policy",
+    "bf16",
+    # parameters of stages 10 and 53 on which a draw depends
+    "warm_epochs",
+    "warm_batch",
+    "lr_warm",
+    "rare",
+    "coarse",
+    "film_epochs",
+)
 
 def draw_settings(
     values: dict,  # parameters of stages 10 and 53, under those of a preset
     **cohort,  # studies, size or test, where they are not those of `COHORT`
 ) -> dict:  # all that a draw depends on but its two seeds
     "The settings of draws, from those of the stages they repeat."
-    if lost := [name for name in TAUGHT if name not in values]: raise NeuralError(f"a draw needs {lost[0]}, which no stage declares and no preset gives")
+    if lost := [name for name in TAUGHT if name not in values]:
+        raise NeuralError(f"a draw needs {lost[0]}, which no stage declares and no preset gives")
     found = COHORT | cohort
     if other := set(found) - set(COHORT): raise NeuralError(f"a cohort has no {min(other)}; it has {', '.join(COHORT)}")
     at_least(1, **{name: values[name] for name in ("warm_epochs", "film_epochs")}, studies=found["studies"])
-    if values["stem"] == "patch": raise NeuralError("a draw teaches a new encoder the findings; stem must not be 'patch', which learns from words alone")
+    if values["stem"] == "patch":
+        raise NeuralError(
+            "a draw teaches a new encoder the findings; stem must not be 'patch', which learns from words alone")
     return found | {name: values[name] for name in TAUGHT}
 
 # %% ../nbs/api/37_draws.ipynb #draw0009
-MAKERS = ("study", "phantom", "layouts", "radiograph", "report", "image_model", "vlm", "train", "finetune", "baseline", "evaluate", "variants")  # modules that draw, teach or measure
+# modules that draw, teach or measure
+MAKERS = ("study", "phantom", "layouts", "radiograph", "report", "image_model", "vlm", "train", "finetune", "baseline",
+          "evaluate", "variants")
 
 def code_name() -> str:
     "A short hash of the code that draws come from."
@@ -73,8 +97,10 @@ def cohort_folder(
     settings: dict,  # of `draw_settings`
 ) -> Path:
     "Where a cohort lies while it is needed."
-    return Path(work) / "cohorts" / "-".join(map(str, (cohort, settings["studies"], settings["size"], settings["test"], code_name())))
+    return (Path(work) / "cohorts"
+            / "-".join(map(str, (cohort, settings["studies"], settings["size"], settings["test"], code_name()))))
 
+# %% ../nbs/api/37_draws.ipynb #draw0012x1
 def prepare_cohort(
     work: Path,  # where draws are made
     cohort: int,  # its seed
@@ -86,8 +112,12 @@ def prepare_cohort(
     shares = (0.875 * (1 - test), 0.125 * (1 - test), test)
     if not home.is_dir(): write_cohort(home, settings["studies"], settings["size"], cohort, workers, shares)
     studies = index_dataset("mimic-cxr", home, labels="truth/labels.csv")[0]
-    films, lost = cache_radiographs([(s.study_id, studies.image_path(s.frontal)) for s in studies], home.with_name(home.name + "-films"), settings["image_size"], workers=workers)
-    if lost: raise NeuralError(f"cohort {cohort}: {len(lost)} films cannot be read, the first because {lost[0][1]}; remove {home.name} and begin again")
+    films, lost = cache_radiographs([(s.study_id, studies.image_path(s.frontal)) for s in studies],
+                                    home.with_name(home.name + "-films"), settings["image_size"], workers=workers)
+    if lost:
+        raise NeuralError(
+            f"cohort {cohort}: {len(lost)} films cannot be read, the first because {lost[0][1]}; remove {home.name} and"
+            " begin again")
     return studies, films
 
 # %% ../nbs/api/37_draws.ipynb #draw0015
@@ -96,12 +126,14 @@ def draw_parts(
     films,  # of `prepare_cohort`
     settings: dict,  # of `draw_settings`
 ) -> dict:  # split -> StudyDataset, with all findings
-    "Films, texts and targets of each split, as stage 10 has them; a study without evidence in its report is left out there and here."
+    """Films, texts and targets of each split, as stage 10 has them; a study without evidence in its report is left out
+    there and here."""
     parts, names = {}, list(studies.label_names)
     for split in SPLITS:
         texts = {s.study_id: evidence(split_sections(report_text(studies, s))) for s in studies.of(split)}
         some = [s for s in studies.of(split) if texts[s.study_id]]
-        parts[split] = StudyDataset(films, [s.study_id for s in some], [texts[s.study_id] for s in some], np.stack([targets(some, n, settings["policy"]) for n in names], 1))
+        parts[split] = StudyDataset(films, [s.study_id for s in some], [texts[s.study_id] for s in some],
+                                    np.stack([targets(some, n, settings["policy"]) for n in names], 1))
     return parts
 
 # %% ../nbs/api/37_draws.ipynb #draw0019
@@ -114,12 +146,18 @@ def taught_head(
     "The network of stage 10 when it has learnt the findings, before the words."
     s, train = settings, parts["train"]
     tokenizer = train_tokenizer(train.texts, s["vocab_size"])
-    np.random.seed(seed); torch.manual_seed(seed)
-    model = ReportVLM(small_config(len(tokenizer), s["image_size"], tuple(names), s["width"], s["d_model"], s["layers"], s["depth"], stem=s["stem"], label_weight=s["label_weight"], sharpness=s["sharpness"]))
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    model = ReportVLM(
+        small_config(len(tokenizer), s["image_size"], tuple(names), s["width"], s["d_model"], s["layers"], s["depth"],
+                     stem=s["stem"], label_weight=s["label_weight"], sharpness=s["sharpness"])
+    )
     draw = rare_weights(train.targets, names, most=s["rare"]) if s["rare"] else None
-    warm_start(model, train, parts["validate"], s["warm_epochs"], s["warm_batch"], s["lr_warm"], seed, "cpu", s["bf16"], draw, s["coarse"])
+    warm_start(model, train, parts["validate"], s["warm_epochs"], s["warm_batch"], s["lr_warm"], seed, "cpu",
+               s["bf16"], draw, s["coarse"])
     return model.eval()
 
+# %% ../nbs/api/37_draws.ipynb #draw0019x1
 def taught_control(
     parts: dict,  # of `draw_parts`
     names: list,  # the findings
@@ -128,11 +166,13 @@ def taught_control(
 ):  # in eval mode
     "The raw-film control of stage 53."
     train = parts["train"]
-    return train_film_cnn(train, parts["validate"], settings["film_epochs"], seed=seed, bf16=settings["bf16"], draw=rare_weights(train.targets, names), coarse=settings["coarse"])[0]
+    return train_film_cnn(train, parts["validate"], settings["film_epochs"], seed=seed, bf16=settings["bf16"],
+                          draw=rare_weights(train.targets, names), coarse=settings["coarse"])[0]
 
 # %% ../nbs/api/37_draws.ipynb #draw0023
 SIX = ("Pneumonia", "Cardiomegaly", "Pleural Effusion", "Atelectasis", "Edema", "Pneumothorax")  # findings of the mean
-MARKED = ("Pneumonia", "Atelectasis", "Pleural Effusion", "Pneumothorax", "Edema")  # findings whose patches are looked at
+# findings whose patches are looked at
+MARKED = ("Pneumonia", "Atelectasis", "Pleural Effusion", "Pneumothorax", "Edema")
 LEAST = 20  # test studies with the finding, below which a number is left out
 KEPT = 4  # patches that are kept
 HEAD, FILM, GAP = "AUC on test, label head", "AUC on test, raw-film control", "AUC on test, head less control"
@@ -144,6 +184,7 @@ def with_mean(
     six = [table[n] for n in SIX if n in table]
     return table | ({"mean": np.mean(six, 0)} if six else {})
 
+# %% ../nbs/api/37_draws.ipynb #draw0023x1
 def auc_numbers(
     y: np.ndarray,  # (n, L) targets, NaN where unknown
     scores: dict,  # "label head" and "raw-film control" -> (n, L)
@@ -159,7 +200,8 @@ def auc_numbers(
     one = lambda p, n: weighted_auc(y[known[n], names.index(n)], p[known[n], names.index(n)], w[:, known[n]])
     found = {f"AUC on test, {who}": with_mean({n: one(p, n) for n in enough}) for who, p in scores.items()}
     found[GAP] = {n: found[HEAD][n] - found[FILM][n] for n in found[HEAD]}
-    rows = [[what, n, float(v[0]), *map(float, np.nanquantile(v[1:], ends(0.95)))] for what, table in found.items() for n, v in table.items()]
+    rows = [[what, n, float(v[0]), *map(float, np.nanquantile(v[1:], ends(0.95)))] for what, table in found.items()
+            for n, v in table.items()]
     return [*rows, ["findings in the mean", "mean", float(sum(n in enough for n in SIX)), None, None]]
 
 # %% ../nbs/api/37_draws.ipynb #draw0027
@@ -173,10 +215,12 @@ def train_numbers(
     rows = []
     for who, p in scores.items():
         known = lambda j: ~np.isnan(y[:, j])
-        found = {n: auc(y[known(j), j], p[known(j), j]) for j, n in enumerate(names) if n in wanted and len(set(y[known(j), j])) == 2}
+        found = {n: auc(y[known(j), j], p[known(j), j]) for j, n in enumerate(names)
+                 if n in wanted and len(set(y[known(j), j])) == 2}
         rows += [[f"AUC on train, {who}", n, float(v), None, None] for n, v in with_mean(found).items()]
     return rows
 
+# %% ../nbs/api/37_draws.ipynb #draw0027x1
 @torch.no_grad()
 def patch_scores(
     model: ReportVLM,  # trained, in eval mode
@@ -184,7 +228,8 @@ def patch_scores(
     batch_size: int = 64,  # films per pass
 ) -> torch.Tensor:  # float32 (n, N, L), before the bias
     "What each patch says for each finding."
-    batches = [torch.as_tensor(np.asarray(data.films.batch(data.ids[i : i + batch_size]))) for i in range(0, len(data), batch_size)]
+    batches = [torch.as_tensor(np.asarray(data.films.batch(data.ids[i : i + batch_size])))
+               for i in range(0, len(data), batch_size)]
     return torch.cat([model.find(model.encode(films)) for films in batches])
 
 # %% ../nbs/api/37_draws.ipynb #draw0030
@@ -199,8 +244,10 @@ def mark_numbers(
 ) -> list:  # [what, finding, value, low, high]
     "Hit rate and precision of the finding's own patches, beside chance and habit (chapter 24's measures)."
     maps = {"patch logits": seen, "patch logits less usual": seen - usual, "centre prior": usual.expand(len(seen), -1)}
-    met = {name: marks_met(m.double().softmax(-1), cover, k) for name, m in maps.items()} | {"random": chance_met(cover, k)}
-    return [[f"{said}, {name}", finding, *mean_interval(found[what], patients, samples)] for name, found in met.items() for what, said in (("hit", "hit rate"), ("precision", "precision"))]
+    met = {name: marks_met(m.double().softmax(-1), cover, k) for name, m in maps.items()} | {
+        "random": chance_met(cover, k)}
+    return [[f"{said}, {name}", finding, *mean_interval(found[what], patients, samples)] for name, found in met.items()
+            for what, said in (("hit", "hit rate"), ("precision", "precision"))]
 
 # %% ../nbs/api/37_draws.ipynb #draw0034
 def teach_and_read(
@@ -213,12 +260,16 @@ def teach_and_read(
     networks, seconds = {}, {}
     for who, teach in (("label head", taught_head), ("raw-film control", taught_control)):
         begun, said = time.perf_counter(), io.StringIO()
-        with redirect_stderr(said): networks[who] = teach(parts, names, settings, seed)   # two bars on one line tell nothing
+        # two bars on one line tell nothing
+        with redirect_stderr(said): networks[who] = teach(parts, names, settings, seed)
         seconds[who] = time.perf_counter() - begun
         sys.stderr.write(said.getvalue())
     readers = {"label head": read_labels, "raw-film control": read_films}
-    return networks["label head"], {split: {who: readers[who](m, parts[split]) for who, m in networks.items()} for split in ("train", "test")}, seconds
+    return (networks["label head"],
+            {split: {who: readers[who](m, parts[split]) for who, m in networks.items()} for split in ("train", "test")},
+            seconds)
 
+# %% ../nbs/api/37_draws.ipynb #draw0034x1
 def draw_numbers(
     studies,  # of `prepare_cohort`
     parts: dict,  # of `draw_parts`
@@ -230,12 +281,16 @@ def draw_numbers(
     names, test = list(studies.label_names), parts["test"]
     who = [studies[i].patient_id for i in test.ids]
     numbers = auc_numbers(test.targets, said["test"], names, who, least=least)
-    numbers += train_numbers(parts["train"].targets, said["train"], names, {n for what, n, *_ in numbers if what == HEAD})
+    numbers += train_numbers(
+        parts["train"].targets, said["train"], names, {n for what, n, *_ in numbers if what == HEAD})
     usual, seen = patch_scores(head, parts["train"]).mean(0), patch_scores(head, test)
     for name in MARKED:
-        cover = {i: c for i, s in enumerate(test.ids) if (c := lesion_coverage(studies, studies[s], test.films.size, head.grid, name)) is not None}
+        cover = {i: c for i, s in enumerate(test.ids)
+                 if (c := lesion_coverage(studies, studies[s], test.films.size, head.grid, name)) is not None}
         at, j = list(cover), names.index(name)
-        if len(at) >= least: numbers += mark_numbers(np.stack([*cover.values()]), seen[at, :, j], usual[:, j], name, [who[i] for i in at])
+        if len(at) >= least:
+            numbers += mark_numbers(
+                np.stack([*cover.values()]), seen[at, :, j], usual[:, j], name, [who[i] for i in at])
     return numbers
 
 # %% ../nbs/api/37_draws.ipynb #draw0037
@@ -249,14 +304,18 @@ def draw_file(
     "Where a finished draw is kept."
     return Path(work) / f"{cohort}-{seed}.json"
 
+# %% ../nbs/api/37_draws.ipynb #draw0037x1
 def read_draw(
     path: Path,  # of a finished draw
 ) -> dict:  # cohort, seed, settings, code, seconds, numbers
     "A finished draw, or why it is none."
     with readable(Path(path).name): found = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or set(found) != set(FIELDS): raise NeuralError(f"{Path(path).name}: is no draw of `neural bench draws`; move it away, or name another folder with --work")
+    if not isinstance(found, dict) or set(found) != set(FIELDS):
+        raise NeuralError(
+            f"{Path(path).name}: is no draw of `neural bench draws`; move it away, or name another folder with --work")
     return found
 
+# %% ../nbs/api/37_draws.ipynb #draw0037x2
 def kept_draw(
     work: Path,  # where draws are made
     cohort: int,  # its seed
@@ -267,11 +326,13 @@ def kept_draw(
     "A draw that is done; one of other settings or other code is refused."
     if not (path := draw_file(work, cohort, seed)).exists(): return None
     found = read_draw(path)
-    other = [f"{k} {found['settings'].get(k)!r} there, {settings.get(k)!r} here" for k in {**settings, **found["settings"]} if found["settings"].get(k) != settings.get(k)]
+    other = [f"{k} {found['settings'].get(k)!r} there, {settings.get(k)!r} here"
+             for k in {**settings, **found["settings"]} if found["settings"].get(k) != settings.get(k)]
     other += ["by other code"] * (found["code"] != code_name())
     if not other: return found
     if force: return None
-    raise NeuralError(f"{path.name}: was made otherwise ({other[0]}); make it again with --force, or name another folder with --work")
+    raise NeuralError(
+        f"{path.name}: was made otherwise ({other[0]}); make it again with --force, or name another folder with --work")
 
 # %% ../nbs/api/37_draws.ipynb #draw0038
 def one_draw(
@@ -297,7 +358,9 @@ def one_draw(
 # %% ../nbs/api/37_draws.ipynb #draw0042
 def new_draw(
     values: pd.DataFrame,  # cohort, seed, value: one number over the draws
-) -> dict:  # mean, SDs, lowest and highest cohort mean, and the interval of a new draw; NaN where one cohort alone tells nothing
+    # mean, SDs, lowest and highest cohort mean, and the interval of a new draw; NaN where one cohort alone tells
+    # nothing
+) -> dict:
     "What a number's draws say of the next one."
     groups = values.groupby("cohort").value
     means, counts, spare = groups.mean(), groups.size(), len(values) - groups.ngroups
@@ -307,8 +370,9 @@ def new_draw(
     spread = math.sqrt(between**2 * (1 + 1 / k) + (within**2 * (1 - 1 / each) if spare else 0)) if k > 1 else math.nan
     reach = float(student.ppf(0.975, k - 1)) * spread if k > 1 else math.nan
     mean = float(means.mean())
-    return {"mean": mean, "SD over cohorts": between, "SD over seeds": within, "lowest cohort": float(means.min()), "highest cohort": float(means.max()),
-            "low": mean - reach, "high": mean + reach, "cohorts": k, "draws": len(values)}
+    return {"mean": mean, "SD over cohorts": between, "SD over seeds": within, "lowest cohort": float(means.min()),
+            "highest cohort": float(means.max()), "low": mean - reach, "high": mean + reach, "cohorts": k,
+            "draws": len(values)}
 
 # %% ../nbs/api/37_draws.ipynb #draw0046
 def draw_tables(
@@ -317,19 +381,31 @@ def draw_tables(
     asked: dict = {},  # what the command was asked for
 ) -> dict:  # name -> table: numbers, summary, check, trainings, settings
     "Finished draws as the tables of a record."
-    numbers = pd.DataFrame([(d["cohort"], d["seed"], *row) for d in draws for row in d["numbers"]], columns=["cohort", "seed", "what", "finding", "value", "low", "high"]).astype({"low": float, "high": float})
+    numbers = pd.DataFrame(
+        [(d["cohort"], d["seed"], *row) for d in draws for row in d["numbers"]],
+        columns=["cohort", "seed", "what", "finding", "value", "low", "high"]).astype({"low": float, "high": float})
     numbers = numbers.sort_values(["cohort", "seed"], kind="stable").round(5)
     rows, apart = [], numbers.cohort.isin(check)
-    for (what, finding), part in numbers[~apart & (numbers.what != "findings in the mean")].groupby(["what", "finding"], sort=False):
+    for (what, finding), part in numbers[~apart & (numbers.what != "findings in the mean")].groupby(
+        ["what", "finding"], sort=False):
         found = new_draw(part)
-        ends = {"low": max(found["low"], -1.0 if what == GAP else 0.0), "high": min(found["high"], 1.0)}     # no AUC and no rate lies beyond; NaN stays NaN
-        rows.append({"what": what, "finding": finding, **found, **(ends if found["low"] == found["low"] else {}), "patient half-width": float(((part.high - part.low) / 2).mean())})
-    known = ["what", "finding", "mean", "SD over cohorts", "SD over seeds", "patient half-width", "lowest cohort", "highest cohort", "low", "high", "cohorts", "draws"]
+        # no AUC and no rate lies beyond; NaN stays NaN
+        ends = {"low": max(found["low"], -1.0 if what == GAP else 0.0), "high": min(found["high"], 1.0)}
+        rows.append({"what": what, "finding": finding, **found, **(ends if found["low"] == found["low"] else {}),
+                     "patient half-width": float(((part.high - part.low) / 2).mean())})
+    known = ["what", "finding", "mean", "SD over cohorts", "SD over seeds", "patient half-width", "lowest cohort",
+             "highest cohort", "low", "high", "cohorts", "draws"]
     summary = pd.DataFrame(rows, columns=known).round(5)
-    held = numbers[apart & (numbers.what != "findings in the mean")].drop(columns=["low", "high"]).merge(summary[["what", "finding", "low", "high"]], on=["what", "finding"], how="left")
-    held = held.assign(inside=[None if low != low else bool(low <= v <= high) for v, low, high in zip(held.value, held.low, held.high)])
-    seconds = pd.DataFrame([(d["cohort"], d["seed"], who, round(s, 1)) for d in draws for who, s in d["seconds"].items()], columns=["cohort", "seed", "network", "seconds"])
-    return dict(numbers=numbers.reset_index(drop=True), summary=summary, check=held, trainings=seconds, settings=pd.DataFrame([asked | (draws[0]["settings"] | {"code": draws[0]["code"]} if draws else {})]))
+    held = (numbers[apart & (numbers.what != "findings in the mean")] .drop(columns=["low", "high"])
+            .merge(summary[["what", "finding", "low", "high"]], on=["what", "finding"], how="left"))
+    held = held.assign(
+        inside=[None if low != low else bool(low <= v <= high) for v, low, high in zip(held.value, held.low, held.high)]
+    )
+    seconds = pd.DataFrame(
+        [(d["cohort"], d["seed"], who, round(s, 1)) for d in draws for who, s in d["seconds"].items()],
+        columns=["cohort", "seed", "network", "seconds"])
+    return dict(numbers=numbers.reset_index(drop=True), summary=summary, check=held, trainings=seconds,
+                settings=pd.DataFrame([asked | (draws[0]["settings"] | {"code": draws[0]["code"]} if draws else {})]))
 
 # %% ../nbs/api/37_draws.ipynb #draw0050
 def bench_draws(
@@ -345,9 +421,12 @@ def bench_draws(
 ) -> dict:  # of `draw_tables`
     "How much the numbers depend on the draw of cohort and of training seed (this companion's choice)."
     cohorts, seeds, check = (list(dict.fromkeys(x)) for x in (cohorts, seeds, check))
-    at_least(1, **{"number of cohorts": len(cohorts), "number of seeds": len(seeds), "least": least}); at_least(0, **{"a seed": min([*cohorts, *seeds, *check])})
-    if twice := set(cohorts) & set(check): raise NeuralError(f"cohort {min(twice)} is in the summary and is to check it; leave it out of one")
-    asked = dict(cohorts=" ".join(map(str, cohorts)), seeds=" ".join(map(str, seeds)), check=" ".join(map(str, check)), least=least)
+    at_least(1, **{"number of cohorts": len(cohorts), "number of seeds": len(seeds), "least": least})
+    at_least(0, **{"a seed": min([*cohorts, *seeds, *check])})
+    if twice := set(cohorts) & set(check):
+        raise NeuralError(f"cohort {min(twice)} is in the summary and is to check it; leave it out of one")
+    asked = dict(cohorts=" ".join(map(str, cohorts)), seeds=" ".join(map(str, seeds)), check=" ".join(map(str, check)),
+                 least=least)
     settings = settings | {"least": least}
     wanted = [(c, s) for c in (*cohorts, *check) for s in seeds]
     kept = {key: kept_draw(work, *key, settings, force) for key in wanted}
@@ -381,10 +460,13 @@ def made_draws(
                 if d["cohort"] in {c for c, _ in left}: continue
                 for end in ("", "-films"): shutil.rmtree(films[d["cohort"]].with_name(films[d["cohort"]].name + end))
 
+# %% ../nbs/api/37_draws.ipynb #draw0051x1
 def draw_line(
     draw: dict,  # of `read_draw`
 ) -> str:
     "One line about a finished draw."
     of = {(what, n): v for what, n, v, *_ in draw["numbers"]}
-    means = ", ".join(f"{who} {of[what, 'mean']:.3f}" for who, what in (("head", HEAD), ("control", FILM)) if (what, "mean") in of)
-    return f"cohort {draw['cohort']}, seed {draw['seed']}: mean AUC on test: {means or 'too few studies'}; {sum(draw['seconds'].values()) / 60:.1f} minutes of training"
+    means = ", ".join(
+        f"{who} {of[what, 'mean']:.3f}" for who, what in (("head", HEAD), ("control", FILM)) if (what, "mean") in of)
+    return (f"cohort {draw['cohort']}, seed {draw['seed']}: mean AUC on test: {means or 'too few studies'};"
+            f" {sum(draw['seconds'].values()) / 60:.1f} minutes of training")

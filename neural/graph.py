@@ -43,14 +43,20 @@ def check_edges(
     nodes: int,         # number of nodes the edges may name
 ) -> None:
     "Refuses an edge that leaves the graph, bites its own tail or has no way back (this companion's choice)."
-    if edges.ndim != 2 or edges.shape[0] != 2 or edges.shape[1] != len(types): raise NeuralError(f"edges must be [2, e] with e types, got {list(edges.shape)} and {len(types)}")
+    if edges.ndim != 2 or edges.shape[0] != 2 or edges.shape[1] != len(types):
+        raise NeuralError(f"edges must be [2, e] with e types, got {list(edges.shape)} and {len(types)}")
     if not edges.size: return
-    if edges.min() < 0 or edges.max() >= nodes: raise NeuralError(f"an edge names node {edges.max() if edges.max() >= nodes else edges.min()} of a graph of {nodes} nodes")
-    if types.min() < 0 or types.max() >= len(EDGE_TYPES): raise NeuralError(f"edge types must lie in 0..{len(EDGE_TYPES) - 1}, got {types.min()}..{types.max()}")
-    if (edges[0] == edges[1]).any(): raise NeuralError("an edge joins a node to itself; leave self-loops to the classifier")
+    if edges.min() < 0 or edges.max() >= nodes:
+        raise NeuralError(
+            f"an edge names node {edges.max() if edges.max() >= nodes else edges.min()} of a graph of {nodes} nodes")
+    if types.min() < 0 or types.max() >= len(EDGE_TYPES):
+        raise NeuralError(f"edge types must lie in 0..{len(EDGE_TYPES) - 1}, got {types.min()}..{types.max()}")
+    if (edges[0] == edges[1]).any():
+        raise NeuralError("an edge joins a node to itself; leave self-loops to the classifier")
     there = sorted(zip(edges[0].tolist(), edges[1].tolist(), types.tolist()))
     back = sorted(zip(edges[1].tolist(), edges[0].tolist(), np.asarray(REVERSE)[types].tolist()))
-    if there != back: raise NeuralError("an edge has no way back; store every edge in both directions, see both_ways (defect A5)")
+    if there != back:
+        raise NeuralError("an edge has no way back; store every edge in both directions, see both_ways (defect A5)")
 
 # %% ../nbs/api/18_graph.ipynb #dd8e2335
 def grid_edges(
@@ -58,7 +64,8 @@ def grid_edges(
     grid: tuple[int, int],   # rows, columns of the token grid
 ) -> np.ndarray:             # int64 [2, e], each neighbouring pair once, as node numbers 0..k-1
     "Which retained patches touch along a side (NEURAL, sec. 2.3)."
-    node = {int(p): i for i, p in enumerate(patches)}   # of a repeated patch the last copy carries the edges, as released
+    # of a repeated patch the last copy carries the edges, as released
+    node = {int(p): i for i, p in enumerate(patches)}
     right = [(p, p + 1) for p in node if (p + 1) % grid[1] and p + 1 in node]
     below = [(p, p + grid[1]) for p in node if p + grid[1] in node]
     return np.array([(node[a], node[b]) for a, b in sorted(right + below)], dtype=np.int64).reshape(-1, 2).T
@@ -94,10 +101,16 @@ def visual_graph(
     "The visual graph of one study (NEURAL, sec. 2.3)."
     p, x, r = as_array(patches, np.int64), as_array(features, np.float32), as_array(relevance, np.float32)
     n = grid[0] * grid[1]
-    if p.ndim != 1 or not len(p) or p.min() < 0 or p.max() >= n: raise NeuralError(f"retained patches must be indices 0..{n - 1} of a {grid[0]}x{grid[1]} grid, at least one")
-    if (np.diff(p) < (0 if repeats else 1)).any(): raise NeuralError("retained patches must ascend and not repeat; sort them together with their features")
-    if x.ndim != 2 or len(x) != len(p) or r.shape != p.shape: raise NeuralError(f"{len(p)} patches need [{len(p)}, d] features and [{len(p)}] relevance, got {list(x.shape)} and {list(r.shape)}")
-    if not (np.isfinite(x).all() and np.isfinite(r).all() and (r >= 0).all()): raise NeuralError("patch features must be finite and relevance non-negative; check the encoder for NaN")
+    if p.ndim != 1 or not len(p) or p.min() < 0 or p.max() >= n:
+        raise NeuralError(f"retained patches must be indices 0..{n - 1} of a {grid[0]}x{grid[1]} grid, at least one")
+    if (np.diff(p) < (0 if repeats else 1)).any():
+        raise NeuralError("retained patches must ascend and not repeat; sort them together with their features")
+    if x.ndim != 2 or len(x) != len(p) or r.shape != p.shape:
+        raise NeuralError(
+            f"{len(p)} patches need [{len(p)}, d] features and [{len(p)}] relevance, got {list(x.shape)} and"
+            f" {list(r.shape)}")
+    if not (np.isfinite(x).all() and np.isfinite(r).all() and (r >= 0).all()):
+        raise NeuralError("patch features must be finite and relevance non-negative; check the encoder for NaN")
     once = grid_edges(p, grid)
     return VisualGraph(tuple(grid), p, x, r, both_ways(once, np.full(once.shape[1], ADJACENT))[0])
 
@@ -109,8 +122,12 @@ def concept_nodes(
     "The unique (concept, assertion) pairs of a report, in order of first mention (this companion's choice)."
     ids, nodes, node_of = {c: i for i, c in enumerate(vocabulary)}, {}, []
     for m in annotation.mentions:
-        if m.concept not in ids: raise NeuralError(f"concept {m.concept!r} is not in the vocabulary of {len(vocabulary)} concepts; read the report with the same vocabulary")
-        if m.assertion not in ASSERTIONS: raise NeuralError(f"assertion must be one of {ASSERTIONS}, got {m.assertion!r}")
+        if m.concept not in ids:
+            raise NeuralError(
+                f"concept {m.concept!r} is not in the vocabulary of {len(vocabulary)} concepts; read the report with"
+                " the same vocabulary")
+        if m.assertion not in ASSERTIONS:
+            raise NeuralError(f"assertion must be one of {ASSERTIONS}, got {m.assertion!r}")
         node_of.append(nodes.setdefault((ids[m.concept], ASSERTIONS.index(m.assertion)), len(nodes)))
     return np.array(list(nodes), dtype=np.int64).reshape(-1, 2), np.array(node_of, dtype=np.int64)
 
@@ -122,9 +139,11 @@ def certainty_bytes(
 ) -> np.ndarray:    # uint8 [m]: round(254 p), 255 where unknown
     "Probabilities as they are kept, one byte each (this companion's choice)."
     v = as_array(p, np.float64)
-    if ((v < 0) | (v > 1)).any(): raise NeuralError(f"a certainty is a probability in 0..1, got {np.nanmin(v)} to {np.nanmax(v)}")
+    if ((v < 0) | (v > 1)).any():
+        raise NeuralError(f"a certainty is a probability in 0..1, got {np.nanmin(v)} to {np.nanmax(v)}")
     return np.where(np.isnan(v), UNKNOWN, np.rint(254 * np.nan_to_num(v))).astype(np.uint8)
 
+# %% ../nbs/api/18_graph.ipynb #c18cert2x1
 def certainty_share(
     certainty,      # uint8 [m], or None: nothing is known
     m: int,         # number of concepts
@@ -137,9 +156,12 @@ def certainty_share(
 # %% ../nbs/api/18_graph.ipynb #db84d96d
 @dataclass(frozen=True)
 class KnowledgeGraph:
-    """What a report says: concepts with their assertion, joined by typed relations: G2 (NEURAL, sec. 2.3; RadGraph's schema).
+    """What a report says: concepts with their assertion, joined by typed relations: G2
+    (NEURAL, sec. 2.3; RadGraph's schema).
 
-    A certainty is the probability that the concept is *present*, whatever the report asserts of it: a firm "no" has a low one."""
+    A certainty is the probability that the concept is *present*, whatever the report asserts of it:
+    a firm "no" has a low one.
+    """
     concepts: np.ndarray     # int64 [m], places in the vocabulary
     assertions: np.ndarray   # int64 [m], places in ASSERTIONS
     edges: np.ndarray        # int64 [2, e], both ways: all relations, then their way back
@@ -164,20 +186,25 @@ def knowledge_from(
     "A knowledge graph from its nodes, with every relation stored both ways (this companion's choice)."
     c, a = as_array(concepts, np.int64).reshape(-1), as_array(assertions, np.int64).reshape(-1)
     if len(c) != len(a): raise NeuralError(f"{len(c)} concepts but {len(a)} assertions")
-    if ((a < 0) | (a >= len(ASSERTIONS))).any() or (c < 0).any(): raise NeuralError(f"concept ids must be non-negative and assertions lie in 0..{len(ASSERTIONS) - 1}")
+    if ((a < 0) | (a >= len(ASSERTIONS))).any() or (c < 0).any():
+        raise NeuralError(f"concept ids must be non-negative and assertions lie in 0..{len(ASSERTIONS) - 1}")
     once = list(dict.fromkeys((int(h), int(t), int(r)) for h, t, r in relations if h != t))
-    if any(not 0 <= r < len(RELATIONS) for _, _, r in once): raise NeuralError(f"relation types must lie in 0..{len(RELATIONS) - 1}: {RELATIONS}")
+    if any(not 0 <= r < len(RELATIONS) for _, _, r in once):
+        raise NeuralError(f"relation types must lie in 0..{len(RELATIONS) - 1}: {RELATIONS}")
     triples = np.array(once, dtype=np.int64).reshape(-1, 3).T
     edges, types = both_ways(triples[:2], triples[2])
     check_edges(edges, types, len(c))
     return KnowledgeGraph(c, a, edges, types, _certainty(certainty, len(c)))
 
+# %% ../nbs/api/18_graph.ipynb #2449c97dx1
 def _certainty(values, m):
     "Certainties of m concepts as bytes; None where not one is known."
     if values is None: return None
     v = np.asarray(values)
     v = certainty_bytes(v) if v.dtype.kind == "f" else v
-    if v.shape != (m,) or v.dtype.kind not in "iu" or ((v < 0) | (v > UNKNOWN)).any(): raise NeuralError(f"{m} concepts need [{m}] certainties, probabilities or bytes; got {list(v.shape)} of {v.dtype}")
+    if v.shape != (m,) or v.dtype.kind not in "iu" or ((v < 0) | (v > UNKNOWN)).any():
+        raise NeuralError(
+            f"{m} concepts need [{m}] certainties, probabilities or bytes; got {list(v.shape)} of {v.dtype}")
     return None if (v == UNKNOWN).all() else v.astype(np.uint8)
 
 # %% ../nbs/api/18_graph.ipynb #47b5ab3e
@@ -192,9 +219,12 @@ def knowledge_graph(
     if unknown: raise NeuralError(f"relation type {unknown[0]!r} is none of {RELATIONS}")
     ends = range(len(node_of))                          # a negative index would wrap around unseen
     lost = [r for r in annotation.relations if r.head not in ends or r.tail not in ends]
-    if lost: raise NeuralError(f"a relation joins mentions {lost[0].head} and {lost[0].tail} of a report with {len(node_of)} mentions")
+    if lost:
+        raise NeuralError(
+            f"a relation joins mentions {lost[0].head} and {lost[0].tail} of a report with {len(node_of)} mentions")
     relations = [(node_of[r.head], node_of[r.tail], RELATIONS.index(r.type)) for r in annotation.relations]
-    known = np.array([certainty.get(vocabulary[c], UNKNOWN) for c in pairs[:, 0]], dtype=np.int64) if certainty else None
+    known = (
+        np.array([certainty.get(vocabulary[c], UNKNOWN) for c in pairs[:, 0]], dtype=np.int64) if certainty else None)
     return knowledge_from(pairs[:, 0], pairs[:, 1], relations, known)
 
 # %% ../nbs/api/18_graph.ipynb #25e7b3e4
@@ -203,7 +233,8 @@ def centrality(
     nodes: int,          # number of nodes
 ) -> np.ndarray:         # float64 [nodes], in [0, 1]; zeros for a graph that is too small to have a centre
     "Betweenness centrality of every node, direction ignored (NEURAL, sec. 2.3)."
-    if nodes < 3 or not edges.size or np.bincount(edges[0]).max() < 2: return np.zeros(nodes)   # nobody stands between two others
+    # nobody stands between two others
+    if nodes < 3 or not edges.size or np.bincount(edges[0]).max() < 2: return np.zeros(nodes)
     g = nx.Graph()
     g.add_nodes_from(range(nodes))
     g.add_edges_from(edges.T.tolist())
@@ -227,7 +258,8 @@ def concept_looks(
 ) -> np.ndarray:         # float32 [m, k]
     "Where the words of each concept looked, among the retained patches (this companion's choice)."
     looks, node = as_array(mention_relevance, np.float32), as_array(node_of, np.int64)
-    if looks.ndim != 2 or len(looks) != len(node): raise NeuralError(f"{len(node)} mentions need [{len(node)}, N] relevance, got {list(looks.shape)}")
+    if looks.ndim != 2 or len(looks) != len(node):
+        raise NeuralError(f"{len(node)} mentions need [{len(node)}, N] relevance, got {list(looks.shape)}")
     total = np.zeros((int(node.max()) + 1 if len(node) else 0, looks.shape[1]), dtype=np.float32)
     np.add.at(total, node, looks)
     return (total / np.bincount(node, minlength=len(total))[:, None].clip(1))[:, as_array(patches, np.int64)]
@@ -238,7 +270,8 @@ def grounding_links(
 ) -> np.ndarray:  # float32 [m, k], zero where there is no tie; a grounded row sums to 1
     "Which concept is tied to which retained patch, and how strongly (this companion's choice)."
     g = as_array(grounding, np.float32)
-    if g.ndim != 2 or not np.isfinite(g).all() or (g < 0).any(): raise NeuralError(f"grounding must be [concepts, patches], finite and non-negative; got {list(g.shape)}")
+    if g.ndim != 2 or not np.isfinite(g).all() or (g < 0).any():
+        raise NeuralError(f"grounding must be [concepts, patches], finite and non-negative; got {list(g.shape)}")
     total = g.sum(1, keepdims=True)
     share = np.divide(g, total, out=np.zeros_like(g), where=total > 0)
     keep = share > (1 + 1e-5) / max(g.shape[1], 1)
@@ -262,7 +295,8 @@ class UnifiedGraph:
 
     @property
     def ties(self) -> list[tuple[int, int, float]]:
-        "The edges between the graphs, once each: (concept node of the knowledge graph, node of the visual graph, weight)."
+        """The edges between the graphs, once each: (concept node of the knowledge graph, node of the visual graph,
+        weight)."""
         at = np.flatnonzero(self.types == SHOWS)
         return [(int(self.edges[1, i]) - len(self.visual), int(self.edges[0, i]), float(self.weights[i])) for i in at]
 
@@ -274,7 +308,8 @@ def fusion_ties(
     grounding=None,               # [m, k], needed by 'grounding'
 ) -> np.ndarray:                  # float32 [m, k], weight of each tie, zero where there is none
     "The ties one fusion mode draws between the graphs (NEURAL, sec. 2.3; 'grounding' is this companion's)."
-    if mode not in ("betweenness", "grounding", "none"): raise NeuralError(f"fusion must be 'betweenness', 'grounding' or 'none', got {mode!r}")
+    if mode not in ("betweenness", "grounding", "none"):
+        raise NeuralError(f"fusion must be 'betweenness', 'grounding' or 'none', got {mode!r}")
     shape = len(knowledge), len(visual)
     ties = np.zeros(shape, dtype=np.float32)
     if mode == "none" or not len(knowledge): return ties
@@ -282,7 +317,9 @@ def fusion_ties(
         degree = np.bincount(knowledge.edges[0], minlength=len(knowledge))
         ties[central_node(knowledge.edges, degree), central_node(visual.edges, visual.relevance)] = 1
         return ties
-    if grounding is None or tuple(np.shape(grounding)) != shape: raise NeuralError(f"grounding fusion needs [{shape[0]}, {shape[1]}] weights, concepts by retained patches; see concept_looks")
+    if grounding is None or tuple(np.shape(grounding)) != shape:
+        raise NeuralError(
+            f"grounding fusion needs [{shape[0]}, {shape[1]}] weights, concepts by retained patches; see concept_looks")
     return grounding_links(grounding)
 
 # %% ../nbs/api/18_graph.ipynb #f46437c0
@@ -321,7 +358,8 @@ def to_networkx(
     return g
 
 # %% ../nbs/api/18_graph.ipynb #928356d1
-INK = {"present": "#c2452d", "uncertain": "#b07d12", "absent": "#4a6fa5"}   # colour of each assertion, readable without colour by the words below
+# colour of each assertion, readable without colour by the words below
+INK = {"present": "#c2452d", "uncertain": "#b07d12", "absent": "#4a6fa5"}
 SAYS = {"present": "", "uncertain": "perhaps ", "absent": "no "}
 
 def node_places(
@@ -329,7 +367,8 @@ def node_places(
     vocabulary: tuple[str],         # concept names
     kinds: dict[str, str] | None,   # 'Anatomy' or 'Observation' of each concept name; None puts all in one column
 ) -> np.ndarray:                    # float64 [k + m, 2] in a frame where the film is the unit square, y down
-    "Where each node is drawn: patches in place, observations beside the film, anatomy beyond (this companion's choice)."
+    """Where each node is drawn: patches in place, observations beside the film, anatomy beyond (this companion's
+    choice)."""
     rows, cols = graph.visual.grid
     p = graph.visual.patches
     places = [((q % cols + 0.5) / cols, (q // cols + 0.5) / rows) for q in p.tolist()]
@@ -341,12 +380,16 @@ def node_places(
 def _draw_film(graph, places, image, ax):
     "The film, its grid edges, and the retained patches."
     rows, cols = graph.visual.grid
-    if image is not None: ax.imshow(np.asarray(image).squeeze(), cmap="gray", vmin=0, vmax=1, extent=(0, 1, 1, 0), zorder=0)
+    if image is not None:
+        ax.imshow(np.asarray(image).squeeze(), cmap="gray", vmin=0, vmax=1, extent=(0, 1, 1, 0), zorder=0)
     ax.add_patch(Rectangle((0, 0), 1, 1, fill=False, ec="#888888", lw=0.8))
     for a, b in graph.visual.edges.T: ax.plot(*places[[a, b]].T, color="#5ee0ff", lw=1.6, zorder=2)
     heat = graph.visual.relevance / max(graph.visual.relevance.max(), 1e-12)
     for (x, y), h in zip(places[:len(graph.visual)], heat):
-        ax.add_patch(Rectangle((x - .5 / cols, y - .5 / rows), 1 / cols, 1 / rows, fc="#5ee0ff", ec="#5ee0ff", alpha=0.25, lw=0.8, zorder=1))
+        ax.add_patch(
+            Rectangle((x - 0.5 / cols, y - 0.5 / rows), 1 / cols, 1 / rows, fc="#5ee0ff", ec="#5ee0ff", alpha=0.25,
+                      lw=0.8, zorder=1)
+        )
         ax.plot(x, y, "o", ms=3 + 3 * h, color="#0b6b82", mec="white", mew=0.7, zorder=4)
 
 # %% ../nbs/api/18_graph.ipynb #3ecebd94
@@ -358,13 +401,19 @@ def _draw_concepts(graph, places, vocabulary, ax):
     size = float(min(9, 0.5 * height / max(columns.max(initial=1), 1)))
     for (x, y), c, a in zip(places[k:], q.concepts, q.assertions):
         says = ASSERTIONS[a]
-        ax.text(x, y, SAYS[says] + vocabulary[c], color=INK[says], fontsize=size, ha="left", va="center", zorder=5, gid="concept",
-                bbox=dict(boxstyle="round,pad=0.15", fc="white", ec="none"))
+        ax.text(x, y, SAYS[says] + vocabulary[c], color=INK[says], fontsize=size, ha="left", va="center", zorder=5,
+                gid="concept", bbox=dict(boxstyle="round,pad=0.15", fc="white", ec="none"))
     for h, t, r in q.relations:
         (x0, y0), (x1, y1) = places[k + h], places[k + t]
         bend = 0.35 if x0 == x1 else 0.0
-        ax.annotate("", (x1 - .03, y1), (x0 - .03 if bend else x0 + .02, y0), zorder=1, arrowprops=dict(arrowstyle="-|>", color="#9aa4ab", lw=0.9,
-                    ls=("-", "--", ":")[r], connectionstyle=f"arc3,rad={bend}"))
+        ax.annotate(
+            "",
+            (x1 - 0.03, y1),
+            (x0 - 0.03 if bend else x0 + 0.02, y0),
+            zorder=1,
+            arrowprops=dict(
+                arrowstyle="-|>", color="#9aa4ab", lw=0.9, ls=("-", "--", ":")[r], connectionstyle=f"arc3,rad={bend}"),
+        )
 
 # %% ../nbs/api/18_graph.ipynb #b5feb7b3
 def show_graph(
@@ -381,6 +430,8 @@ def show_graph(
     ax.set_aspect("auto")
     _draw_film(graph, places, image, ax)
     _draw_concepts(graph, places, vocabulary, ax)
-    for c, p, w in graph.ties: ax.plot(*np.stack([places[p], places[k + c] - (0.03, 0)]).T, color="#e0a526", lw=0.6 + 2 * w, alpha=min(1, 0.2 + 1.6 * w), zorder=3)
+    for c, p, w in graph.ties:
+        ax.plot(*np.stack([places[p], places[k + c] - (0.03, 0)]).T, color="#e0a526", lw=0.6 + 2 * w,
+                alpha=min(1, 0.2 + 1.6 * w), zorder=3)
     ax.set_axis_off()
     return ax

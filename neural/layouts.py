@@ -50,6 +50,7 @@ def followed(
     seen.add(real)
     return True
 
+# %% ../nbs/api/01_layouts.ipynb #c735635fx1
 def walk(
     root: Path,         # an existing folder
     also: tuple=(),     # other folders that the user named: a link may lead there
@@ -62,7 +63,8 @@ def walk(
             for e in entries:
                 path = folder + e.name
                 if e.name.startswith('.'): continue
-                if e.is_dir(follow_symlinks=False) or (e.is_symlink() and followed(root, path, also, seen)): todo.append(path + '/')
+                if e.is_dir(follow_symlinks=False) or (e.is_symlink() and followed(root, path, also, seen)):
+                    todo.append(path + '/')
                 elif e.is_file(): found.append(path)
     return sorted(found)
 
@@ -83,7 +85,9 @@ class Stems:
             if rank is None: continue
             stem = key(base) if key else base.rpartition('/')[2]
             old = self.found.get(stem)
-            if old is None or rank < old[0]: self.found[stem] = (rank, path); self.twice.pop(stem, None)
+            if old is None or rank < old[0]:
+                self.found[stem] = (rank, path)
+                self.twice.pop(stem, None)
             elif rank == old[0]: self.twice[stem] = path
 
 # %% ../nbs/api/01_layouts.ipynb #f83dfce3
@@ -141,7 +145,8 @@ def locate(
     "A file named by the user: under the root if it is there, else where the path says."
     for p in (root/path, Path(path)):
         if p.is_file(): return p
-    raise NeuralError(f'{Path(path).name or repr(str(path))}: no such file, neither under the root nor here; check the path')
+    raise NeuralError(
+        f'{Path(path).name or repr(str(path))}: no such file, neither under the root nor here; check the path')
 
 # %% ../nbs/api/01_layouts.ipynb #31d612e2
 @patch
@@ -152,13 +157,16 @@ def table(self: Source,
 ) -> Path|None:           # where it is; a plain .csv goes before its .gz
     "The one table of this name, under the root or the image root."
     for base, listing in ((self.root, self.files), (self.image_root, self.pictures)):
-        hits = [f for f in listing if f.endswith(('.csv', '.gz', '.json')) and re.fullmatch(pattern, f.rpartition('/')[2])]
+        hits = [
+            f for f in listing if f.endswith(('.csv', '.gz', '.json')) and re.fullmatch(pattern, f.rpartition('/')[2])]
         hits = [f for f in hits if not made_here(base/f)]
         hits = sorted({f.removesuffix('.gz'): f for f in sorted(hits, reverse=True)}.values())
         if len(hits) > 1: hits = [f for f in hits if home and home in f] or hits
-        if len(hits) > 1: raise NeuralError(f'{hits[0]!r} and {hits[1]!r}: two tables of one kind; keep one under the root')
+        if len(hits) > 1:
+            raise NeuralError(f'{hits[0]!r} and {hits[1]!r}: two tables of one kind; keep one under the root')
         if hits: return base/hits[0]
-    if needed: raise NeuralError(f'no file named like {pattern!r} under the root; see the dataset card in data_manifests/')
+    if needed:
+        raise NeuralError(f'no file named like {pattern!r} under the root; see the dataset card in data_manifests/')
 
 # %% ../nbs/api/01_layouts.ipynb #lffun
 def list_films(
@@ -171,7 +179,8 @@ def list_films(
     gone = [k for k in names if k not in pictures.found]
     if pictures.twice:
         for k in names:
-            if k in pictures.twice: src.exclusions.add(study, 'radiograph lies twice on disk', PurePosixPath(k).name, 'radiograph')
+            if k in pictures.twice:
+                src.exclusions.add(study, 'radiograph lies twice on disk', PurePosixPath(k).name, 'radiograph')
     if gone and len(gone) < len(names):
         for k in gone: src.exclusions.add(study, 'radiograph not on disk', PurePosixPath(k).name, 'radiograph')
 
@@ -207,11 +216,13 @@ def bare(
     m = re.fullmatch(r'\s*(?:cxr|[ps])?0*(\d+)(?:\.0*)?\s*', text, re.I)
     return m[1] if m else text.strip()
 
+# %% ../nbs/api/01_layouts.ipynb #idsfunx1
 def match_ids(
     wanted: Iterable[str],   # ids on one side, each once
     there: Iterable[str],    # ids on the other
 ) -> dict:                   # wanted -> there, where they agree
-    "Which ids of two sides mean the same: the equal ones first, then those whose number is the same and unique on both sides."
+    """Which ids of two sides mean the same: the equal ones first, then those whose number is the same and unique on
+    both sides."""
     wanted, there = list(wanted), dict.fromkeys(there)
     pairs = {w: w for w in wanted if w in there}
     if len(pairs) in (len(wanted), len(there)): return pairs
@@ -234,8 +245,9 @@ def refuse_apart(
     if 2*len(pairs) >= min(len(a), len(b)) > 0: return
     matched = set(pairs.values())
     some = lambda ids, gone: ', '.join(repr(i) for i in sorted(i for i in ids if i not in gone)[:3]) or 'none'
-    raise NeuralError(f'{len(pairs)} of {len(a)} {one} agree with the {len(b)} {other}: on the one side {some(a, pairs)}, '
-                      f'on the other {some(b, matched)}; make the ids alike, or name the file or folder that belongs to these')
+    raise NeuralError(
+        f'{len(pairs)} of {len(a)} {one} agree with the {len(b)} {other}: on the one side {some(a, pairs)}, '
+        f'on the other {some(b, matched)}; make the ids alike, or name the file or folder that belongs to these')
 
 # %% ../nbs/api/01_layouts.ipynb #ecbca60c
 def join(
@@ -244,7 +256,8 @@ def join(
     "Joins what several rows say of one study: a blank yields to a value, two different values leave the label unknown."
     if len(rows) == 1: return rows[0], []
     values = {k: {r[k] for r in rows} - {None} for k in rows[0]}
-    return {k: v.pop() if len(v) == 1 else None for k, v in values.items()}, [k for k, v in values.items() if len(v) > 1]
+    return {k: v.pop() if len(v) == 1 else None for k, v in values.items()}, [
+        k for k, v in values.items() if len(v) > 1]
 
 # %% ../nbs/api/01_layouts.ipynb #85d4b3ad
 TORN = 'rows contradict each other: label unknown'
@@ -263,7 +276,8 @@ def read_labels(
         labels, study = blank_labels(extra), key(row)
         labels |= {label: label_value(row[c], f'{name} line {n}: {label}') for c, label in columns[header].items()}
         if out.setdefault(study, labels) is not labels: again.setdefault(study, [out[study]]).append(labels)
-    if out and not any(columns.values()): raise NeuralError(f'{name}: has no label column; it needs at least one of {", ".join(LABELS)}')
+    if out and not any(columns.values()):
+        raise NeuralError(f'{name}: has no label column; it needs at least one of {", ".join(LABELS)}')
     for study, rows in again.items():
         out[study], torn = join(rows)
         if torn and exclusions is not None: exclusions.add(study, TORN, ', '.join(torn), 'label')
@@ -279,7 +293,8 @@ def json_rows(
             try: row = json.loads(line) if line.strip() else {}
             except (json.JSONDecodeError, RecursionError) as e:
                 raise NeuralError(f'{path.name} line {n}: not JSON; the file holds one object a line') from e
-            if not isinstance(row, dict): raise NeuralError(f'{path.name} line {n}: not a JSON object; the file holds one object a line')
+            if not isinstance(row, dict):
+                raise NeuralError(f'{path.name} line {n}: not a JSON object; the file holds one object a line')
             if row: yield row
 
 # %% ../nbs/api/01_layouts.ipynb #064a898a
@@ -301,7 +316,8 @@ def named_labels(
     path = path or src.labels
     if path is None: return None
     src.label_source = path.name
-    return read_labels(path, lambda row: str(cell(row, 'study_id', path.name)).strip(), src.extra_labels, src.exclusions)
+    return read_labels(
+        path, lambda row: str(cell(row, 'study_id', path.name)).strip(), src.extra_labels, src.exclusions)
 
 # %% ../nbs/api/01_layouts.ipynb #jlfun
 def labels_by_study(
@@ -363,8 +379,9 @@ def mimic_split(
     for n, row in enumerate(read_table(path, ('dicom_id', 'study_id', 'subject_id', 'split')), 2):
         study, patient, split = mimic_id(row['study_id']), mimic_id(row['subject_id']), row['split'].strip()
         if patients.setdefault(patient, split) != split:
-            raise NeuralError(f'{path.name} line {n}: the patient of study {study} is in two splits, {patients[patient]} and '
-                              f'{split}; fetch the file again')
+            raise NeuralError(
+                f'{path.name} line {n}: the patient of study {study} is in two splits, {patients[patient]} and '
+                f'{split}; fetch the file again')
         old = studies.setdefault(study, (patient, split, []))
         if old[0] != patient: mixed[study] = f'{path.name} line {n}'
         old[2].append(row['dicom_id'].strip())
@@ -403,13 +420,15 @@ def mimic_truth(
     "The pixel truth of a phantom cohort: `truth/masks/<study_id>__<Finding>.png`."
     masks = {}
     for p in src.files:
-        if p.startswith('truth/masks/') and '__' in p: masks.setdefault(p.rpartition('/')[2].partition('__')[0].removeprefix('s'), []).append(p)
+        if p.startswith('truth/masks/') and '__' in p:
+            masks.setdefault(p.rpartition('/')[2].partition('__')[0].removeprefix('s'), []).append(p)
     return masks
 
 # %% ../nbs/api/01_layouts.ipynb #mjfun
-NO_REPORTS = ('MIMIC-CXR: no report (s<study>.txt) under the root; they come apart, in mimic-cxr-reports.zip: unpack it '
-              'and name its folder first, `neural index mimic-cxr REPORTS --images FILMS`, or keep the films without '
-              'words by --allow-no-report')
+NO_REPORTS = (
+    'MIMIC-CXR: no report (s<study>.txt) under the root; they come apart, in mimic-cxr-reports.zip: unpack it '
+    'and name its folder first, `neural index mimic-cxr REPORTS --images FILMS`, or keep the films without '
+    'words by --allow-no-report')
 
 def mimic_agrees(
     src: Source,         # told what the split file lacks
@@ -486,7 +505,8 @@ def index_mimic(
         if boxes: views = [replace(v, boxes=boxes.get(PurePosixPath(v.image).stem, ())) for v in views]
         mimic_oddities(src, study, dicoms, position, pictures)
         if views and not any(v.view == 'frontal' for v in views) and any(not v.view for v in views):
-            src.exclusions.add(study, 'no known frontal', 'ViewPosition is blank or neither PA nor AP'); continue
+            src.exclusions.add(study, 'no known frontal', 'ViewPosition is blank or neither PA nor AP')
+            continue
         if views: views[0] = replace(views[0], masks=tuple(masks.get(study, ())))
         report, known = mimic_report(src, study, reports), labels.get(study)
         yield Study(study, patient, split, tuple(views), report, known or blank_labels(src.extra_labels))
@@ -514,7 +534,8 @@ def chexpert_split(
     salt: str,         # of the hash
 ) -> str:              # 'train', 'validate' or 'test'
     "The official `valid` is our test; a tenth of the train patients validate (this companion's choice)."
-    if official not in ('train', 'valid'): raise NeuralError(f'CheXpert Plus: split {official!r} is not known; it has train and valid')
+    if official not in ('train', 'valid'):
+        raise NeuralError(f'CheXpert Plus: split {official!r} is not known; it has train and valid')
     return 'test' if official == 'valid' else split_of(patient, (0.9, 0.1, 0.), salt)
 
 # %% ../nbs/api/01_layouts.ipynb #f35f94bb
@@ -528,6 +549,7 @@ def chexpert_label_key(
     try: return chexpert_study(str(path)) if path else str(row.get('study_id') or '').strip()
     except NeuralError: return str(path)
 
+# %% ../nbs/api/01_layouts.ipynb #f35f94bbx1
 def chexpert_labels(
     src: Source,  # with a labels file
 ) -> dict:        # study id -> labels
@@ -536,7 +558,8 @@ def chexpert_labels(
     ours = (src.table(rf'{n}_fixed\.json', needed=False, home='chexbert') for n in names)
     path = src.labels or next(filter(None, ours), None)
     if path is None:
-        raise NeuralError('CheXpert Plus: no chexbert_labels/impression_fixed.json under the root; fetch it, or name a labels file')
+        raise NeuralError(
+            'CheXpert Plus: no chexbert_labels/impression_fixed.json under the root; fetch it, or name a labels file')
     src.label_source = path.name
     return read_labels(path, chexpert_label_key, src.extra_labels, src.exclusions)
 
@@ -565,16 +588,23 @@ def chexpert_rows(
     for n, row in enumerate(read_table(table, ('path_to_image', 'deid_patient_id', 'frontal_lateral', 'split')), 2):
         path, patient, official = row['path_to_image'], row['deid_patient_id'].strip(), row['split'].strip().lower()
         try: study, key = chexpert_study(path), chexpert_key(path)
-        except NeuralError: src.exclusions.add(f'row {n}', 'path is not split/patient/study/view', name); continue
-        if not patient: src.exclusions.add(study, 'no patient id', f'{name} row {n}'); continue
+        except NeuralError:
+            src.exclusions.add(f'row {n}', 'path is not split/patient/study/view', name)
+            continue
+        if not patient:
+            src.exclusions.add(study, 'no patient id', f'{name} row {n}')
+            continue
         if patients.setdefault(patient, official) != official:
             raise NeuralError(f'{name} row {n}: the patient of {path!r} is in two splits; fetch the file again')
-        new = dict(patient=patient, split=chexpert_split(official, patient, src.salt), report='', keys={}, texts=set(), front=False)
+        new = dict(patient=patient, split=chexpert_split(official, patient, src.salt), report='', keys={}, texts=set(),
+                   front=False)
         s = studies.setdefault(study, new)
         if s['patient'] != patient: mixed[study] = f'{name} row {n}'
         elif key in s['keys']: src.notes['rows repeated'] += 1
         else: chexpert_row(s, row, key)
-    for study, where in mixed.items(): del studies[study]; src.exclusions.add(study, 'one study, two patients', where)
+    for study, where in mixed.items():
+        del studies[study]
+        src.exclusions.add(study, 'one study, two patients', where)
     return studies
 
 # %% ../nbs/api/01_layouts.ipynb #plusagree
@@ -589,7 +619,8 @@ def chexpert_agrees(
         raise NeuralError('CheXpert Plus: no film (.png, .dcm) under the root; name their folder with --images')
     refuse_apart('films of the table', films, 'films on disk', pictures.found)
     for k in sorted(pictures.found.keys() - films):
-        parts = k.split('/'); study = '_'.join(parts[1:3])
+        parts = k.split('/')
+        study = '_'.join(parts[1:3])
         if study in studies: src.exclusions.add(study, 'radiograph not in the table', parts[-1], 'radiograph')
         elif len(parts) == 4 and parts[2].startswith('study'): lost.add(study)
         else: src.notes['images on disk that the table lacks'] += 1
@@ -602,7 +633,8 @@ def index_chexpert(
     "The studies of CheXpert Plus, the second cohort of NEURAL."
     table = src.table(r'df_chexpert_plus_\d+\.csv')
     if not table.is_relative_to(src.root):
-        raise NeuralError(f'{table.name}: holds the reports and must lie under the root; move it there, or name its folder first')
+        raise NeuralError(
+            f'{table.name}: holds the reports and must lie under the root; move it there, or name its folder first')
     name, labels = table.relative_to(src.root).as_posix(), chexpert_labels(src)
     pictures, studies = Stems(src.pictures, key=chexpert_key), chexpert_rows(src, table)
     chexpert_agrees(src, studies, pictures)
@@ -622,13 +654,15 @@ def openi_views(
     "Guesses the view of Open-i images from their ids, and says unknown where that is a coin toss."
     tails = [re.sub(r'^CXR\d+_IM-\d+-', '', i) for i in ids]
     if '4004' in tails: return ['frontal' if t == '4004' else '' if len(ids) > 2 else 'lateral' for t in tails]
-    if len(ids) == 1: return [{'1001': 'frontal', '2001': 'lateral', '3001': 'lateral', '1002': 'lateral'}.get(tails[0], '')]
+    if len(ids) == 1:
+        return [{'1001': 'frontal', '2001': 'lateral', '3001': 'lateral', '1002': 'lateral'}.get(tails[0], '')]
     if not ids or tails[0] in ('2001', '3001', '0001-0001', '1001-0001'): return [''] * len(ids)
     return ['frontal', *(['lateral'] if len(ids) == 2 else [''] * (len(ids) - 1))]
 
 # %% ../nbs/api/01_layouts.ipynb #b1a9712c
 def openi_id(
-    stem: str,   # of an image file or of the XML, such as 'CXR1_IM-0001-4001', 'CXR1_1_IM-0001-4001' or '1_IM-0001-4001.dcm'
+    # of an image file or of the XML, such as 'CXR1_IM-0001-4001', 'CXR1_1_IM-0001-4001' or '1_IM-0001-4001.dcm'
+    stem: str,
 ) -> str:        # 'CXR1_IM-0001-4001'
     "The image id that a name stands for."
     name = re.sub(r'(\.(dcm|png|jpe?g))+$', '', stem.rpartition('/')[2].strip(), flags=re.I)
@@ -637,23 +671,30 @@ def openi_id(
 
 # %% ../nbs/api/01_layouts.ipynb #0d16c57e
 MESH = {  # label -> (headings that say it, headings that leave it unknown); 'Heading/qualifier' needs both
- 'No Finding': (('normal',), ()),
- 'Enlarged Cardiomediastinum': (('Mediastinum/enlarged', 'Mediastinum/prominent'), ('Cardiac Shadow/enlarged',)),
- 'Cardiomegaly': (('Cardiomegaly', 'Cardiac Shadow/enlarged'), ('Cardiac Shadow/borderline', 'Cardiac Shadow/obscured', 'Heart/obscured')),
- 'Lung Opacity': (('Opacity/lung', 'Density/lung', 'Airspace Disease', 'Infiltrate'),
-                  ('Opacity', 'Density', 'Cicatrix/lung', 'Markings/interstitial', 'Lung Diseases, Interstitial', 'Pulmonary Fibrosis')),
- 'Lung Lesion': (('Nodule/lung', 'Mass/lung', 'Cavitation/lung'), ('Nodule', 'Mass', 'Granuloma', 'Calcified Granuloma', 'Density/round', 'Cysts')),
- 'Edema': (('Pulmonary Edema',), ('Pulmonary Congestion', 'Heart Failure')),
- 'Consolidation': (('Consolidation',), ('Airspace Disease', 'Infiltrate')),
- 'Pneumonia': (('Pneumonia',), ('Airspace Disease', 'Infiltrate', 'Consolidation', 'Opacity')),
- 'Atelectasis': (('Pulmonary Atelectasis',), ('Volume Loss',)),
- 'Pneumothorax': (('Pneumothorax', 'Hydropneumothorax', 'Hemopneumothorax'), ()),
- 'Pleural Effusion': (('Pleural Effusion', 'Hydropneumothorax', 'Hemothorax', 'Hemopneumothorax'), ('Costophrenic Angle/blunted', 'Sulcus/blunted')),
- 'Pleural Other': (('Thickening/pleura', 'Fibrosis/pleura', 'Calcinosis/pleura', 'Cicatrix/pleura'), ('Costophrenic Angle/blunted',)),
- 'Fracture': (('Fractures, Bone',), ('Deformity',)),
- 'Support Devices': (('Implanted Medical Device', 'Medical Device', 'Catheters, Indwelling', 'Tube, Inserted'),
-                     ('Surgical Instruments', 'Stents', 'Spinal Fusion', 'Foreign Bodies', 'Sutures')),
- 'airspace_mesh': (('Pneumonia', 'Airspace Disease', 'Infiltrate', 'Consolidation'), ()),
+    'No Finding': (('normal',), ()),
+    'Enlarged Cardiomediastinum': (('Mediastinum/enlarged', 'Mediastinum/prominent'), ('Cardiac Shadow/enlarged',)),
+    'Cardiomegaly': (('Cardiomegaly', 'Cardiac Shadow/enlarged'),
+                     ('Cardiac Shadow/borderline', 'Cardiac Shadow/obscured', 'Heart/obscured')),
+    'Lung Opacity': (
+        ('Opacity/lung', 'Density/lung', 'Airspace Disease', 'Infiltrate'),
+        ('Opacity', 'Density', 'Cicatrix/lung', 'Markings/interstitial', 'Lung Diseases, Interstitial',
+         'Pulmonary Fibrosis'),
+    ),
+    'Lung Lesion': (('Nodule/lung', 'Mass/lung', 'Cavitation/lung'),
+                    ('Nodule', 'Mass', 'Granuloma', 'Calcified Granuloma', 'Density/round', 'Cysts')),
+    'Edema': (('Pulmonary Edema',), ('Pulmonary Congestion', 'Heart Failure')),
+    'Consolidation': (('Consolidation',), ('Airspace Disease', 'Infiltrate')),
+    'Pneumonia': (('Pneumonia',), ('Airspace Disease', 'Infiltrate', 'Consolidation', 'Opacity')),
+    'Atelectasis': (('Pulmonary Atelectasis',), ('Volume Loss',)),
+    'Pneumothorax': (('Pneumothorax', 'Hydropneumothorax', 'Hemopneumothorax'), ()),
+    'Pleural Effusion': (('Pleural Effusion', 'Hydropneumothorax', 'Hemothorax', 'Hemopneumothorax'),
+                         ('Costophrenic Angle/blunted', 'Sulcus/blunted')),
+    'Pleural Other': (('Thickening/pleura', 'Fibrosis/pleura', 'Calcinosis/pleura', 'Cicatrix/pleura'),
+                      ('Costophrenic Angle/blunted',)),
+    'Fracture': (('Fractures, Bone',), ('Deformity',)),
+    'Support Devices': (('Implanted Medical Device', 'Medical Device', 'Catheters, Indwelling', 'Tube, Inserted'),
+                        ('Surgical Instruments', 'Stents', 'Spinal Fusion', 'Foreign Bodies', 'Sutures')),
+    'airspace_mesh': (('Pneumonia', 'Airspace Disease', 'Infiltrate', 'Consolidation'), ()),
 }
 MESH_PARENTS = {'Lung Opacity': ('Lung Lesion', 'Edema', 'Consolidation', 'Pneumonia', 'Atelectasis'),
                 'Consolidation': ('Pneumonia',), 'Enlarged Cardiomediastinum': ('Cardiomegaly',)}
@@ -679,7 +720,8 @@ def mesh_labels(
     if not [t for t in terms if t[0] not in MESH_UNCODED]: return labels
     for label in labels:
         says, leaves = MESH.get(label, ((label,), ()))
-        labels[label] = 1. if any(coded(h, terms) for h in says) else None if any(coded(h, terms) for h in leaves) else 0.
+        labels[label] = (
+            1.0 if any(coded(h, terms) for h in says) else None if any(coded(h, terms) for h in leaves) else 0.0)
     for parent, children in MESH_PARENTS.items():
         if labels[parent] == 0 and any(labels[c] == 1 for c in children): labels[parent] = None
     return labels
@@ -690,13 +732,15 @@ def openi_documents(
 ) -> Iterator[tuple]:       # (report reference, bytes)
     "The XML reports of Open-i: loose files, or the members of `*report*.tgz` / `*xml*.tgz`."
     loose = [f for f in src.files if f.lower().endswith('.xml')]
-    tars = [f for f in src.files if src.files == [f] or re.fullmatch(r'.*(report|xml|ecgen).*\.(tgz|tar\.gz)', f.rpartition('/')[2], re.I)]
+    tars = [f for f in src.files
+            if src.files == [f] or re.fullmatch(r'.*(report|xml|ecgen).*\.(tgz|tar\.gz)', f.rpartition('/')[2], re.I)]
     for f in loose:
         with readable(f): data = (src.root/f).read_bytes() if (src.root/f).stat().st_size <= MAX_REPORT else b''
         yield f, data
     for f in tars if not loose else ():
         for name, data in tar_xml(src.root/f): yield f'{f}#{name}', data
-    if not loose and not tars: raise NeuralError('Open-i: no XML report under the root, nor a .tgz of them; fetch NLMCXR_reports.tgz')
+    if not loose and not tars:
+        raise NeuralError('Open-i: no XML report under the root, nor a .tgz of them; fetch NLMCXR_reports.tgz')
 
 # %% ../nbs/api/01_layouts.ipynb #f5111fbf
 def read_views(
@@ -706,7 +750,8 @@ def read_views(
     out, torn = {}, set()
     for row in read_table(path):
         image, view = row.get('image') or row.get('filename'), row.get('view', row.get('projection'))
-        if image is None or view is None: raise NeuralError(f'{path.name}: needs the columns image and view, or filename and projection')
+        if image is None or view is None:
+            raise NeuralError(f'{path.name}: needs the columns image and view, or filename and projection')
         name = openi_id(image)
         if out.setdefault(name, view_of(view)) != view_of(view): torn.add(name)
     return out | dict.fromkeys(torn, '')
@@ -720,8 +765,11 @@ def openi_reports(
     for ref, data in openi_documents(src):
         name = PurePosixPath(ref.rpartition('#')[2]).stem
         try: root = read_xml(data, ref)
-        except NeuralError as e: src.exclusions.add(name, 'unreadable report', str(e)); continue
-        uid = root.find('.//uId'); study = ('' if uid is None else uid.get('id', '').strip()) or name
+        except NeuralError as e:
+            src.exclusions.add(name, 'unreadable report', str(e))
+            continue
+        uid = root.find('.//uId')
+        study = ('' if uid is None else uid.get('id', '').strip()) or name
         if study in found:
             if digests[study] == hash(data): src.notes['reports repeated'] += 1
             else: torn[study] = ref
@@ -729,7 +777,9 @@ def openi_reports(
         ids, digests[study] = [openi_id(e.get('id', '')) for e in root.iter('parentImage')], hash(data)
         majors = [e.text or '' for e in root.iter('major')]
         found[study] = (ref if xml_sections(root) else '', list(dict.fromkeys(ids)), majors)
-    for study, ref in torn.items(): del found[study]; src.exclusions.add(study, 'one id, two reports', ref)
+    for study, ref in torn.items():
+        del found[study]
+        src.exclusions.add(study, 'one id, two reports', ref)
     drop_claimed({s: ids for s, (_, ids, _) in found.items()}, src.exclusions)
     return found
 
@@ -773,7 +823,8 @@ def nih_labels(
     "The labels of an NIH list of findings."
     words = [' '.join(w.lower().replace('_', ' ').split()) for w in findings.split('|') if w.strip()]
     odd = next((w for w in words if w not in NIH), None)
-    if odd: raise NeuralError(f'{where}: finding {odd!r} is none of ChestX-ray14; use label columns instead'.lstrip(': '))
+    if odd:
+        raise NeuralError(f'{where}: finding {odd!r} is none of ChestX-ray14; use label columns instead'.lstrip(': '))
     labels, named = blank_labels(extra), {NIH[w] for w in words}
     if words: labels |= {label: float(label in named) for label in NIH.values() if label}
     for parent, children in MESH_PARENTS.items():                        # an edema is an opacity
@@ -819,7 +870,8 @@ def folder_rows(
         names = names or check_columns([ours(c) for c in row], need, table.name)
         yield dict(zip(names, row.values()))
     if names is None:
-        raise NeuralError(f'{table.name}: holds no row; it needs one per radiograph, under image, report_text and patient_id')
+        raise NeuralError(
+            f'{table.name}: holds no row; it needs one per radiograph, under image, report_text and patient_id')
 
 # %% ../nbs/api/01_layouts.ipynb #e16a6218
 def plain_path(
@@ -858,11 +910,14 @@ def folder_views(
     where: str,    # for messages
 ) -> tuple:        # one View, or none if the image is not on disk
     "The radiograph of a folder row."
-    image = plain_path(row['image'], where); file = films.find(image)
+    image = plain_path(row['image'], where)
+    file = films.find(image)
     if not file: return ()
     masks = [plain_path(p, where) for p in (row.get('masks') or '').split(';') if p.strip()]
     src.notes['masks listed but not on disk'] += sum(p not in films.files for p in masks)
-    return (View(file, view_of(row.get('view', '')), '', tuple(p for p in masks if p in films.files), boxes.get(image, ())),)
+    return (
+        View(file, view_of(row.get('view', '')), '', tuple(p for p in masks if p in films.files), boxes.get(image, ())),
+    )
 
 # %% ../nbs/api/01_layouts.ipynb #584fe490
 def nih_lists(
@@ -887,12 +942,15 @@ def folder_split(
     patient = row['patient_id'].strip()
     if 'split' not in row and lists:
         if row['image'] not in lists:
-            raise NeuralError(f'{where}: image {row["image"]!r} is in neither list beside the table; remove the lists, or add a '
-                              'column split')
+            raise NeuralError(
+                f'{where}: image {row["image"]!r} is in neither list beside the table; remove the lists, or add a '
+                'column split')
         return 'test' if lists[row['image']] == 'test' else split_of(patient, (0.875, 0.125, 0.), src.salt)
     if 'split' not in row: return split_of(patient, src.fractions, src.salt)
-    name = {'val': 'validate', 'valid': 'validate', 'validation': 'validate'}.get(row['split'].strip().lower(), row['split'].strip().lower())
-    if name not in SPLITS: raise NeuralError(f'{where}: split {row["split"]!r} is not known; use one of {", ".join(SPLITS)}')
+    name = {'val': 'validate', 'valid': 'validate', 'validation': 'validate'}.get(
+        row['split'].strip().lower(), row['split'].strip().lower())
+    if name not in SPLITS:
+        raise NeuralError(f'{where}: split {row["split"]!r} is not known; use one of {", ".join(SPLITS)}')
     return name
 
 # %% ../nbs/api/01_layouts.ipynb #2193a032
@@ -920,14 +978,17 @@ def folder_row(
     text, view = row_text(row) if 'report_text' in row else '', row.get('view', '').strip()
     src.notes['views that are no word for frontal or lateral: unknown'] += bool(view) and not view_of(view)
     labels = folder_labels(row, columns, where, src.extra_labels)
-    return FolderRow(where, row['patient_id'], folder_split(row, src, where, lists), row['image'], find(row), hash(text) if text else 0, labels)
+    return FolderRow(where, row['patient_id'], folder_split(row, src, where, lists), row['image'], find(row),
+                     hash(text) if text else 0, labels)
 
+# %% ../nbs/api/01_layouts.ipynb #readfolderx1
 def read_folder(
     src: Source,     # told what is left out
     table: Path,     # the CSV
 ) -> dict:           # study id -> its rows
     "The rows of a folder's table, by study."
-    studies, splits, odd, columns, boxes = {}, {}, [], None, read_box_table(src.root/'boxes.csv' if 'boxes.csv' in src.files else None, 'image')
+    studies, splits, odd, columns, boxes = (
+        {}, {}, [], None, read_box_table(src.root / 'boxes.csv' if 'boxes.csv' in src.files else None, 'image'))
     boxes, films, lists = {PurePosixPath(k).as_posix(): v for k, v in boxes.items()}, Films(src), nih_lists(src)
     for n, row in enumerate(folder_rows(table, src.need_report), 2):
         where, columns = f'{table.name} row {n}', label_columns(row, src.extra_labels) if columns is None else columns
@@ -937,10 +998,14 @@ def read_folder(
         if image and row['patient_id']:
             r = folder_row(row, src, where, lambda row: folder_views(row, src, films, boxes, where), columns, lists)
             if splits.setdefault(r.patient, r.split) != r.split:
-                raise NeuralError(f'{where}: study {study}: its patient is in two splits, {splits[r.patient]} and {r.split}; give a patient one split')
+                raise NeuralError(
+                    f'{where}: study {study}: its patient is in two splits, {splits[r.patient]} and {r.split}; give a'
+                    ' patient one split')
             studies.setdefault(study, []).append(r)
-        else: odd.append((study, 'no patient id' if image else 'no image named', where))
-    for study, reason, where in odd: src.exclusions.add(study, reason, where, 'radiograph' if study in studies else 'study')
+        else:
+            odd.append((study, 'no patient id' if image else 'no image named', where))
+    for study, reason, where in odd:
+        src.exclusions.add(study, reason, where, 'radiograph' if study in studies else 'study')
     named = {PurePosixPath(r.image.strip()).as_posix() for rows in studies.values() for r in rows}
     src.notes['boxes of no radiograph'] += len(boxes.keys() - named)
     if 'study_id' not in row: drop_melted(src, studies)
@@ -981,7 +1046,8 @@ def index_folder(
     src: Source,         # a folder with its own CSV
 ) -> Iterator[Study]:    # candidates; views may be empty
     "The studies of a folder described by one CSV."
-    table = folder_table(src); src.label_source = f'columns of {table.name}'
+    table = folder_table(src)
+    src.label_source = f'columns of {table.name}'
     if '#' in table.name: raise NeuralError(f"{table.name}: a '#' in its name is read as the mark of a row; rename it")
     given, studies = named_labels(src), read_folder(src, table)
     films = {}
@@ -996,7 +1062,8 @@ def index_folder(
     for study, rows in studies.items():
         mixed = len({r.patient for r in rows}) > 1
         if mixed or study in claimed:
-            src.exclusions.add(study, 'one study, two patients' if mixed else 'radiograph claimed by two studies', rows[-1].where)
+            src.exclusions.add(
+                study, 'one study, two patients' if mixed else 'radiograph claimed by two studies', rows[-1].where)
             continue
         s = folder_study(src, study, rows, table.name)
         yield s if given is None else replace(s, labels=given.get(study) or blank_labels(src.extra_labels))
@@ -1024,6 +1091,7 @@ def file_hash(
         while n := f.readinto(buffer): digest.update(buffer[:n])
     return digest.hexdigest()
 
+# %% ../nbs/api/01_layouts.ipynb #9fd30d6fx1
 def file_hashes(
     root: Path,            # folder that bounds the paths
     paths: list[str],      # relative paths
@@ -1040,9 +1108,12 @@ def file_hashes(
         return out
     parts = [paths[i:i + 64] for i in range(0, len(paths), 64)]
     with ThreadPoolExecutor(workers or 4*(os.cpu_count() or 1)) as pool:
-        bar = tqdm(total=len(paths), desc='checksums', unit=' films', disable=not (progress and sys.stderr.isatty()), leave=False)
+        bar = tqdm(total=len(paths), desc='checksums', unit=' films', disable=not (progress and sys.stderr.isatty()),
+                   leave=False)
         try: return [h for done in pool.map(some, parts) for h in done if bar.update() or True]
-        finally: pool.shutdown(cancel_futures=True); bar.close()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            bar.close()
 
 # %% ../nbs/api/01_layouts.ipynb #a432205b
 def hashed(
@@ -1068,9 +1139,10 @@ def resting_collector():
     finally: before and gc.enable()
 
 # %% ../nbs/api/01_layouts.ipynb #nofun
-WHAT_TO_DO = {'missing report': 'name the folder of the reports first, or keep films without words by --allow-no-report',
-              'missing image': 'name the folder of the films with --images', 'only laterals': 'check the views',
-              'radiograph lies twice on disk': 'name one folder of films with --images'}
+WHAT_TO_DO = {
+    'missing report': 'name the folder of the reports first, or keep films without words by --allow-no-report',
+    'missing image': 'name the folder of the films with --images', 'only laterals': 'check the views',
+    'radiograph lies twice on disk': 'name one folder of films with --images'}
 
 def nothing_found(
     src: Source,   # after its layout
@@ -1149,7 +1221,8 @@ def write_index(
     files = index_files(out, inputs)
     with tempfile.TemporaryDirectory() as draft:
         drafts = [Path(draft)/f.name for f in files]
-        exclusions.save(drafts[2]); listed = dict(exclusions_sha256=digest_of(drafts[2]))
+        exclusions.save(drafts[2])
+        listed = dict(exclusions_sha256=digest_of(drafts[2]))
         there = [f for f in files if os.path.lexists(f)]
         if there: manifest.save(drafts[0], **listed)
         new = [digest_of(d) for d in drafts] if there else []              # of a run that was stopped between two files
@@ -1157,9 +1230,11 @@ def write_index(
     side = read_side(files[0])
     for n, known in ((0, side.get('sha256')), (2, side.get('exclusions_sha256'))):
         if (f := files[n]) in there and not force and digest_of(f) not in (known, new[n]):
-            raise NeuralError(f'{f}: is there already, and not as an index of this name wrote it; name another file to write, '
-                              'or replace it with --force')
+            raise NeuralError(
+                f'{f}: is there already, and not as an index of this name wrote it; name another file to write, '
+                'or replace it with --force')
     make_folder(files[0].parent)
-    exclusions.save(files[2]); manifest.save(files[0], **listed)
+    exclusions.save(files[2])
+    manifest.save(files[0], **listed)
     studies = side.get('counts', {}).get('studies', 'some')
     return f'a manifest of {studies} studies of {Path(side.get("root", "")).name}' if there else ''

@@ -102,11 +102,15 @@ def deposit(
     v: np.ndarray,  # what each point carries
 ) -> np.ndarray:  # float32 (S, S)
     "Add points to a film, each shared among four pixels; what lies off the film is dropped."
-    ok = (px > 0) & (py > 0) & (px < size - 1) & (py < size - 1); px, py, v = px[ok], py[ok], v[ok]
-    ix, iy = px.astype(np.int32), py.astype(np.int32); fx, fy = px - ix, py - iy; at = iy * size + ix
+    ok = (px > 0) & (py > 0) & (px < size - 1) & (py < size - 1)
+    px, py, v = px[ok], py[ok], v[ok]
+    ix, iy = px.astype(np.int32), py.astype(np.int32)
+    fx, fy = px - ix, py - iy
+    at = iy * size + ix
     a, b = v * (1 - fy), v * fy
     where = np.concatenate([at, at + 1, at + size, at + size + 1])
-    return np.bincount(where, np.concatenate([a * (1 - fx), a * fx, b * (1 - fx), b * fx]), size * size).astype(F32).reshape(size, size)
+    return (np.bincount(where, np.concatenate([a * (1 - fx), a * fx, b * (1 - fx), b * fx]), size * size) .astype(F32)
+            .reshape(size, size))
 
 # %% ../nbs/api/06_phantom.ipynb #7a11d705
 def rod(
@@ -115,8 +119,10 @@ def rod(
     step: float,  # spacing of samples, pixels
 ) -> tuple[np.ndarray, np.ndarray]:  # positions across the rod in (-1, 1), and the thickness carried at each
     "Cross-section of a rod: where it is thick."
-    n = int(max(3, np.ceil(2 * radius.max() / step))); t = (np.arange(n, dtype=F32) + F32(.5)) / n * 2 - 1
-    return t, (np.sqrt(1 - t * t) - (F32(hollow) * np.sqrt(np.maximum(F32(.62) - t * t, 0)) if hollow else 0)) * F32(2 / n)
+    n = int(max(3, np.ceil(2 * radius.max() / step)))
+    t = (np.arange(n, dtype=F32) + F32(.5)) / n * 2 - 1
+    return t, (np.sqrt(1 - t * t) - (F32(hollow) * np.sqrt(np.maximum(F32(0.62) - t * t, 0)) if hollow else 0)) * F32(
+        2 / n)
 
 # %% ../nbs/api/06_phantom.ipynb #97502a41
 def stroke(
@@ -128,15 +134,22 @@ def stroke(
     step: float = .75,  # spacing of samples, pixels
 ) -> np.ndarray:  # float32 (S, S) thickness
     "Thickness of rods along curves."
-    c = np.asarray(curves, F32) * size; c = c[None] if c.ndim == 2 else c
+    c = np.asarray(curves, F32) * size
+    c = c[None] if c.ndim == 2 else c
     r, w = (np.broadcast_to(np.asarray(a, F32), c.shape[:2]) for a in (np.asarray(radius, F32) * size, weight))
     n = int(max(2, np.ceil(np.sqrt((np.diff(c, axis=1) ** 2).sum(-1)).sum(1).max() / step) + 1))
-    at = np.linspace(0, c.shape[1] - 1, n, dtype=F32); i = np.minimum(at.astype(int), c.shape[1] - 2); f = at - i
-    p, r, w = c[:, i] + (c[:, i + 1] - c[:, i]) * f[:, None], r[:, i] + (r[:, i + 1] - r[:, i]) * f, w[:, i] + (w[:, i + 1] - w[:, i]) * f
-    d = np.gradient(p, axis=1); length = np.sqrt((d**2).sum(-1)) + F32(1e-6)
+    at = np.linspace(0, c.shape[1] - 1, n, dtype=F32)
+    i = np.minimum(at.astype(int), c.shape[1] - 2)
+    f = at - i
+    p, r, w = (c[:, i] + (c[:, i + 1] - c[:, i]) * f[:, None], r[:, i] + (r[:, i + 1] - r[:, i]) * f,
+               w[:, i] + (w[:, i + 1] - w[:, i]) * f)
+    d = np.gradient(p, axis=1)
+    length = np.sqrt((d**2).sum(-1)) + F32(1e-6)
     w, r = w * np.minimum(r / F32(.6), 1), np.maximum(r, F32(.6))  # thinner than a pixel: fainter, not narrower
-    t, share = rod(r, hollow, step); across = (r / length)[..., None] * t
-    return deposit(size, (p[..., :1] - d[..., 1:] * across - F32(.5)).ravel(), (p[..., 1:] + d[..., :1] * across - F32(.5)).ravel(), ((w * length * r)[..., None] * share).ravel())
+    t, share = rod(r, hollow, step)
+    across = (r / length)[..., None] * t
+    return deposit(size, (p[..., :1] - d[..., 1:] * across - F32(0.5)).ravel(),
+                   (p[..., 1:] + d[..., :1] * across - F32(0.5)).ravel(), ((w * length * r)[..., None] * share).ravel())
 
 # %% ../nbs/api/06_phantom.ipynb #1071a9d7
 def bezier(
@@ -171,10 +184,26 @@ def cloud(
 @dataclass(frozen=True)
 class Anatomy:
     "What stays the same from one study of a patient to the next; lengths in film units."
-    cage: float; apex: float; dome_right: float; dome_left: float; depth: float
-    heart: float; heart_long: float; heart_tilt: float; knob: float; mediastinum: float
-    fat: float; shoulder: float; arms: float; breast: float; bone: float; slope: float
-    curve: float; vessels: float; bubble: float; seed: int
+    cage: float
+    apex: float
+    dome_right: float
+    dome_left: float
+    depth: float
+    heart: float
+    heart_long: float
+    heart_tilt: float
+    knob: float
+    mediastinum: float
+    fat: float
+    shoulder: float
+    arms: float
+    breast: float
+    bone: float
+    slope: float
+    curve: float
+    vessels: float
+    bubble: float
+    seed: int
 
 # %% ../nbs/api/06_phantom.ipynb #7c6e5fd0
 def draw_patient(
@@ -182,9 +211,12 @@ def draw_patient(
 ) -> Anatomy:
     "Anatomy of a new patient."
     u, dome = rng.uniform, rng.uniform(.66, .735)
-    return Anatomy(u(.335, .385), u(.105, .14), dome, dome + float(np.clip(rng.normal(.022, .014), -.012, .06)), u(.17, .22), u(.84, 1.10), u(.90, 1.10), u(.45, .85), u(.014, .030), u(.052, .078),
-                   float(np.clip(rng.gamma(3., .012), .01, .12)), u(-.02, .03), u(.46, .56), u(.25, 1.) * (rng.random() < .5), u(.75, 1.15), u(.75, 1.05),
-                   rng.normal(0, .008), u(.75, 1.25), u(0, 1), int(rng.integers(2**31)))
+    return Anatomy(u(0.335, 0.385), u(0.105, 0.14), dome,
+                   dome + float(np.clip(rng.normal(0.022, 0.014), -0.012, 0.06)), u(0.17, 0.22), u(0.84, 1.10),
+                   u(0.90, 1.10), u(0.45, 0.85), u(0.014, 0.030), u(0.052, 0.078),
+                   float(np.clip(rng.gamma(3.0, 0.012), 0.01, 0.12)), u(-0.02, 0.03), u(0.46, 0.56),
+                   u(0.25, 1.0) * (rng.random() < 0.5), u(0.75, 1.15), u(0.75, 1.05), rng.normal(0, 0.008),
+                   u(0.75, 1.25), u(0, 1), int(rng.integers(2**31)))
 
 # %% ../nbs/api/06_phantom.ipynb #b4fb1a68
 @dataclass
@@ -207,15 +239,19 @@ def midline(p: Anatomy, y) -> np.ndarray:
 # %% ../nbs/api/06_phantom.ipynb #63ddedd8
 def cage_width(p: Anatomy, y: np.ndarray) -> np.ndarray:
     "Half width of the cage at height `y`: a bell."
-    t = np.clip((y - F32(p.apex)) / F32(.62 - p.apex), 0, 1.6); bell = (1 - np.maximum(1 - t, 0) ** F32(3)) ** F32(.55)
+    t = np.clip((y - F32(p.apex)) / F32(.62 - p.apex), 0, 1.6)
+    bell = (1 - np.maximum(1 - t, 0) ** F32(3)) ** F32(.55)
     return F32(p.cage) * np.maximum(bell * (F32(.86) + F32(.14) * np.minimum(t, 1)), F32(1e-3))
 
 # %% ../nbs/api/06_phantom.ipynb #ed480d33
 def dome_line(p: Anatomy, side: str, rise: float, size: int) -> np.ndarray:
     "Height of one half of the diaphragm in every column; `rise` lifts it."
-    x = SIDES[side] * (film_grid(size)[0][0] - F32(.5)) / F32(p.cage); z = x - F32(.46 if side == "right" else .52)
-    fall = np.where(z > 0, F32(.34) * np.abs(z) ** F32(2.1), F32(.17) * np.abs(z) ** F32(1.9)) + F32(.25) * np.clip(x - F32(.9), 0, None)
-    uneven = F32(.007) * np.sin(F32(5.) * x + F32(p.seed % 11 + SIDES[side])) + F32(.004) * np.sin(F32(9.) * x + F32(p.seed % 5))
+    x = SIDES[side] * (film_grid(size)[0][0] - F32(.5)) / F32(p.cage)
+    z = x - F32(.46 if side == "right" else .52)
+    fall = np.where(z > 0, F32(0.34) * np.abs(z) ** F32(2.1), F32(0.17) * np.abs(z) ** F32(1.9)) + F32(0.25) * np.clip(
+        x - F32(0.9), 0, None)
+    uneven = F32(0.007) * np.sin(F32(5.0) * x + F32(p.seed % 11 + SIDES[side])) + F32(0.004) * np.sin(
+        F32(9.0) * x + F32(p.seed % 5))
     return (F32((p.dome_right if side == "right" else p.dome_left) - rise) + fall + uneven).astype(F32)
 
 # %% ../nbs/api/06_phantom.ipynb #d64b03ea
@@ -227,12 +263,16 @@ def lay_out(
 ) -> Chest:
     "Lungs and diaphragm of one film."
     (x, y), lung, out, dome = film_grid(size), {}, {}, {}
-    mid, wall = midline(p, y), cage_width(p, y); deep = np.sqrt(1 - (1 - np.clip((y - F32(p.apex)) / F32(.48), 0, 1)) ** 2)
+    mid, wall = midline(p, y), cage_width(p, y)
+    deep = np.sqrt(1 - (1 - np.clip((y - F32(p.apex)) / F32(.48), 0, 1)) ** 2)
     for side, s in SIDES.items():
-        u, dome[side] = s * (x - mid) / wall, dome_line(p, side, breath + (lift or {}).get(side, 0), size); below = y - dome[side]
-        floor = soft(-below, 1.2 / size) * F32(.82) + F32(.18) * np.clip(1 - below / F32(.08), 0, 1)  # behind the dome it reaches lower
+        u, dome[side] = s * (x - mid) / wall, dome_line(p, side, breath + (lift or {}).get(side, 0), size)
+        below = y - dome[side]
+        # behind the dome it reaches lower
+        floor = soft(-below, 1.2 / size) * F32(.82) + F32(.18) * np.clip(1 - below / F32(.08), 0, 1)
         top = soft(y - F32(p.apex) - F32(1.5) * np.maximum(F32(.135) - s * (x - mid), 0) ** F32(1.5), .012)
-        lung[side], out[side] = (top * np.sqrt(np.maximum(1 - np.abs(u) ** F32(2.6), 0)) * deep * floor * (u > 0)).astype(F32), u
+        lung[side], out[side] = (
+            top * np.sqrt(np.maximum(1 - np.abs(u) ** F32(2.6), 0)) * deep * floor * (u > 0)).astype(F32), u
     return Chest(size, breath, x, y, mid, out, lung, dome)
 
 # %% ../nbs/api/06_phantom.ipynb #6a1d9b74
@@ -242,9 +282,12 @@ def heart_shape(
     wide: float = 1.0,  # 1 as the patient's heart is; 1.3 and more when enlarged
 ) -> np.ndarray:  # (S, S) thickness, 1 at its deepest
     "The heart: left ventricle, right atrium, left atrium, and the base on the diaphragm."
-    x, y = c.x, c.y; m, k, cy = float(midline(p, F32(.55))), wide * p.heart, p.dome_left + .005 - c.breath - .100 * p.heart_long
-    left = chord(oval(x, y, m + .068 * k, cy + .010, .158 * k, .108 * p.heart_long * (1 + .2 * (wide - 1)), p.heart_tilt))
-    right, base = chord(oval(x, y, m - .018 * k, cy - .005, .092 * k, .130 * p.heart_long)), chord(oval(x, y, m + .040 * k, cy + .075, .165 * k, .075, .10))
+    x, y = c.x, c.y
+    m, k, cy = float(midline(p, F32(.55))), wide * p.heart, p.dome_left + .005 - c.breath - .100 * p.heart_long
+    left = chord(
+        oval(x, y, m + 0.068 * k, cy + 0.010, 0.158 * k, 0.108 * p.heart_long * (1 + 0.2 * (wide - 1)), p.heart_tilt))
+    right, base = chord(oval(x, y, m - 0.018 * k, cy - 0.005, 0.092 * k, 0.130 * p.heart_long)), chord(
+        oval(x, y, m + 0.040 * k, cy + 0.075, 0.165 * k, 0.075, 0.10))
     atrium = chord(oval(x, y, m + .030, cy - .115, .072 * (1 + .5 * (wide - 1)), .11, .35))
     return union(left, F32(.95) * right, F32(.8) * atrium, F32(.85) * base)
 
@@ -256,27 +299,46 @@ def mediastinum(
 ) -> np.ndarray:  # (S, S) thickness, 1 at its deepest
     "What stands between the lungs: great vessels, aortic knob, descending aorta."
     x, y, m, k = c.x, c.y, float(midline(p, F32(.33))), p.apex + .205
-    w = F32(p.mediastinum * wide) * (F32(.92) + F32(.08) * np.sin(y * 11 + p.seed % 5) + F32(.7) * np.clip((F32(.20) - y) / F32(.2), 0, 1))
+    w = F32(p.mediastinum * wide) * (
+        F32(0.92) + F32(0.08) * np.sin(y * 11 + p.seed % 5) + F32(0.7) * np.clip((F32(0.20) - y) / F32(0.2), 0, 1))
     column = np.sqrt(np.maximum(1 - ((x - c.mid) / w) ** 2, 0))
-    knob, trunk = chord(oval(x, y, m + .024 + .3 * p.knob + .03 * (wide - 1), k, .030 + p.knob, .040 + .8 * p.knob, .3)), chord(oval(x, y, m + .028, k + .105, .046, .080, -.25))
-    descending = np.sqrt(np.maximum(1 - ((x - F32(m + .038 + .2 * p.knob) + F32(.035) * (y - F32(k))) / F32(.026)) ** 2, 0)) * soft(y - F32(k), .03)
-    return union(column, F32(.62) * knob, F32(.35) * descending, F32(.45) * chord(oval(x, y, m - .030, .36, .036 * wide, .17)), F32(.45) * trunk)
+    knob, trunk = chord(
+        oval(x, y, m + 0.024 + 0.3 * p.knob + 0.03 * (wide - 1), k, 0.030 + p.knob, 0.040 + 0.8 * p.knob, 0.3)
+    ), chord(oval(x, y, m + 0.028, k + 0.105, 0.046, 0.080, -0.25))
+    descending = np.sqrt(
+        np.maximum(1 - ((x - F32(m + 0.038 + 0.2 * p.knob) + F32(0.035) * (y - F32(k))) / F32(0.026)) ** 2, 0)
+    ) * soft(y - F32(k), 0.03)
+    return union(column, F32(0.62) * knob, F32(0.35) * descending,
+                 F32(0.45) * chord(oval(x, y, m - 0.030, 0.36, 0.036 * wide, 0.17)), F32(0.45) * trunk)
 
 # %% ../nbs/api/06_phantom.ipynb #1d523318
 def soft_tissue(p: Anatomy, c: Chest) -> np.ndarray:
     "Thickness of the patient, cm: torso, neck, shoulders, arms."
-    x, y, sh = c.x, c.y, p.shoulder; dx = np.abs(x - F32(.5)); wide = F32(p.cage + .040 + p.fat) * (F32(1) - F32(.12) * np.clip(F32(.70) - y, 0, 1))
-    rise = np.sqrt(np.clip((y - F32(.005 + sh) - F32(.42) * np.clip(dx - F32(.10), 0, 1) ** F32(1.25)) / F32(.10), 0, 1))  # the slope of neck and shoulder
-    torso = F32(17 + 50 * p.fat) * np.sqrt(np.maximum(1 - (dx / wide) ** F32(3.2), 0)) * np.clip((y + F32(.10)) * F32(3.2), 0, 1) ** F32(.5) * rise
+    x, y, sh = c.x, c.y, p.shoulder
+    dx = np.abs(x - F32(.5))
+    wide = F32(p.cage + .040 + p.fat) * (F32(1) - F32(.12) * np.clip(F32(.70) - y, 0, 1))
+    # the slope of neck and shoulder
+    rise = np.sqrt(
+        np.clip((y - F32(0.005 + sh) - F32(0.42) * np.clip(dx - F32(0.10), 0, 1) ** F32(1.25)) / F32(0.10), 0, 1))
+    torso = (F32(17 + 50 * p.fat) * np.sqrt(np.maximum(1 - (dx / wide) ** F32(3.2), 0))
+             * np.clip((y + F32(0.10)) * F32(3.2), 0, 1) ** F32(0.5) * rise)
     neck = F32(12.5) * np.sqrt(np.maximum(1 - (dx / F32(.095)) ** 2, 0)) * soft(F32(.25) - y, .12)
-    arm = F32(10.5) * np.sqrt(np.maximum(1 - ((dx - F32(.45) - F32(p.arms - .40) * (y - F32(.2))) / F32(.08)) ** 2, 0)) * soft(y - F32(.22 + sh), .05)
+    arm = (F32(10.5)
+           * np.sqrt(np.maximum(1 - ((dx - F32(0.45) - F32(p.arms - 0.40) * (y - F32(0.2))) / F32(0.08)) ** 2, 0))
+           * soft(y - F32(0.22 + sh), 0.05))
     fold = F32(10) * rise * soft(F32(.42) - y - F32(.9) * np.maximum(dx - F32(.36), 0), .09) * soft(F32(.50) - dx, .05)
     return union(torso, neck, arm, fold, F32(11) * chord(oval(dx, y, .455, .215 + sh, .115, .125)))
 
 # %% ../nbs/api/06_phantom.ipynb #da6fc4bd
 def breasts(p: Anatomy, c: Chest) -> np.ndarray:
     "Thickness of the breasts, cm: a sharp fold below, fading above."
-    q = [chord(oval(c.x, c.y, .5 + s * (.20 + .03 * p.breast), .56 + .05 * p.breast, .155, .15 + .05 * p.breast, .2 * s)) for s in SIDES.values()]
+    q = [
+        chord(
+            oval(c.x, c.y, 0.5 + s * (0.20 + 0.03 * p.breast), 0.56 + 0.05 * p.breast, 0.155, 0.15 + 0.05 * p.breast,
+                 0.2 * s)
+        )
+        for s in SIDES.values()
+    ]
     return F32(5.2 * p.breast) * sum(q) * np.clip((c.y - F32(.38)) / F32(.3), 0, 1)
 
 # %% ../nbs/api/06_phantom.ipynb #1ae364f0
@@ -284,12 +346,17 @@ def trachea(p: Anatomy, c: Chest) -> np.ndarray:
     "Air in the windpipe and the main bronchi, cm."
     m, fork = float(midline(p, F32(.25))), p.apex + .245
     down = chord(((c.x - F32(m) + F32(.02) * c.y * (c.y - F32(.3))) / F32(.0165)) ** 2) * soft(F32(fork) - c.y, .02)
-    apart = bezier([[(m - .002, fork - .01), (m - .02, fork + .02), (m - .05, fork + .055)], [(m - .002, fork - .01), (m + .03, fork + .025), (m + .075, fork + .06)]], 30)
+    apart = bezier(
+        [[(m - 0.002, fork - 0.01), (m - 0.02, fork + 0.02), (m - 0.05, fork + 0.055)],
+         [(m - 0.002, fork - 0.01), (m + 0.03, fork + 0.025), (m + 0.075, fork + 0.06)]],
+        30,
+    )
     return F32(1.9) * down + stroke(c.size, apart, .011, 1.0)
 
 # %% ../nbs/api/06_phantom.ipynb #be01edb7
 RIB_REACH = (.44, .68, .82, .91, .96, .985, 1., 1., .99, .96, .92)  # half width of each rib, share of the cage
-RIB_ENDS = (2.1, 2.35, 2.5, 2.5, 2.45, 2.4, 2.35, 2.2, 2.0, 1.8, 1.6)  # how far round each rib is bone, radians from the spine
+# how far round each rib is bone, radians from the spine
+RIB_ENDS = (2.1, 2.35, 2.5, 2.5, 2.45, 2.4, 2.35, 2.2, 2.0, 1.8, 1.6)
 
 # %% ../nbs/api/06_phantom.ipynb #c8479d35
 def rib_curve(
@@ -299,12 +366,17 @@ def rib_curve(
     n: int = 64,  # points
 ) -> tuple[np.ndarray, np.ndarray]:  # (n, 2) points and (n,) weights
     "One rib, projected."
-    phi, high, reach = np.linspace(.12, RIB_ENDS[i], n), p.apex - .035 + .0515 * i + .0006 * i * i, p.cage * 1.015 * RIB_REACH[i]
-    x = np.where(phi > np.pi / 2, reach * np.sin(phi) ** .85, .028 + (reach - .028) * np.sin(np.minimum(phi, np.pi / 2)) ** .92)
+    phi, high, reach = (np.linspace(0.12, RIB_ENDS[i], n), p.apex - 0.035 + 0.0515 * i + 0.0006 * i * i,
+                        p.cage * 1.015 * RIB_REACH[i])
+    x = np.where(phi > np.pi / 2, reach * np.sin(phi) ** 0.85,
+                 0.028 + (reach - 0.028) * np.sin(np.minimum(phi, np.pi / 2)) ** 0.92)
     drop = p.slope * (.060 if i == 0 else .038 + .012 * min(i, 7))
-    y = high + drop * 1.15 * (1 - np.cos(phi)) - .0144 * np.sin(np.pi * np.clip(phi / 1.2, 0, 1)) + .02 * np.clip(phi - 1.7, 0, None)
-    along = np.sqrt(1 + np.gradient(.24 * np.cos(phi)) ** 2 / (np.gradient(x) ** 2 + np.gradient(y) ** 2))  # length of bone per length on the film
-    w = np.minimum(along, 2.4) * np.where(phi > 1.75, .62, 1) * np.clip((phi[-1] - phi) / .25, 0, 1) ** .7 * (.75 if i < 2 else 1)
+    y = (high + drop * 1.15 * (1 - np.cos(phi)) - 0.0144 * np.sin(np.pi * np.clip(phi / 1.2, 0, 1))
+         + 0.02 * np.clip(phi - 1.7, 0, None))
+    # length of bone per length on the film
+    along = np.sqrt(1 + np.gradient(.24 * np.cos(phi)) ** 2 / (np.gradient(x) ** 2 + np.gradient(y) ** 2))
+    w = (np.minimum(along, 2.4) * np.where(phi > 1.75, 0.62, 1) * np.clip((phi[-1] - phi) / 0.25, 0, 1) ** 0.7
+         * (0.75 if i < 2 else 1))
     return np.stack([midline(p, F32(high)) + SIDES[side] * x, y], 1).astype(F32), w.astype(F32)
 
 # %% ../nbs/api/06_phantom.ipynb #b79442c4
@@ -316,19 +388,29 @@ def ribs(
     "All ribs; a broken one has a step and a gap."
     curves, weights = map(np.array, zip(*(rib_curve(p, side, i) for side in SIDES for i in range(11))))
     if broken:
-        j = list(SIDES).index(broken[0]) * 11 + broken[1]; k = broken[2]
-        curves[j, k:, 1] += broken[3] * np.clip(1 - np.arange(64 - k) / 24, 0, 1); weights[j, k - 1 : k + 1] *= .15
+        j = list(SIDES).index(broken[0]) * 11 + broken[1]
+        k = broken[2]
+        curves[j, k:, 1] += broken[3] * np.clip(1 - np.arange(64 - k) / 24, 0, 1)
+        weights[j, k - 1 : k + 1] *= .15
     return stroke(size, curves, np.where(np.arange(64) < 38, F32(.0118), F32(.0126)), weights, hollow=.88)
 
 # %% ../nbs/api/06_phantom.ipynb #2c774b0a
 def spine(p: Anatomy, c: Chest) -> np.ndarray:
     "Vertebrae with their discs, pedicles, spinous and transverse processes."
-    y, size = c.y, c.size; lo, hi = int(.40 * size), int(np.ceil(.60 * size)); out = np.zeros((size, size), F32)
-    count = y / (F32(.046) + F32(.012) * y); f = np.abs(count - np.round(count)); w = (F32(.026) + F32(.012) * y) * (1 + F32(.10) * (F32(.5) - f))
-    out[:, lo:hi] = np.sqrt(np.maximum(1 - ((c.x[:, lo:hi] - c.mid) / w) ** 4, 0)) * (F32(.62) + F32(.38) * soft(f - F32(.10), .06))
-    ys = np.interp(np.arange(2, int(count[-1, 0])) + .35, count[:, 0], y[:, 0]); at = midline(p, ys.astype(F32)); turn = np.linspace(0, 2 * np.pi, 14)
+    y, size = c.y, c.size
+    lo, hi = int(.40 * size), int(np.ceil(.60 * size))
+    out = np.zeros((size, size), F32)
+    count = y / (F32(.046) + F32(.012) * y)
+    f = np.abs(count - np.round(count))
+    w = (F32(.026) + F32(.012) * y) * (1 + F32(.10) * (F32(.5) - f))
+    out[:, lo:hi] = np.sqrt(np.maximum(1 - ((c.x[:, lo:hi] - c.mid) / w) ** 4, 0)) * (
+        F32(0.62) + F32(0.38) * soft(f - F32(0.10), 0.06))
+    ys = np.interp(np.arange(2, int(count[-1, 0])) + .35, count[:, 0], y[:, 0])
+    at = midline(p, ys.astype(F32))
+    turn = np.linspace(0, 2 * np.pi, 14)
     ring = lambda cx, cy, rx, ry: np.stack([cx + rx * np.cos(turn), cy + ry * np.sin(turn)], 1)
-    rings = [ring(m + q * (.017 + .006 * h), h, .0065, .0085) for m, h in zip(at, ys) for q in (-1, 1)] + [ring(m, h + .022, .0040, .011) for m, h in zip(at, ys)]
+    rings = [ring(m + q * (0.017 + 0.006 * h), h, 0.0065, 0.0085) for m, h in zip(at, ys) for q in (-1, 1)] + [
+        ring(m, h + 0.022, 0.0040, 0.011) for m, h in zip(at, ys)]
     wings = [[(m + q * .02, h), (m + q * .052, h - .004)] for m, h in zip(at, ys) if h < .75 for q in (-1, 1)]
     return F32(.80) * out + stroke(size, rings, .0028) * F32(.45) + stroke(size, wings, .009) * F32(.30)
 
@@ -338,12 +420,23 @@ def girdle(p: Anatomy, size: int) -> np.ndarray:
     t, sh, collar, edge, blade, (x, y) = np.linspace(0, 1, 40), p.shoulder, [], [], [], film_grid(size)
     for s in SIDES.values():
         curve = lambda *q: bezier([[(.5 + s * a, b + sh) for a, b in q]], 40)[0]
-        collar.append(np.stack([.5 + s * (.022 + .345 * t), p.apex + .085 + (sh - p.apex) * t**.75 + .014 * np.sin(2 * np.pi * t)], 1))
-        edge += [curve((.400, .19), (.365, .30), (.372, .42), (.352, .475)), curve((.30, .185), (.36, .14), (.40, .105), (.445, .105))]
-        blade += [curve((.352, .475), (.30, .40), (.285, .26), (.30, .16)), curve((.30, .16), (.34, .14), (.37, .15), (.40, .165))]
-    down = np.maximum((y - F32(.185 + sh)) * 2, 0); q = ((np.abs(x - F32(.5)) - F32(.452) - F32(.03) * down**2 - F32(.02) * down) / (F32(.030) + F32(.018) * np.exp(-np.square((down - F32(.02)) / F32(.10))))) ** 2
+        collar.append(
+            np.stack(
+                [0.5 + s * (0.022 + 0.345 * t),
+                 p.apex + 0.085 + (sh - p.apex) * t**0.75 + 0.014 * np.sin(2 * np.pi * t)],
+                1,
+            )
+        )
+        edge += [curve((0.400, 0.19), (0.365, 0.30), (0.372, 0.42), (0.352, 0.475)),
+                 curve((0.30, 0.185), (0.36, 0.14), (0.40, 0.105), (0.445, 0.105))]
+        blade += [curve((0.352, 0.475), (0.30, 0.40), (0.285, 0.26), (0.30, 0.16)),
+                  curve((0.30, 0.16), (0.34, 0.14), (0.37, 0.15), (0.40, 0.165))]
+    down = np.maximum((y - F32(.185 + sh)) * 2, 0)
+    q = ((np.abs(x - F32(0.5)) - F32(0.452) - F32(0.03) * down**2 - F32(0.02) * down)
+         / (F32(0.030) + F32(0.018) * np.exp(-np.square((down - F32(0.02)) / F32(0.10))))) ** 2
     arm = F32(.9) * (chord(q) - F32(.5) * chord(q / F32(.62))) * soft(y - F32(.175 + sh), .02)
-    out = stroke(size, collar, .0125 + .0065 * (2 * np.abs(t - .5)) ** 4, .95, hollow=.62) + stroke(size, edge, .007, .55)
+    out = stroke(size, collar, 0.0125 + 0.0065 * (2 * np.abs(t - 0.5)) ** 4, 0.95, hollow=0.62) + stroke(
+        size, edge, 0.007, 0.55)
     return out + stroke(size, blade, .0035, .45) + arm
 
 # %% ../nbs/api/06_phantom.ipynb #f2587678
@@ -352,9 +445,11 @@ def trunks(p: Anatomy, r: np.random.Generator) -> tuple:
     rows = []
     for s in SIDES.values():
         for a in np.linspace(-1.35, 1.45, 11) + r.normal(0, .09, 11):
-            rows.append((.5 + s * (.078 + .012 * np.cos(a)), p.apex + .3125 - .0125 * s + .05 * np.sin(a), a if s > 0 else np.pi - a,
-                         r.uniform(.17, .28) * (1.15 if a > .5 else .85), r.uniform(.0052, .0078) * (1.12 if a > .3 else .85)))
-    rows = np.array(rows); return rows[:, :2], rows[:, 2], rows[:, 3], rows[:, 4]
+            rows.append((0.5 + s * (0.078 + 0.012 * np.cos(a)), p.apex + 0.3125 - 0.0125 * s + 0.05 * np.sin(a),
+                         a if s > 0 else np.pi - a, r.uniform(0.17, 0.28) * (1.15 if a > 0.5 else 0.85),
+                         r.uniform(0.0052, 0.0078) * (1.12 if a > 0.3 else 0.85)))
+    rows = np.array(rows)
+    return rows[:, :2], rows[:, 2], rows[:, 3], rows[:, 4]
 
 # %% ../nbs/api/06_phantom.ipynb #7544e3a2
 def vessel_curves(p: Anatomy) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -362,18 +457,25 @@ def vessel_curves(p: Anatomy) -> list[tuple[np.ndarray, np.ndarray]]:
     r, taper, levels = np.random.default_rng(p.seed), 1 - .62 * np.linspace(0, 1, 20)[None], []
     start, angle, length, radius = trunks(p, r)
     for kids in (4, 3, 0):
-        n, bend = len(angle), r.normal(0, .42, len(angle)); d0, d1 = (np.stack([np.cos(a), np.sin(a)], 1) * (length * .5)[:, None] for a in (angle, angle + bend))
-        curves = bezier(np.stack([start, start + d0, start + d0 + d1], 1), 20); levels.append((curves, radius[:, None] * taper))
-        at = r.uniform(.22, .95, (n, kids)); start = curves[np.arange(n)[:, None], (at * 19).astype(int)].reshape(-1, 2)
-        angle = (angle[:, None] + bend[:, None] * at + r.choice([-1, 1], (n, kids)) * r.uniform(.35, .9, (n, kids))).ravel()
-        radius, length = (radius[:, None] * (1 - .62 * at) * r.uniform(.6, .85, (n, kids))).ravel(), (length[:, None] * r.uniform(.35, .65, (n, kids))).ravel()
+        n, bend = len(angle), r.normal(0, .42, len(angle))
+        d0, d1 = (np.stack([np.cos(a), np.sin(a)], 1) * (length * .5)[:, None] for a in (angle, angle + bend))
+        curves = bezier(np.stack([start, start + d0, start + d0 + d1], 1), 20)
+        levels.append((curves, radius[:, None] * taper))
+        at = r.uniform(.22, .95, (n, kids))
+        start = curves[np.arange(n)[:, None], (at * 19).astype(int)].reshape(-1, 2)
+        angle = (
+            angle[:, None] + bend[:, None] * at + r.choice([-1, 1], (n, kids)) * r.uniform(0.35, 0.9, (n, kids))
+        ).ravel()
+        radius, length = (radius[:, None] * (1 - 0.62 * at) * r.uniform(0.6, 0.85, (n, kids))).ravel(), (
+            length[:, None] * r.uniform(0.35, 0.65, (n, kids))).ravel()
     return levels
 
 # %% ../nbs/api/06_phantom.ipynb #645a1331
 def vessels(p: Anatomy, c: Chest) -> np.ndarray:
     "Thickness of hila and lung vessels, cm."
     out = sum(stroke(c.size, curves, r, r * 230 * p.vessels, step=1.1) for curves, r in vessel_curves(p))
-    for s, hx, hy in ((-1, .070, .315), (1, .080, .285)): out += F32(2.6) * np.exp(-oval(c.x, c.y, .5 + s * hx, p.apex + hy, .020, .042, -.25 * s))
+    for s, hx, hy in ((-1, .070, .315), (1, .080, .285)):
+        out += F32(2.6) * np.exp(-oval(c.x, c.y, .5 + s * hx, p.apex + hy, .020, .042, -.25 * s))
     return out
 
 # %% ../nbs/api/06_phantom.ipynb #f3c46fe8
@@ -395,10 +497,17 @@ class Scene:
 def gas(p: Anatomy, c: Chest) -> np.ndarray:
     "Air in stomach and bowel, cm: some patients show a bubble under the left dome, some loops, some nothing."
     r, out = np.random.default_rng([p.seed, 5]), np.zeros((c.size,) * 2, F32)
-    if p.bubble > .45: out += F32(6 * p.bubble) * chord(oval(c.x, c.y, r.uniform(.57, .64), p.dome_left - c.breath + r.uniform(.055, .085), r.uniform(.035, .075), r.uniform(.022, .042), r.uniform(-.4, .2)))
+    if p.bubble > .45:
+        out += F32(6 * p.bubble) * chord(
+            oval(c.x, c.y, r.uniform(0.57, 0.64), p.dome_left - c.breath + r.uniform(0.055, 0.085),
+                 r.uniform(0.035, 0.075), r.uniform(0.022, 0.042), r.uniform(-0.4, 0.2))
+        )
     for _ in range(r.choice(5, p=[.45, .2, .2, .1, .05])):
-        x, y = (r.uniform(.58, .76) if r.random() < .75 else r.uniform(.25, .42)), p.dome_left - c.breath + r.uniform(.10, .24)
-        out += F32(r.uniform(1.5, 4)) * np.exp(-np.square(oval(c.x, c.y, x, y, r.uniform(.035, .075), r.uniform(.020, .040), r.uniform(-.8, .8))))
+        x, y = (
+            r.uniform(0.58, 0.76) if r.random() < 0.75 else r.uniform(0.25, 0.42)
+        ), p.dome_left - c.breath + r.uniform(0.10, 0.24)
+        out += F32(r.uniform(1.5, 4)) * np.exp(
+            -np.square(oval(c.x, c.y, x, y, r.uniform(0.035, 0.075), r.uniform(0.020, 0.040), r.uniform(-0.8, 0.8))))
     return out
 
 # %% ../nbs/api/06_phantom.ipynb #2b7aea57
@@ -412,13 +521,24 @@ def draw_scene(
 ) -> Scene:
     "Every healthy layer of one film."
     size, body, H, M = c.size, soft_tissue(p, c), heart_shape(p, c, heart), mediastinum(p, c, middle)
-    full = (c.lung["right"] + c.lung["left"]) * F32(p.depth * 92); air = np.maximum(full - union(F32(13) * H, F32(15) * M), 0); here, there = np.minimum(air / 3, 1), np.minimum(body / 4, 1)
+    full = (c.lung["right"] + c.lung["left"]) * F32(p.depth * 92)
+    air = np.maximum(full - union(F32(13) * H, F32(15) * M), 0)
+    here, there = np.minimum(air / 3, 1), np.minimum(body / 4, 1)
     dome = np.where(np.arange(size) < size / 2, c.dome["right"], c.dome["left"])[None]
     belly = F32(2.5) * soft(c.y - np.minimum(dome, .9), .12) * np.minimum(body / 10, 1) - gas(p, c)
-    texture = (cloud(rng, size, size / 7) * F32(.20) + cloud(rng, size, 30) * F32(.14)) * here + cloud(rng, size, 5, 3) * F32(.25) * there
-    outside = 1 - F32(.6) * soft(np.maximum(c.out["right"], c.out["left"]) - F32(1.03), .06)  # ribs fade where flesh hides them
-    layers = {"tissue": MU * (body + breasts(p, c) + belly), "lungs": -MU * AIRY * full, "heart": MU * AIRY * (full - air) - MU * 1.5 * trachea(p, c),
-              "bones": MU_BONE * p.bone * there * (ribs(p, size, broken) * F32(1.05) * outside + girdle(p, size) * F32(1.35) + spine(p, c) * F32(.62)), "texture": MU * texture}
+    texture = (cloud(rng, size, size / 7) * F32(0.20) + cloud(rng, size, 30) * F32(0.14)) * here + cloud(
+        rng, size, 5, 3) * F32(0.25) * there
+    # ribs fade where flesh hides them
+    outside = 1 - F32(.6) * soft(np.maximum(c.out["right"], c.out["left"]) - F32(1.03), .06)
+    layers = {
+        "tissue": MU * (body + breasts(p, c) + belly),
+        "lungs": -MU * AIRY * full,
+        "heart": MU * AIRY * (full - air) - MU * 1.5 * trachea(p, c),
+        "bones": (
+            MU_BONE * p.bone * there
+            * (ribs(p, size, broken) * F32(1.05) * outside + girdle(p, size) * F32(1.35) + spine(p, c) * F32(0.62))),
+        "texture": MU * texture,
+    }
     return Scene(p, c, H, M, air, layers, MU * vessels(p, c) * here)
 
 # %% ../nbs/api/06_phantom.ipynb #28300578
@@ -431,11 +551,17 @@ def expose(
     size, photons = len(attenuation), np.exp(-attenuation)
     veil = resize(ndi.gaussian_filter(resize(photons, 48, Image.BOX), 4), size)
     v = -np.log(photons + F32(rng.uniform(.08, .16) + .10 * portable) * np.maximum(veil, 0) + F32(.004))
-    v += rng.standard_normal(v.shape, dtype=F32) * F32(rng.uniform(.008, .018) * (1.4 if portable else 1) * (size / 384) ** .5) * np.exp(F32(.32) * (v - 2))
-    low = resize(ndi.gaussian_filter(resize(v, 32, Image.BOX), 2.5), size); v -= F32(rng.uniform(.22, .38)) * (low - F32(low.mean()))
-    coarse = resize(v, 64, Image.BOX); dark, bright = np.percentile(coarse[10:45, 10:54], 3), np.percentile(coarse, 97)
+    v += (rng.standard_normal(v.shape, dtype=F32)
+          * F32(rng.uniform(0.008, 0.018) * (1.4 if portable else 1) * (size / 384) ** 0.5)
+          * np.exp(F32(0.32) * (v - 2)))
+    low = resize(ndi.gaussian_filter(resize(v, 32, Image.BOX), 2.5), size)
+    v -= F32(rng.uniform(.22, .38)) * (low - F32(low.mean()))
+    coarse = resize(v, 64, Image.BOX)
+    dark, bright = np.percentile(coarse[10:45, 10:54], 3), np.percentile(coarse, 97)
     dark, bright = dark - rng.uniform(.15, .75), bright + rng.uniform(.10, .65)
-    return np.clip((1 / (1 + np.exp(F32(-rng.uniform(3.4, 5.)) * ((v - F32(dark)) / F32(bright - dark) - F32(.5)))) - F32(.06)) / F32(.86), 0, 1)
+    return np.clip(
+        (1 / (1 + np.exp(F32(-rng.uniform(3.4, 5.0)) * ((v - F32(dark)) / F32(bright - dark) - F32(0.5)))) - F32(0.06))
+        / F32(0.86), 0, 1,)
 
 # %% ../nbs/api/06_phantom.ipynb #c8c33071
 @dataclass(frozen=True)
@@ -452,7 +578,8 @@ CONTRAST = {  # strength at severity 0, and per unit of severity
     "Pneumonia": (.16, .50),  # share of the air filled
     "Lung Opacity": (.14, .30),  # the same, of look-alikes
     "Atelectasis": (1.0, 3.2),  # cm of collapsed lung
-    "Pleural Effusion": (.035, .40),  # height of the fluid at the wall, film units; grows with severity to the power 1.5
+    # height of the fluid at the wall, film units; grows with severity to the power 1.5
+    "Pleural Effusion": (.035, .40),
     "Edema": (.08, .34),  # share of the air filled at the hila
     "Cardiomegaly": (1.09, .32),  # width of the heart
     "Enlarged Cardiomediastinum": (1.35, .6),  # width of the mediastinum
@@ -461,7 +588,9 @@ CONTRAST = {  # strength at severity 0, and per unit of severity
     "Pleural Other": (1.2, 3.),  # cm of thickened pleura
     "Fracture": (.007, .012),  # step, film units
     "Support Devices": (1.6, .9)}  # thickness of metal and plastic
-SITES = {"upper lobe": (.50, .28), "middle lobe": (.42, .70), "lingula": (.48, .68), "lower lobe": (.52, .82), "perihilar": (.34, .50)}  # share of the way out, and down
+# share of the way out, and down
+SITES = {"upper lobe": (0.50, 0.28), "middle lobe": (0.42, 0.70), "lingula": (0.48, 0.68), "lower lobe": (0.52, 0.82),
+         "perihilar": (0.34, 0.50)}
 
 # %% ../nbs/api/06_phantom.ipynb #747e2087
 def strength(f: Finding) -> float:
@@ -501,21 +630,31 @@ def inside_lung(s: Scene, side: str) -> np.ndarray:
 # %% ../nbs/api/06_phantom.ipynb #fff4ce11
 def infiltrate(s: Scene, f: Finding) -> Shadow:
     "Pneumonia: ragged consolidation with air bronchograms."
-    r, size = np.random.default_rng(f.seed), s.c.size; out, down = SITES[f.site]
-    cx, cy = lung_point(s, f.side, out + r.uniform(-.10, .10), down + r.uniform(-.06, .05)); radius, slim = r.uniform(.080, .138) * (.88 + .24 * f.severity), r.uniform(.85, 1.2)
+    r, size = np.random.default_rng(f.seed), s.c.size
+    out, down = SITES[f.site]
+    cx, cy = lung_point(s, f.side, out + r.uniform(-.10, .10), down + r.uniform(-.06, .05))
+    radius, slim = r.uniform(.080, .138) * (.88 + .24 * f.severity), r.uniform(.85, 1.2)
     q = oval(s.c.x, s.c.y, cx, cy, radius * slim, radius / slim, r.uniform(-.6, .6)) + F32(.38) * cloud(r, size, 8, 2)
     m = soft(1 - q, 1.3) * (s.c.lung[f.side] > 0)
-    if r.random() < .35: m = m * soft(SIDES[f.side] * 0 + (s.c.y - F32(cy + .6 * radius)) * (-1 if f.site == "upper lobe" else 1) + (0 if f.site == "upper lobe" else F32(1.3 * radius)), .012)
-    hub = lung_point(s, f.side, .22, .5); ends = np.array([(cx, cy)]) + r.normal(0, .5 * radius, (4, 2))
-    tubes = stroke(size, bezier(np.stack([np.tile(hub, (4, 1)), (hub + ends) / 2 + r.normal(0, .02, (4, 2)), ends], 1)), 0.0036, 1.0)
+    if r.random() < .35:
+        m = m * soft(SIDES[f.side] * 0 + (s.c.y - F32(cy + 0.6 * radius)) * (-1 if f.site == "upper lobe" else 1)
+                     + (0 if f.site == "upper lobe" else F32(1.3 * radius)), 0.012,)
+    hub = lung_point(s, f.side, .22, .5)
+    ends = np.array([(cx, cy)]) + r.normal(0, .5 * radius, (4, 2))
+    tubes = stroke(size,
+                   bezier(np.stack([np.tile(hub, (4, 1)), (hub + ends) / 2 + r.normal(0, 0.02, (4, 2)), ends], 1)),
+                   0.0036, 1.0)
     texture = F32(.85) + F32(.16) * cloud(r, size, 36)
-    return Shadow(filled(s, m * texture, strength(f)) * (1 - F32(.40) * np.minimum(tubes, 1) * m), (m > .42) & inside_lung(s, f.side), 1 - F32(min(1, .4 + f.severity)) * m)
+    return Shadow(filled(s, m * texture, strength(f)) * (1 - F32(0.40) * np.minimum(tubes, 1) * m),
+                  (m > 0.42) & inside_lung(s, f.side), 1 - F32(min(1, 0.4 + f.severity)) * m)
 
 # %% ../nbs/api/06_phantom.ipynb #9964b26b
 def haze(s: Scene, f: Finding) -> Shadow:
     "Another opacity: smooth, fading at its border, without bronchi."
-    r = np.random.default_rng(f.seed); out, down = SITES[f.site]
-    cx, cy = lung_point(s, f.side, out + r.uniform(-.15, .18), down + r.uniform(-.10, .06)); radius, slim = r.uniform(.10, .15), r.uniform(.7, 1.3)
+    r = np.random.default_rng(f.seed)
+    out, down = SITES[f.site]
+    cx, cy = lung_point(s, f.side, out + r.uniform(-.15, .18), down + r.uniform(-.10, .06))
+    radius, slim = r.uniform(.10, .15), r.uniform(.7, 1.3)
     q = oval(s.c.x, s.c.y, cx, cy, radius * slim, radius / slim, r.uniform(-.8, .8)) + F32(.10) * cloud(r, s.c.size, 5)
     m = np.exp(-np.maximum(q, 0) * F32(1.1)) * (s.c.lung[f.side] > 0)
     return Shadow(filled(s, m, strength(f)), (m > .42) & inside_lung(s, f.side), 1 - F32(.4) * m)
@@ -523,29 +662,52 @@ def haze(s: Scene, f: Finding) -> Shadow:
 # %% ../nbs/api/06_phantom.ipynb #6a1abb98
 def plates(s: Scene, f: Finding) -> Shadow:
     "Atelectasis: flat bands above a lifted dome, and often a lower lobe shrunk to a wedge beside the spine."
-    r, k = np.random.default_rng(f.seed), SIDES[f.side]; lobar, lines = r.random() < .25 + .35 * f.severity, []
+    r, k = np.random.default_rng(f.seed), SIDES[f.side]
+    lobar, lines = r.random() < .25 + .35 * f.severity, []
     for i in range(1 + int(r.integers(0, 2))):
-        cx, cy = lung_point(s, f.side, r.uniform(.40, .62), r.uniform(.80, .92) - .09 * i); half, a = r.uniform(.06, .11) * (.8 + .5 * f.severity), k * r.uniform(-.30, .22)
-        lines.append(bezier([[(cx - half, cy - half * np.tan(a)), (cx, cy - r.uniform(-.012, .012)), (cx + half, cy + half * np.tan(a))]], 24)[0])
+        cx, cy = lung_point(s, f.side, r.uniform(.40, .62), r.uniform(.80, .92) - .09 * i)
+        half, a = r.uniform(.06, .11) * (.8 + .5 * f.severity), k * r.uniform(-.30, .22)
+        lines.append(
+            bezier(
+                [[(cx - half, cy - half * np.tan(a)), (cx, cy - r.uniform(-0.012, 0.012)),
+                  (cx + half, cy + half * np.tan(a))]],
+                24,
+            )[0]
+        )
     thick = r.uniform(.006, .011) * (.7 + .8 * f.severity) * (1 + .5 * np.sin(np.linspace(0, 5, 24) + r.uniform(0, 6)))
     m = stroke(s.c.size, lines, thick, np.sin(np.linspace(0, np.pi, 24)) ** .6) * (s.c.lung[f.side] > .05)
     u, (_, top), (_, base) = s.c.out[f.side], lung_point(s, f.side, .2, .58), lung_point(s, f.side, .2, 1.0)
     down = np.clip((s.c.y - F32(top)) / F32(base - top), 0, 1.3)
-    wedge = soft(F32(.10) + F32(.42) * down - u + F32(.05) * cloud(r, s.c.size, 6, 2), .10) * soft(down - F32(.08), .10) * (s.c.lung[f.side] > 0) * (u > 0) if lobar else F32(0) * u
+    wedge = (soft(F32(0.10) + F32(0.42) * down - u + F32(0.05) * cloud(r, s.c.size, 6, 2), 0.10)
+             * soft(down - F32(0.08), 0.10) * (s.c.lung[f.side] > 0) * (u > 0) if lobar else F32(0) * u)
     near = ndi.maximum_filter(m, max(3, s.c.size // 40)) > .3
-    return Shadow(F32(MU * strength(f)) * m + filled(s, wedge, .30 + .45 * f.severity) + F32(MU * 1.2) * wedge, (near | (wedge > .5)) & (s.c.lung[f.side] > .05), 1 - F32(.7) * np.minimum(wedge, 1))
+    return Shadow(F32(MU * strength(f)) * m + filled(s, wedge, 0.30 + 0.45 * f.severity) + F32(MU * 1.2) * wedge,
+                  (near | (wedge > 0.5)) & (s.c.lung[f.side] > 0.05), 1 - F32(0.7) * np.minimum(wedge, 1))
 
 # %% ../nbs/api/06_phantom.ipynb #907c4bfc
 def nodule(s: Scene, f: Finding) -> Shadow:
     "Lung lesion: a lump with an uneven border, some with spikes, some with lime in them."
-    r, radius = np.random.default_rng(f.seed), strength(f); out, down = SITES[f.site]; c = s.c
+    r, radius = np.random.default_rng(f.seed), strength(f)
+    out, down = SITES[f.site]
+    c = s.c
     cx, cy = lung_point(s, f.side, np.clip(out + r.uniform(-.18, .25), .3, .8), down + r.uniform(-.1, .04))
-    turn = np.arctan2(c.y - F32(cy), c.x - F32(cx)); rough = r.uniform(.06, .16)
+    turn = np.arctan2(c.y - F32(cy), c.x - F32(cx))
+    rough = r.uniform(.06, .16)
     border = sum(F32(rough / n) * np.cos(F32(n) * turn + F32(r.uniform(0, 6.3))) for n in (2, 3, 5))
-    q = oval(c.x, c.y, cx, cy, radius, radius * r.uniform(.8, 1.2), r.uniform(0, 3)) * (1 + border) + F32(.10) * cloud(r, c.size, 24)
-    spikes = [[(cx + radius * .8 * np.cos(a), cy + radius * .8 * np.sin(a)), (cx + radius * 1.9 * np.cos(a), cy + radius * 1.9 * np.sin(a))] for a in r.uniform(0, 6.3, 7)] if r.random() < .4 else []
+    q = oval(c.x, c.y, cx, cy, radius, radius * r.uniform(0.8, 1.2), r.uniform(0, 3)) * (1 + border) + F32(
+        0.10) * cloud(r, c.size, 24)
+    spikes = (
+        [
+            [(cx + radius * 0.8 * np.cos(a), cy + radius * 0.8 * np.sin(a)),
+             (cx + radius * 1.9 * np.cos(a), cy + radius * 1.9 * np.sin(a))]
+            for a in r.uniform(0, 6.3, 7)
+        ]
+        if r.random() < 0.4
+        else []
+    )
     rays = stroke(c.size, spikes, .0016) * F32(MU * .8) if spikes else F32(0)
-    return Shadow(F32(MU * 40 * 2 * radius * AIRY * r.uniform(1.1, 1.7)) * chord(q) + rays, (q < 1) & (c.lung[f.side] > 0), 1 - F32(.8) * (q < 1))
+    return Shadow(F32(MU * 40 * 2 * radius * AIRY * r.uniform(1.1, 1.7)) * chord(q) + rays,
+                  (q < 1) & (c.lung[f.side] > 0), 1 - F32(0.8) * (q < 1))
 
 # %% ../nbs/api/06_phantom.ipynb #736d27e6
 def fluid(s: Scene, f: Finding) -> Shadow:
@@ -553,25 +715,40 @@ def fluid(s: Scene, f: Finding) -> Shadow:
     r, u, dome, h = np.random.default_rng(f.seed), s.c.out[f.side], s.c.dome[f.side], strength(f)
     low = float(np.interp(.93, (SIDES[f.side] * (s.c.x[0] - .5) / s.p.cage)[:: SIDES[f.side]], dome[:: SIDES[f.side]]))
     flat = .55 if h > .2 else .15 + 2 * h  # a large one reaches the spine, a small one only the angle
-    level = F32(low + .035) - F32(h) * (F32(flat) + F32(1.05 - flat) * np.clip(u, 0, 1) ** F32(r.uniform(2.2, 3.5))) + F32(.006) * cloud(r, s.c.size, 4)
+    level = (F32(low + 0.035) - F32(h) * (F32(flat) + F32(1.05 - flat) * np.clip(u, 0, 1) ** F32(r.uniform(2.2, 3.5)))
+             + F32(0.006) * cloud(r, s.c.size, 4))
     m = soft(s.c.y - level, .012 + .06 * h) * (s.c.lung[f.side] > 0)
     above = F32(.25) + F32(.75) * soft(dome - s.c.y, .03)
-    return Shadow((filled(s, m, .95) + F32(MU * (1.2 + 2.5 * h)) * m * np.minimum(s.c.lung[f.side] * 4, 1)) * above, (m > .5) & (s.c.y < dome + F32(.02)) & (s.c.lung[f.side] > .02) & (u < 1), 1 - m)
+    return Shadow((filled(s, m, 0.95) + F32(MU * (1.2 + 2.5 * h)) * m * np.minimum(s.c.lung[f.side] * 4, 1)) * above,
+                  (m > 0.5) & (s.c.y < dome + F32(0.02)) & (s.c.lung[f.side] > 0.02) & (u < 1), 1 - m)
 
 # %% ../nbs/api/06_phantom.ipynb #e224e948
 def thick_pleura(s: Scene, f: Finding) -> Shadow:
     "Pleural Other: a cap on the apex, or a band along the wall."
-    r, u = np.random.default_rng(f.seed), s.c.out[f.side]; t = (s.c.y - F32(s.p.apex)) / F32(.55); half = .10 + .05 * f.severity
-    m = (soft(F32(half) - t - F32(.05) * cloud(r, s.c.size, 20), .04) if f.site == "upper lobe" else soft(u - F32(.93 - .05 * f.severity), .03) * soft(F32(.2) - np.abs(t - F32(.75)), .1)) * (u > .05) * (u < 1) * (s.c.lung[f.side] > .01)
+    r, u = np.random.default_rng(f.seed), s.c.out[f.side]
+    t = (s.c.y - F32(s.p.apex)) / F32(.55)
+    half = .10 + .05 * f.severity
+    m = (
+        (soft(F32(half) - t - F32(0.05) * cloud(r, s.c.size, 20), 0.04) if f.site == "upper lobe"
+         else soft(u - F32(0.93 - 0.05 * f.severity), 0.03) * soft(F32(0.2) - np.abs(t - F32(0.75)), 0.1))
+        * (u > 0.05)
+        * (u < 1)
+        * (s.c.lung[f.side] > 0.01)
+    )
     return Shadow(F32(MU * strength(f)) * m, m > .4)
 
 # %% ../nbs/api/06_phantom.ipynb #139318fa
 def free_air(s: Scene, f: Finding) -> Shadow:
     "Pneumothorax: the lung shrinks towards its hilum behind a fine bright line; beyond it black air without vessels."
-    c, k, gap = s.c, SIDES[f.side], strength(f); base = float(c.dome[f.side].min()); v = (c.y - F32(s.p.apex)) / F32(base - s.p.apex)
-    shrunk = (v - F32(.62)) / F32(1 - .55 * gap) + F32(.62)  # the height of the film that this height of the collapsed lung came from
-    edge = cage_width(s.p, F32(s.p.apex) + shrunk * F32(base - s.p.apex)) / cage_width(s.p, c.y) * (1 - F32(gap) * (1 - F32(.5) * np.clip(v, 0, 1)))
-    u = c.out[f.side]; away = edge - u  # positive inside the shrunken lung
+    c, k, gap = s.c, SIDES[f.side], strength(f)
+    base = float(c.dome[f.side].min())
+    v = (c.y - F32(s.p.apex)) / F32(base - s.p.apex)
+    # the height of the film that this height of the collapsed lung came from
+    shrunk = (v - F32(.62)) / F32(1 - .55 * gap) + F32(.62)
+    edge = (cage_width(s.p, F32(s.p.apex) + shrunk * F32(base - s.p.apex)) / cage_width(s.p, c.y)
+            * (1 - F32(gap) * (1 - F32(0.5) * np.clip(v, 0, 1))))
+    u = c.out[f.side]
+    away = edge - u  # positive inside the shrunken lung
     there = (c.lung[f.side] > .01) * soft(u - F32(.16), .05) * soft(F32(.97) - v, .10)
     rim, kept = soft(-away, .010) * there, soft(away, .02) * there
     line = np.exp(-((away / F32(.010)) ** 2)) * there
@@ -580,23 +757,36 @@ def free_air(s: Scene, f: Finding) -> Shadow:
 
 # %% ../nbs/api/06_phantom.ipynb #c1c15817
 def congestion(s: Scene, f: Finding) -> Shadow:
-    "Edema: wide blurred vessels, haze as a pair of wings around both hila and down to the bases, short lines at the walls, wet angles."
+    """Edema: wide blurred vessels, haze as a pair of wings around both hila and down to the bases, short lines at the
+    walls, wet angles."""
     r, c, lines = np.random.default_rng(f.seed), s.c, []
-    wings = sum(np.exp(-oval(c.x, c.y, *lung_point(s, k, .38, .58 + r.normal(0, .02)), .125, .20) ** F32(1.2) * F32(.9)) * (c.lung[k] > 0) for k in SIDES)
+    wings = sum(
+        np.exp(-oval(c.x, c.y, *lung_point(s, k, 0.38, 0.58 + r.normal(0, 0.02)), 0.125, 0.20) ** F32(1.2) * F32(0.9))
+        * (c.lung[k] > 0) for k in SIDES)
     bases = sum(soft((c.y - F32(lung_point(s, k, .5, .62)[1])), .30) * (c.lung[k] > 0) for k in SIDES)
     both = np.minimum(wings + F32(.45) * bases, F32(1.1))
     for _ in range(int(10 + 20 * f.severity)):
-        k = str(r.choice(list(SIDES))); x, y = lung_point(s, k, r.uniform(.90, .975), r.uniform(.68, 1.0)); lines.append([(x, y), (x - SIDES[k] * r.uniform(.025, .05), y + r.normal(0, .004))])
+        k = str(r.choice(list(SIDES)))
+        x, y = lung_point(s, k, r.uniform(.90, .975), r.uniform(.68, 1.0))
+        lines.append([(x, y), (x - SIDES[k] * r.uniform(.025, .05), y + r.normal(0, .004))])
     grain = 1 + F32(.13) * cloud(r, c.size, 26, 2) + F32(.10) * cloud(r, c.size, 9, 2)
     fat = ndi.gaussian_filter(s.vessels, c.size / 130)
-    wet = sum(soft(c.y - c.dome[k] + F32(.10 * f.severity) * np.clip(c.out[k], 0, 1) ** 3, .03) * (c.lung[k] > 0) * soft(c.dome[k] - c.y + F32(.02), .03) for k in SIDES) if f.severity > .45 else F32(0)
-    add = filled(s, both * np.maximum(grain, 0), strength(f)) + F32(MU * (.7 + 1.4 * f.severity)) * stroke(c.size, lines, .0018) + F32(.6 + .7 * f.severity) * fat + filled(s, wet, .6)
+    wet = (
+        sum(soft(c.y - c.dome[k] + F32(0.10 * f.severity) * np.clip(c.out[k], 0, 1) ** 3, 0.03) * (c.lung[k] > 0)
+            * soft(c.dome[k] - c.y + F32(0.02), 0.03) for k in SIDES)
+        if f.severity > 0.45
+        else F32(0)
+    )
+    add = (filled(s, both * np.maximum(grain, 0), strength(f))
+           + F32(MU * (0.7 + 1.4 * f.severity)) * stroke(c.size, lines, 0.0018) + F32(0.6 + 0.7 * f.severity) * fat
+           + filled(s, wet, 0.6))
     return Shadow(add, (wings > .4) & (s.air > 2), 1.0)
 
 # %% ../nbs/api/06_phantom.ipynb #c5f0a7df
 def heart_mask(s: Scene, f: Finding) -> Shadow:
     "Cardiomegaly: already in the heart's width; this marks it."
-    return Shadow(np.zeros_like(s.heart), (s.heart > .12) & (s.c.y < np.where(s.c.x < .5, s.c.dome["right"], s.c.dome["left"]) + .03), 1.0)
+    return Shadow(np.zeros_like(s.heart),
+                  (s.heart > 0.12) & (s.c.y < np.where(s.c.x < 0.5, s.c.dome["right"], s.c.dome["left"]) + 0.03), 1.0)
 
 # %% ../nbs/api/06_phantom.ipynb #0aecd27d
 def middle_mask(s: Scene, f: Finding) -> Shadow:
@@ -612,34 +802,60 @@ def fracture_at(f: Finding) -> tuple:
 # %% ../nbs/api/06_phantom.ipynb #204b580a
 def rib_mask(s: Scene, f: Finding) -> Shadow:
     "Fracture: already in the rib; this marks the place."
-    side, i, k, _ = fracture_at(f); x, y = rib_curve(s.p, side, i)[0][k]
+    side, i, k, _ = fracture_at(f)
+    x, y = rib_curve(s.p, side, i)[0][k]
     return Shadow(np.zeros_like(s.heart), np.broadcast_to(oval(s.c.x, s.c.y, x, y, .03, .03) < 1, s.heart.shape), 1.0)
+
+# %% ../nbs/api/06_phantom.ipynb #cb497e81x0
+def _course_of_line(side: float, m: float, r: np.random.Generator) -> list:
+    "Where a central line runs: from the neck, or from below the clavicle."
+    if r.random() < 0.5:
+        return [(0.5 + side * 0.10, 0.00), (0.5 + side * 0.075, 0.12), (m - 0.036, 0.22),
+                (m - 0.034, r.uniform(0.30, 0.42))]
+    return [(0.5 + side * 0.34, 0.22), (0.5 + side * 0.18, 0.12), (m - 0.01 * side, 0.17),
+            (m - 0.034, r.uniform(0.33, 0.42))]
 
 # %% ../nbs/api/06_phantom.ipynb #cb497e81
 def tube_paths(s: Scene, f: Finding) -> list[tuple]:
     "The parts of a device: (points, half width, thickness, hollow)."
-    r, k, p = np.random.default_rng(f.seed), SIDES.get(f.side, -1), s.p; m, fork = float(midline(p, F32(.3))), p.apex + .245
-    if f.site == "endotracheal tube": return [(bezier([[(m + .004, -.02), (m + .006, .1), (m - .002, fork - r.uniform(.03, .09))]], 40), .0085, .7, .8)]
-    if f.site == "enteric tube": return [(bezier([[(m - .004, -.02), (m - .012, .3), (m + .03, .6), (m + .02, .80), (m + r.uniform(.06, .14), r.uniform(.78, .88))]], 60), .0058, .7, .6)]
-    if f.site == "central line": return [(bezier([[(.5 + k * .10, .00), (.5 + k * .075, .12), (m - .036, .22), (m - .034, r.uniform(.30, .42))]] if r.random() < .5 else [[(.5 + k * .34, .22), (.5 + k * .18, .12), (m - .01 * k, .17), (m - .034, r.uniform(.33, .42))]], 50), .0042, .8, 0)]
-    if f.site == "chest tube": return [(bezier([[(.5 + k * .47, .70), (.5 + k * .34, .60), (.5 + k * .28, .40), (.5 + k * .17, r.uniform(.2, .3))]], 50), .0085, .55, .8)]
+    r, k, p = np.random.default_rng(f.seed), SIDES.get(f.side, -1), s.p
+    m, fork = float(midline(p, F32(.3))), p.apex + .245
+    if f.site == "endotracheal tube":
+        course = [(m + 0.004, -0.02), (m + 0.006, 0.1), (m - 0.002, fork - r.uniform(0.03, 0.09))]
+        return [(bezier([course], 40), 0.0085, 0.7, 0.8)]
+    if f.site == "enteric tube":
+        course = [(m - 0.004, -0.02), (m - 0.012, 0.3), (m + 0.03, 0.6), (m + 0.02, 0.80),
+                  (m + r.uniform(0.06, 0.14), r.uniform(0.78, 0.88))]
+        return [(bezier([course], 60), 0.0058, 0.7, 0.6)]
+    if f.site == "central line": return [(bezier([_course_of_line(k, m, r)], 50), 0.0042, 0.8, 0)]
+    if f.site == "chest tube":
+        course = [(0.5 + k * 0.47, 0.70), (0.5 + k * 0.34, 0.60), (0.5 + k * 0.28, 0.40),
+                  (0.5 + k * 0.17, r.uniform(0.2, 0.3))]
+        return [(bezier([course], 50), 0.0085, 0.55, 0.8)]
     x, y = .5 + k * r.uniform(.25, .29), r.uniform(.20, .25)
-    return [(bezier([[(x - k * .03, y), (x - k * .11, y - .06), (m - .02, .20), (m - .05, .50), (m + e, .60 + d)]], 60), .0036, .9, 0) for e, d in ((.09, .04), (-.03, -.10))]
+    leads = [[(x - k * 0.03, y), (x - k * 0.11, y - 0.06), (m - 0.02, 0.20), (m - 0.05, 0.50), (m + e, 0.60 + d)]
+             for e, d in ((0.09, 0.04), (-0.03, -0.10))]
+    return [(bezier([course], 60), 0.0036, 0.9, 0) for course in leads]
 
 # %% ../nbs/api/06_phantom.ipynb #68fc28f7
 def device(s: Scene, f: Finding) -> Shadow:
     "Support Devices: tubes, lines, a pacemaker."
     out = sum(stroke(s.c.size, path, w, t, h) for path, w, t, h in tube_paths(s, f))
     if f.site == "pacemaker":
-        x, y = tube_paths(s, f)[0][0][0, 0]; out += F32(1.6) * soft(1 - oval(s.c.x, s.c.y, x + .03 * SIDES.get(f.side, -1), y, .038, .032, .3) ** F32(1.6), .25)
+        x, y = tube_paths(s, f)[0][0][0, 0]
+        out += F32(1.6) * soft(
+            1 - oval(s.c.x, s.c.y, x + 0.03 * SIDES.get(f.side, -1), y, 0.038, 0.032, 0.3) ** F32(1.6), 0.25)
     return Shadow(F32(MU_BONE * strength(f)) * out, ndi.maximum_filter(out, 3) > .28 * min(F32(.9), out.max()), 1.0)
 
 # %% ../nbs/api/06_phantom.ipynb #874f6f48
-DRAW = {"Pneumonia": infiltrate, "Lung Opacity": haze, "Atelectasis": plates, "Pleural Effusion": fluid, "Edema": congestion, "Cardiomegaly": heart_mask,
-        "Enlarged Cardiomediastinum": middle_mask, "Pneumothorax": free_air, "Lung Lesion": nodule, "Pleural Other": thick_pleura, "Fracture": rib_mask, "Support Devices": device}
+DRAW = {"Pneumonia": infiltrate, "Lung Opacity": haze, "Atelectasis": plates, "Pleural Effusion": fluid,
+        "Edema": congestion, "Cardiomegaly": heart_mask, "Enlarged Cardiomediastinum": middle_mask,
+        "Pneumothorax": free_air, "Lung Lesion": nodule, "Pleural Other": thick_pleura, "Fracture": rib_mask,
+        "Support Devices": device}
 
 # %% ../nbs/api/06_phantom.ipynb #9fe4e6cc
-LOOK_ALIKES = {"nipples": .18, "skin fold": .10, "end-on vessel": .25, "calcified scar": .10, "innocent haze": .30}  # share of films
+# share of films
+LOOK_ALIKES = {"nipples": .18, "skin fold": .10, "end-on vessel": .25, "calcified scar": .10, "innocent haze": .30}
 
 # %% ../nbs/api/06_phantom.ipynb #6388c720
 def look_alikes(
@@ -648,18 +864,38 @@ def look_alikes(
     force: str = "",  # draw exactly this one, or "" to draw lots
 ) -> np.ndarray:  # (S, S) attenuation
     "Shadows that mean nothing."
-    c, out = s.c, np.zeros((s.c.size,) * 2, F32); there = {k for k, share in LOOK_ALIKES.items() if (rng.random() < share if not force else k == force)}; k = int(rng.choice([-1, 1])); side = "left" if k > 0 else "right"
+    c, out = s.c, np.zeros((s.c.size,) * 2, F32)
+    there = {k for k, share in LOOK_ALIKES.items() if (rng.random() < share if not force else k == force)}
+    k = int(rng.choice([-1, 1]))
+    side = "left" if k > 0 else "right"
     if "nipples" in there:
-        for q in SIDES.values(): out += F32(MU * rng.uniform(.7, 1.6)) * chord(oval(c.x, c.y, .5 + q * (.215 + rng.normal(0, .008)), .60 + rng.normal(0, .008), .0125, .0125))
+        for q in SIDES.values():
+            out += F32(MU * rng.uniform(0.7, 1.6)) * chord(
+                oval(c.x, c.y, 0.5 + q * (0.215 + rng.normal(0, 0.008)), 0.60 + rng.normal(0, 0.008), 0.0125, 0.0125))
     if "skin fold" in there:
-        edge = k * (c.x - F32(.5)) - F32(rng.uniform(.18, .26)) - F32(rng.uniform(-.1, .2)) * (c.y - F32(.4)); out += F32(MU * 1.3) * np.exp(-np.maximum(edge, 0) * F32(22)) * soft(edge, 2 / c.size) * soft(F32(.62) - c.y, .3) * soft(c.y - F32(.2), .2) * np.minimum(s.air / 4, 1)
-    if "end-on vessel" in there: out += F32(MU * 2.2) * chord(oval(c.x, c.y, *lung_point(s, side, rng.uniform(.25, .4), rng.uniform(.4, .6)), .0095, .0095))
-    if "calcified scar" in there: out += F32(MU_BONE * .9) * chord(oval(c.x, c.y, *lung_point(s, side, rng.uniform(.4, .8), rng.uniform(.3, .8)), .0065, .0055))
-    if "innocent haze" in there: out += F32(MU * AIRY * rng.uniform(.05, .20)) * s.air * np.exp(-oval(c.x, c.y, *lung_point(s, side, rng.uniform(.35, .7), rng.uniform(.35, .95)), rng.uniform(.06, .14), rng.uniform(.05, .12)))
+        edge = k * (c.x - F32(.5)) - F32(rng.uniform(.18, .26)) - F32(rng.uniform(-.1, .2)) * (c.y - F32(.4))
+        out += (F32(MU * 1.3) * np.exp(-np.maximum(edge, 0) * F32(22)) * soft(edge, 2 / c.size)
+                * soft(F32(0.62) - c.y, 0.3) * soft(c.y - F32(0.2), 0.2) * np.minimum(s.air / 4, 1))
+    if "end-on vessel" in there:
+        out += F32(MU * 2.2) * chord(
+            oval(c.x, c.y, *lung_point(s, side, rng.uniform(0.25, 0.4), rng.uniform(0.4, 0.6)), 0.0095, 0.0095))
+    if "calcified scar" in there:
+        out += F32(MU_BONE * 0.9) * chord(
+            oval(c.x, c.y, *lung_point(s, side, rng.uniform(0.4, 0.8), rng.uniform(0.3, 0.8)), 0.0065, 0.0055))
+    if "innocent haze" in there:
+        out += (
+            F32(MU * AIRY * rng.uniform(0.05, 0.20))
+            * s.air
+            * np.exp(
+                -oval(c.x, c.y, *lung_point(s, side, rng.uniform(0.35, 0.7), rng.uniform(0.35, 0.95)),
+                      rng.uniform(0.06, 0.14), rng.uniform(0.05, 0.12))
+            )
+        )
     return out
 
 # %% ../nbs/api/06_phantom.ipynb #5748e728
-GLYPHS = {"L": "10000 10000 10000 10000 10000 10000 11111", "R": "11110 10001 10001 11110 10100 10010 10001"}  # seven rows of five dots
+# seven rows of five dots
+GLYPHS = {"L": "10000 10000 10000 10000 10000 10000 11111", "R": "11110 10001 10001 11110 10100 10010 10001"}
 
 # %% ../nbs/api/06_phantom.ipynb #dbe188d5
 def mark_side(
@@ -668,9 +904,13 @@ def mark_side(
     rng: np.random.Generator,  # of its place and size
 ) -> None:
     "Set a lead letter beside the shoulder of its side, without a font."
-    size = len(film); k = max(1, round(size / rng.uniform(130, 190))); glyph = np.kron(np.array([list(map(int, row)) for row in GLYPHS[letter].split()]), np.ones((k, k)))
-    i, j = int(size * rng.uniform(.05, .12)), int(size * (rng.uniform(.06, .10) if letter == "R" else rng.uniform(.86, .90)))
-    window = film[i : i + glyph.shape[0], j : j + glyph.shape[1]]; window[...] = np.maximum(window, .97 * glyph[: window.shape[0], : window.shape[1]])
+    size = len(film)
+    k = max(1, round(size / rng.uniform(130, 190)))
+    glyph = np.kron(np.array([list(map(int, row)) for row in GLYPHS[letter].split()]), np.ones((k, k)))
+    i, j = int(size * rng.uniform(0.05, 0.12)), int(
+        size * (rng.uniform(0.06, 0.10) if letter == "R" else rng.uniform(0.86, 0.90)))
+    window = film[i : i + glyph.shape[0], j : j + glyph.shape[1]]
+    window[...] = np.maximum(window, .97 * glyph[: window.shape[0], : window.shape[1]])
 
 # %% ../nbs/api/06_phantom.ipynb #82db9e87
 def collimate(
@@ -678,8 +918,10 @@ def collimate(
     rng: np.random.Generator,  # of how much is cut
 ) -> np.ndarray:  # the film with black edges
     "Black out what the collimator kept from the film: often nothing, at most a few percent a side."
-    (x, y), cut = film_grid(len(film)), np.maximum(rng.normal(-.004, .014, 4), -.01); edge = 1.5 / len(film)
-    return film * soft(x - F32(cut[0]), edge) * soft(F32(1 - cut[1]) - x, edge) * soft(y - F32(cut[2]), edge) * soft(F32(1 - cut[3]) - y, edge)
+    (x, y), cut = film_grid(len(film)), np.maximum(rng.normal(-.004, .014, 4), -.01)
+    edge = 1.5 / len(film)
+    return (film * soft(x - F32(cut[0]), edge) * soft(F32(1 - cut[1]) - x, edge) * soft(y - F32(cut[2]), edge)
+            * soft(F32(1 - cut[3]) - y, edge))
 
 # %% ../nbs/api/06_phantom.ipynb #6da1bf52
 def pose(
@@ -688,7 +930,8 @@ def pose(
 ) -> tuple[np.ndarray, np.ndarray]:  # (2, 2) matrix and (2,) shift, in film units, rows first
     "Turn, distance and shift of the patient before the film."
     turn, near = rng.normal(0, .040 if portable else .018), rng.uniform(.97, 1.17) + .03 * portable
-    return np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]) / near, np.array([rng.uniform(-.035, .03), rng.normal(0, .022)])
+    return np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]) / near, np.array(
+        [rng.uniform(-0.035, 0.03), rng.normal(0, 0.022)])
 
 # %% ../nbs/api/06_phantom.ipynb #1eeacc4e
 def take(
@@ -697,8 +940,10 @@ def take(
     order: int = 1,  # 1 for films, 0 for masks
 ) -> np.ndarray:  # (S, S)
     "A map as the posed patient casts it."
-    matrix, shift = stance; middle = (len(a) - 1) / 2
-    return ndi.affine_transform(a, matrix, middle - matrix @ np.array([middle, middle]) + shift * len(a), order=order, mode="nearest")
+    matrix, shift = stance
+    middle = (len(a) - 1) / 2
+    return ndi.affine_transform(
+        a, matrix, middle - matrix @ np.array([middle, middle]) + shift * len(a), order=order, mode="nearest")
 
 # %% ../nbs/api/06_phantom.ipynb #07e72f0e
 def draw_film(
@@ -709,25 +954,56 @@ def draw_film(
     portable: bool = False,  # a bedside (AP) film
 ) -> tuple[np.ndarray, dict]:  # float32 [1, S, S] in [0, 1], and name -> bool mask (S, S) of every finding
     "One frontal film with its truth."
-    named = {f.name: f for f in findings}; lift = {f.side: .035 * f.severity for f in findings if f.name == "Atelectasis"}
+    named = {f.name: f for f in findings}
+    lift = {f.side: .035 * f.severity for f in findings if f.name == "Atelectasis"}
     breath = rng.uniform(-.02, .03) + .03 * portable + (rng.uniform(.03, .07) if rng.random() < .15 else 0)
     wide, middle = (strength(named[k]) if k in named else 1. for k in ("Cardiomegaly", "Enlarged Cardiomediastinum"))
-    s = draw_scene(p, lay_out(p, size, breath, lift), rng, wide * (1.05 if portable else 1), middle, fracture_at(named["Fracture"]) if "Fracture" in named else None)
+    s = draw_scene(p, lay_out(p, size, breath, lift), rng, wide * (1.05 if portable else 1), middle,
+                   fracture_at(named["Fracture"]) if "Fracture" in named else None)
     total, leaves, masks, stance = sum(s.layers.values()) + look_alikes(s, rng), 1., {}, pose(rng, portable)
     for f in findings:
-        shadow = DRAW[f.name](s, f); total = total + shadow.add; leaves = leaves * shadow.leaves
+        shadow = DRAW[f.name](s, f)
+        total = total + shadow.add
+        leaves = leaves * shadow.leaves
         masks[f.name] = masks.get(f.name, False) | shadow.mask
     film = collimate(expose(take(total + s.vessels * leaves, stance), rng, portable), rng)
     if rng.random() < .85: mark_side(film, "L" if rng.random() < .7 else "R", rng)
-    return film[None], {k: m for k, m in ((k, take(m.astype(np.uint8), stance, 0) > 0) for k, m in masks.items()) if m.any()}
+    return film[None], {
+        k: m for k, m in ((k, take(m.astype(np.uint8), stance, 0) > 0) for k, m in masks.items()) if m.any()}
 
 # %% ../nbs/api/06_phantom.ipynb #333a6e78
-PREVALENCE = {"Pneumonia": .15, "Lung Opacity": .085, "Atelectasis": .18, "Pleural Effusion": .22, "Edema": .11, "Cardiomegaly": .20, "Enlarged Cardiomediastinum": .03,
-              "Pneumothorax": .05, "Lung Lesion": .05, "Pleural Other": .015, "Fracture": .03, "Support Devices": .25}  # near MIMIC-CXR's
+PREVALENCE = {
+    "Pneumonia": 0.15,
+    "Lung Opacity": 0.085,
+    "Atelectasis": 0.18,
+    "Pleural Effusion": 0.22,
+    "Edema": 0.11,
+    "Cardiomegaly": 0.20,
+    "Enlarged Cardiomediastinum": 0.03,
+    # near MIMIC-CXR's
+    "Pneumothorax": 0.05,
+    "Lung Lesion": 0.05,
+    "Pleural Other": 0.015,
+    "Fracture": 0.03,
+    "Support Devices": 0.25,
+}
 CAUSES = {  # how a finding leans on: being ill, a failing heart, an infection
-    "Pneumonia": (.15, .0, .50), "Lung Opacity": (.10, .0, .05), "Atelectasis": (.35, .0, .15), "Pleural Effusion": (.35, .40, .20), "Edema": (.20, .70, .0), "Cardiomegaly": (.05, .60, .0),
-    "Enlarged Cardiomediastinum": (.15, .10, .0), "Pneumothorax": (.25, .0, .0), "Lung Lesion": (.05, .0, .0), "Pleural Other": (.05, .0, .05), "Fracture": (.05, .0, .0), "Support Devices": (.55, .15, .10)}
-LASTING = {"Cardiomegaly": .95, "Lung Lesion": .95, "Pleural Other": .95, "Fracture": .9, "Enlarged Cardiomediastinum": .9, "Support Devices": .8}  # correlation from study to study; others .55
+    "Pneumonia": (0.15, 0.0, 0.50),
+    "Lung Opacity": (0.10, 0.0, 0.05),
+    "Atelectasis": (0.35, 0.0, 0.15),
+    "Pleural Effusion": (0.35, 0.40, 0.20),
+    "Edema": (0.20, 0.70, 0.0),
+    "Cardiomegaly": (0.05, 0.60, 0.0),
+    "Enlarged Cardiomediastinum": (0.15, 0.10, 0.0),
+    "Pneumothorax": (0.25, 0.0, 0.0),
+    "Lung Lesion": (0.05, 0.0, 0.0),
+    "Pleural Other": (0.05, 0.0, 0.05),
+    "Fracture": (0.05, 0.0, 0.0),
+    "Support Devices": (0.55, 0.15, 0.10),
+}
+# correlation from study to study; others .55
+LASTING = {"Cardiomegaly": 0.95, "Lung Lesion": 0.95, "Pleural Other": 0.95, "Fracture": 0.9,
+           "Enlarged Cardiomediastinum": 0.9, "Support Devices": 0.8}
 ONE_SIDED = .82  # share of effusions and atelectases on one side only
 
 # %% ../nbs/api/06_phantom.ipynb #49d435d6
@@ -751,10 +1027,18 @@ def place(
     "Where a new finding lies."
     side = str(rng.choice(list(SIDES), p=[.55, .45]))
     if name in ("Edema", "Cardiomegaly", "Enlarged Cardiomediastinum"): return [("", "")]
-    if name == "Support Devices": return [(side if kind in ("central line", "pacemaker", "chest tube") else "", str(kind)) for kind in rng.choice(DEVICES, rng.choice([1, 2], p=[.65, .35]), replace=False, p=[.2, .2, .35, .2, .05])]
-    if name in ("Atelectasis", "Pleural Effusion"): return [(s, "lower lobe") for s in (SIDES if rng.random() > ONE_SIDED else [side])]
-    if name in ("Fracture", "Pneumothorax", "Pleural Other"): return [(side, "upper lobe" if name == "Pleural Other" and rng.random() < .6 else "")]
-    sites = ["upper lobe", "lower lobe", "middle lobe" if side == "right" else "lingula"] + ["perihilar"] * (name == "Lung Opacity")
+    if name == "Support Devices":
+        return [
+            (side if kind in ("central line", "pacemaker", "chest tube") else "", str(kind))
+            for kind in rng.choice(
+                DEVICES, rng.choice([1, 2], p=[0.65, 0.35]), replace=False, p=[0.2, 0.2, 0.35, 0.2, 0.05])
+        ]
+    if name in ("Atelectasis", "Pleural Effusion"):
+        return [(s, "lower lobe") for s in (SIDES if rng.random() > ONE_SIDED else [side])]
+    if name in ("Fracture", "Pneumothorax", "Pleural Other"):
+        return [(side, "upper lobe" if name == "Pleural Other" and rng.random() < .6 else "")]
+    sites = ["upper lobe", "lower lobe", "middle lobe" if side == "right" else "lingula"] + ["perihilar"] * (
+        name == "Lung Opacity")
     chance = np.array([.27, .53, .20] + [.15] * (name == "Lung Opacity"))
     return [(side, str(rng.choice(sites, p=chance / chance.sum())))]
 
@@ -771,7 +1055,8 @@ def draw_findings(
         spots, seed = place(name, rng), int(rng.integers(2**31))
         if excess <= 0: continue
         old = [f for f in before if f.name == name]
-        out += [replace(f, severity=excess) for f in old] or [Finding(name, side, site, excess, seed + i) for i, (side, site) in enumerate(spots)]
+        out += [replace(f, severity=excess) for f in old] or [
+            Finding(name, side, site, excess, seed + i) for i, (side, site) in enumerate(spots)]
     return out
 
 # %% ../nbs/api/06_phantom.ipynb #f827e54f
@@ -789,50 +1074,135 @@ STATED, HEDGED = .80, .12  # chance that a finding is stated, or hedged; the res
 SHY = {"Pneumonia": .16}  # this much more is hedged instead of stated: a film alone seldom proves an infection
 SUBTLE = .22  # at severity 0 this much of STATED goes, half to hedging and half to silence; nothing at severity 1/2
 RAISED = .035  # chance that a report raises, hedged, something that is not there
-DENIED = {"Pneumonia": .50, "Pleural Effusion": .65, "Pneumothorax": .60, "Edema": .28, "Cardiomegaly": .58, "Atelectasis": .04, "Lung Lesion": .06, "Lung Opacity": .10, "Fracture": .12}  # chance that an absence is mentioned
+# chance that an absence is mentioned
+DENIED = {"Pneumonia": 0.50, "Pleural Effusion": 0.65, "Pneumothorax": 0.60, "Edema": 0.28, "Cardiomegaly": 0.58,
+          "Atelectasis": 0.04, "Lung Lesion": 0.06, "Lung Opacity": 0.10, "Fracture": 0.12}
 NO_FINDINGS, NO_IMPRESSION, NEITHER = .33, .16, .005  # share of reports without that section
 COMPARED = .6  # chance that a sentence compares, where there is an earlier film
 
 # %% ../nbs/api/06_phantom.ipynb #cb528e16
 SEE = {
-    "Pneumonia": ["Focal consolidation in the {at}. |Consolidation", "{Degree} airspace opacity in the {at} with air bronchograms. |Lung Opacity", "Patchy consolidation is seen in the {at}. |Consolidation", "There is a confluent opacity in the {at}. |Lung Opacity",
-                  "Airspace consolidation within the {at}. |Consolidation", "{Degree} patchy opacity projects over the {at}. |Lung Opacity", "Increased opacity of the {at}, obscuring the vessels. |Lung Opacity"],
-    "Lung Opacity": ["Hazy opacity in the {at}. |Lung Opacity", "{Degree} ill-defined opacity projecting over the {at}. |Lung Opacity", "There is a vague opacity in the {at}. |Lung Opacity", "Faint hazy opacity is noted in the {at}. |Lung Opacity"],
-    "Atelectasis": ["{Degree} atelectasis at the {side} base. |Atelectasis", "Linear atelectasis in the {side} lower lobe. |Atelectasis", "{Side} basilar atelectasis. |Atelectasis", "Plate-like atelectasis at the {side} lung base. |Atelectasis", "Streaky {side} basilar atelectasis with {degree} volume loss. |Atelectasis"],
-    "Pleural Effusion": ["{Size} {side} pleural effusion. |Pleural Effusion", "There is a {size} pleural effusion on the {side}. |Pleural Effusion", "Blunting of the {side} costophrenic angle by a {size} pleural effusion. |Pleural Effusion", "A {size} {side} effusion is present. |Pleural Effusion"],
-    "Edema": ["{Degree} pulmonary edema. |Edema", "Perihilar haze and interstitial thickening in keeping with {degree} pulmonary edema. |Edema Lung Opacity", "Pulmonary vascular congestion with {degree} interstitial edema. |Edema", "There is {degree} pulmonary edema. |Edema"],
-    "Cardiomegaly": ["{Degree} cardiomegaly. |Cardiomegaly", "The heart is {degree}ly enlarged. |Cardiomegaly", "The cardiac silhouette is enlarged. |Cardiomegaly", "Heart size is enlarged. |Cardiomegaly", "There is {degree} enlargement of the cardiac silhouette. |Cardiomegaly"],
-    "Enlarged Cardiomediastinum": ["The mediastinum is widened. |Enlarged Cardiomediastinum", "Widening of the upper mediastinum. |Enlarged Cardiomediastinum"],
-    "Pneumothorax": ["{Size} {side} apical pneumothorax. |Pneumothorax", "There is a {size} pneumothorax on the {side}. |Pneumothorax", "A {side} pneumothorax is present, {size} in size. |Pneumothorax"],
-    "Lung Lesion": ["Nodule in the {at}. |Lung Lesion", "A rounded nodule projects over the {at}. |Lung Lesion", "There is a pulmonary nodule in the {at}. |Lung Lesion"],
-    "Pleural Other": ["{Side} pleural thickening. |Pleural Other", "There is pleural thickening on the {side}. |Pleural Other"],
-    "Fracture": ["{Side} rib fracture. |Fracture", "There is a displaced {side} rib fracture. |Fracture", "Fracture of a {side} lateral rib. |Fracture"],
-    "Support Devices": ["{Device} is in place. |Support Devices", "{Device} is present. |Support Devices", "{Device} is in expected position. |Support Devices"]}
+    "Pneumonia": ["Focal consolidation in the {at}. |Consolidation",
+                  "{Degree} airspace opacity in the {at} with air bronchograms. |Lung Opacity",
+                  "Patchy consolidation is seen in the {at}. |Consolidation",
+                  "There is a confluent opacity in the {at}. |Lung Opacity",
+                  "Airspace consolidation within the {at}. |Consolidation",
+                  "{Degree} patchy opacity projects over the {at}. |Lung Opacity",
+                  "Increased opacity of the {at}, obscuring the vessels. |Lung Opacity"],
+    "Lung Opacity": ["Hazy opacity in the {at}. |Lung Opacity",
+                     "{Degree} ill-defined opacity projecting over the {at}. |Lung Opacity",
+                     "There is a vague opacity in the {at}. |Lung Opacity",
+                     "Faint hazy opacity is noted in the {at}. |Lung Opacity"],
+    "Atelectasis": ["{Degree} atelectasis at the {side} base. |Atelectasis",
+                    "Linear atelectasis in the {side} lower lobe. |Atelectasis",
+                    "{Side} basilar atelectasis. |Atelectasis",
+                    "Plate-like atelectasis at the {side} lung base. |Atelectasis",
+                    "Streaky {side} basilar atelectasis with {degree} volume loss. |Atelectasis"],
+    "Pleural Effusion": ["{Size} {side} pleural effusion. |Pleural Effusion",
+                         "There is a {size} pleural effusion on the {side}. |Pleural Effusion",
+                         "Blunting of the {side} costophrenic angle by a {size} pleural effusion. |Pleural Effusion",
+                         "A {size} {side} effusion is present. |Pleural Effusion"],
+    "Edema": [
+        "{Degree} pulmonary edema. |Edema",
+        "Perihilar haze and interstitial thickening in keeping with {degree} pulmonary edema. |Edema Lung Opacity",
+        "Pulmonary vascular congestion with {degree} interstitial edema. |Edema",
+        "There is {degree} pulmonary edema. |Edema"],
+    "Cardiomegaly": ["{Degree} cardiomegaly. |Cardiomegaly", "The heart is {degree}ly enlarged. |Cardiomegaly",
+                     "The cardiac silhouette is enlarged. |Cardiomegaly", "Heart size is enlarged. |Cardiomegaly",
+                     "There is {degree} enlargement of the cardiac silhouette. |Cardiomegaly"],
+    "Enlarged Cardiomediastinum": ["The mediastinum is widened. |Enlarged Cardiomediastinum",
+                                   "Widening of the upper mediastinum. |Enlarged Cardiomediastinum"],
+}
+
+# %% ../nbs/api/06_phantom.ipynb #cb528e16x1
+SEE |= {
+    "Pneumothorax": ["{Size} {side} apical pneumothorax. |Pneumothorax",
+                     "There is a {size} pneumothorax on the {side}. |Pneumothorax",
+                     "A {side} pneumothorax is present, {size} in size. |Pneumothorax"],
+    "Lung Lesion": ["Nodule in the {at}. |Lung Lesion", "A rounded nodule projects over the {at}. |Lung Lesion",
+                    "There is a pulmonary nodule in the {at}. |Lung Lesion"],
+    "Pleural Other": ["{Side} pleural thickening. |Pleural Other",
+                      "There is pleural thickening on the {side}. |Pleural Other"],
+    "Fracture": ["{Side} rib fracture. |Fracture", "There is a displaced {side} rib fracture. |Fracture",
+                 "Fracture of a {side} lateral rib. |Fracture"],
+    "Support Devices": ["{Device} is in place. |Support Devices", "{Device} is present. |Support Devices",
+                        "{Device} is in expected position. |Support Devices"],
+}
+
+# %% ../nbs/api/06_phantom.ipynb #cb528e16x2
 CONCLUDE = SEE | {
-    "Pneumonia": ["{At} pneumonia. |Pneumonia", "{At} consolidation, consistent with pneumonia. |Consolidation Pneumonia", "Findings compatible with {at} pneumonia. |Pneumonia", "{Degree} {at} pneumonia. |Pneumonia", "{At} opacity representing pneumonia. |Lung Opacity Pneumonia", "Pneumonia of the {at}. |Pneumonia"],
-    "Lung Opacity": ["{At} opacity, nonspecific. |Lung Opacity", "Ill-defined {at} opacity. |Lung Opacity", "Hazy opacity in the {at}, follow-up recommended. |Lung Opacity", "Opacity in the {at}, of uncertain etiology. |Lung Opacity"]}
+    "Pneumonia": ["{At} pneumonia. |Pneumonia",
+                  "{At} consolidation, consistent with pneumonia. |Consolidation Pneumonia",
+                  "Findings compatible with {at} pneumonia. |Pneumonia", "{Degree} {at} pneumonia. |Pneumonia",
+                  "{At} opacity representing pneumonia. |Lung Opacity Pneumonia", "Pneumonia of the {at}. |Pneumonia"],
+    "Lung Opacity": ["{At} opacity, nonspecific. |Lung Opacity", "Ill-defined {at} opacity. |Lung Opacity",
+                     "Hazy opacity in the {at}, follow-up recommended. |Lung Opacity",
+                     "Opacity in the {at}, of uncertain etiology. |Lung Opacity"],
+}
+
+# %% ../nbs/api/06_phantom.ipynb #cb528e16x3
 HEDGE = {
-    "Pneumonia": ["{At} opacity may represent pneumonia. |Lung Opacity Pneumonia?", "Possible {at} pneumonia. |Pneumonia?", "{At} opacity, pneumonia cannot be excluded. |Lung Opacity Pneumonia?", "Patchy opacity in the {at}, suspicious for pneumonia. |Lung Opacity Pneumonia?", "Opacity in the {at}, which could represent atelectasis or pneumonia. |Lung Opacity Atelectasis? Pneumonia?", "Findings may represent early {at} pneumonia. |Pneumonia?", "Cannot exclude pneumonia in the {at}. |Pneumonia?"],
-    "Lung Opacity": ["Questionable opacity in the {at}. |Lung Opacity?", "Possible faint opacity in the {at}. |Lung Opacity?"],
-    "Atelectasis": ["Probable atelectasis at the {side} base. |Atelectasis?", "Possible {side} basilar atelectasis. |Atelectasis?", "Likely atelectasis at the {side} lung base. |Atelectasis?"],
-    "Pleural Effusion": ["Possible trace {side} pleural effusion. |Pleural Effusion?", "A small {side} pleural effusion cannot be excluded. |Pleural Effusion?", "Probable small {side} pleural effusion. |Pleural Effusion?"],
-    "Edema": ["Findings may represent mild pulmonary edema. |Edema?", "Possible interstitial edema. |Edema?", "Mild pulmonary edema cannot be excluded. |Edema?"],
+    "Pneumonia": [
+        "{At} opacity may represent pneumonia. |Lung Opacity Pneumonia?",
+        "Possible {at} pneumonia. |Pneumonia?",
+        "{At} opacity, pneumonia cannot be excluded. |Lung Opacity Pneumonia?",
+        "Patchy opacity in the {at}, suspicious for pneumonia. |Lung Opacity Pneumonia?",
+        "Opacity in the {at}, which could represent atelectasis or pneumonia. |Lung Opacity Atelectasis? Pneumonia?",
+        "Findings may represent early {at} pneumonia. |Pneumonia?",
+        "Cannot exclude pneumonia in the {at}. |Pneumonia?",
+    ],
+    "Lung Opacity": ["Questionable opacity in the {at}. |Lung Opacity?",
+                     "Possible faint opacity in the {at}. |Lung Opacity?"],
+    "Atelectasis": ["Probable atelectasis at the {side} base. |Atelectasis?",
+                    "Possible {side} basilar atelectasis. |Atelectasis?",
+                    "Likely atelectasis at the {side} lung base. |Atelectasis?"],
+    "Pleural Effusion": ["Possible trace {side} pleural effusion. |Pleural Effusion?",
+                         "A small {side} pleural effusion cannot be excluded. |Pleural Effusion?",
+                         "Probable small {side} pleural effusion. |Pleural Effusion?"],
+    "Edema": ["Findings may represent mild pulmonary edema. |Edema?", "Possible interstitial edema. |Edema?",
+              "Mild pulmonary edema cannot be excluded. |Edema?"],
     "Cardiomegaly": ["Possible mild cardiomegaly. |Cardiomegaly?", "Probable mild cardiomegaly. |Cardiomegaly?"],
     "Enlarged Cardiomediastinum": ["Possible widening of the mediastinum. |Enlarged Cardiomediastinum?"],
-    "Pneumothorax": ["Possible small {side} apical pneumothorax. |Pneumothorax?", "A tiny {side} pneumothorax cannot be excluded. |Pneumothorax?"],
+    "Pneumothorax": ["Possible small {side} apical pneumothorax. |Pneumothorax?",
+                     "A tiny {side} pneumothorax cannot be excluded. |Pneumothorax?"],
     "Lung Lesion": ["Possible nodule in the {at}. |Lung Lesion?", "Questionable nodule in the {at}. |Lung Lesion?"],
-    "Pleural Other": ["Possible {side} pleural thickening. |Pleural Other?"], "Fracture": ["Possible {side} rib fracture. |Fracture?"], "Support Devices": ["{Device} is in place. |Support Devices"]}
+    "Pleural Other": ["Possible {side} pleural thickening. |Pleural Other?"],
+    "Fracture": ["Possible {side} rib fracture. |Fracture?"],
+    "Support Devices": ["{Device} is in place. |Support Devices"],
+}
 
 # %% ../nbs/api/06_phantom.ipynb #3057f905
-ABSENT = {"Pneumonia": ["focal consolidation |Consolidation", "consolidation |Consolidation", "pneumonia |Pneumonia", "evidence of pneumonia |Pneumonia"], "Pleural Effusion": ["pleural effusion |Pleural Effusion", "effusion |Pleural Effusion"], "Pneumothorax": ["pneumothorax |Pneumothorax"],
-          "Edema": ["pulmonary edema |Edema", "overt pulmonary edema |Edema"], "Atelectasis": ["atelectasis |Atelectasis"], "Lung Lesion": ["suspicious nodule |Lung Lesion", "pulmonary nodule |Lung Lesion"], "Lung Opacity": ["focal opacity |Lung Opacity"], "Fracture": ["acute rib fracture |Fracture", "displaced fracture |Fracture"]}
+ABSENT = {
+    "Pneumonia": ["focal consolidation |Consolidation", "consolidation |Consolidation", "pneumonia |Pneumonia",
+                  "evidence of pneumonia |Pneumonia"],
+    "Pleural Effusion": ["pleural effusion |Pleural Effusion", "effusion |Pleural Effusion"],
+    "Pneumothorax": ["pneumothorax |Pneumothorax"],
+    "Edema": ["pulmonary edema |Edema", "overt pulmonary edema |Edema"],
+    "Atelectasis": ["atelectasis |Atelectasis"],
+    "Lung Lesion": ["suspicious nodule |Lung Lesion", "pulmonary nodule |Lung Lesion"],
+    "Lung Opacity": ["focal opacity |Lung Opacity"],
+    "Fracture": ["acute rib fracture |Fracture", "displaced fracture |Fracture"],
+}
 NEGATED = ("No {}.", "There is no {}.", "No evidence of {}.", "No {} is seen.", "No {} identified.", "Negative for {}.")
-NORMAL_HEART = ("Heart size is normal.", "The heart is normal in size.", "The cardiac silhouette is not enlarged.", "Heart size within normal limits.", "Normal heart size.")
-BOILERPLATE = ("The osseous structures are intact. |Fracture", "No acute bony abnormality. |Fracture", "The bones are unremarkable.", "Degenerative changes of the thoracic spine.", "The trachea is midline.", "The upper abdomen is unremarkable.", "Mild aortic tortuosity.")  # what stands behind the bar is denied
-NOTHING = ("No acute cardiopulmonary abnormality.", "No acute cardiopulmonary process.", "No acute disease.", "No acute findings in the chest.", "No radiographic evidence of acute cardiopulmonary disease.")
-TECHNIQUE = {"PA": ("Frontal view of the chest.", "PA view of the chest was obtained.", "PA chest radiograph."), "AP": ("Portable AP view of the chest.", "Single AP view of the chest was obtained.", "Portable chest radiograph.")}
-INDICATIONS = ("Cough and fever, evaluate for pneumonia.", "Rule out pneumonia.", "Fever, question pneumonia.", "Pneumonia?", "Productive cough, assess for infiltrate or pneumonia.", "Shortness of breath.", "Chest pain.", "Preoperative examination.", "Dyspnea, evaluate for edema or effusion.", "Weakness.", "Fall, rule out fracture.", "Line placement, evaluate for pneumothorax.")
-TRENDS = {"new": ("new since the prior study", "new from the prior exam"), "worse": ("increased since the prior study", "worse than before", "progressed compared to the prior exam"), "better": ("improved since the prior study", "decreased since the prior exam"), "same": ("unchanged", "stable compared to the prior study", "similar to the prior exam")}
+NORMAL_HEART = ("Heart size is normal.", "The heart is normal in size.", "The cardiac silhouette is not enlarged.",
+                "Heart size within normal limits.", "Normal heart size.")
+# what stands behind the bar is denied
+BOILERPLATE = ("The osseous structures are intact. |Fracture", "No acute bony abnormality. |Fracture",
+               "The bones are unremarkable.", "Degenerative changes of the thoracic spine.", "The trachea is midline.",
+               "The upper abdomen is unremarkable.", "Mild aortic tortuosity.")
+NOTHING = ("No acute cardiopulmonary abnormality.", "No acute cardiopulmonary process.", "No acute disease.",
+           "No acute findings in the chest.", "No radiographic evidence of acute cardiopulmonary disease.")
+TECHNIQUE = {
+    "PA": ("Frontal view of the chest.", "PA view of the chest was obtained.", "PA chest radiograph."),
+    "AP": ("Portable AP view of the chest.", "Single AP view of the chest was obtained.", "Portable chest radiograph.")}
+INDICATIONS = ("Cough and fever, evaluate for pneumonia.", "Rule out pneumonia.", "Fever, question pneumonia.",
+               "Pneumonia?", "Productive cough, assess for infiltrate or pneumonia.", "Shortness of breath.",
+               "Chest pain.", "Preoperative examination.", "Dyspnea, evaluate for edema or effusion.", "Weakness.",
+               "Fall, rule out fracture.", "Line placement, evaluate for pneumothorax.")
+TRENDS = {"new": ("new since the prior study", "new from the prior exam"),
+          "worse": ("increased since the prior study", "worse than before", "progressed compared to the prior exam"),
+          "better": ("improved since the prior study", "decreased since the prior exam"),
+          "same": ("unchanged", "stable compared to the prior study", "similar to the prior exam")}
 
 # %% ../nbs/api/06_phantom.ipynb #eea90c5d
 RANK = {None: 0, 0: 1, -1: 2, 1: 3}
@@ -857,7 +1227,8 @@ def trend(f: Finding, before: list[Finding] | None) -> str:
     "How a finding changed since the previous study, or '' where there was none."
     if before is None: return ""
     old = [g.severity for g in before if (g.name, g.side) == (f.name, f.side)]
-    return "new" if not old else "worse" if f.severity > old[0] + .2 else "better" if f.severity < old[0] - .2 else "same"
+    return ("new" if not old
+            else "worse" if f.severity > old[0] + 0.2 else "better" if f.severity < old[0] - 0.2 else "same")
 
 # %% ../nbs/api/06_phantom.ipynb #d3764765
 def words_for(
@@ -866,9 +1237,18 @@ def words_for(
 ) -> dict[str, str]:  # what may stand in the braces of a sentence
     "Side, place and degree in words; they are the patient's, as on the film."
     step = 0 if f.severity < .35 else 1 if f.severity < .7 else 2
-    at = {"lingula": "lingula" if rng.random() < .6 else "left lingula", "perihilar": f"{f.side} perihilar region"}.get(f.site, f"{f.side} {f.site}" if rng.random() < .8 or f.site == "middle lobe" else f"{f.side} {'base' if f.site == 'lower lobe' else 'upper lung'}")
-    device = f"{'an' if f.site[:1] in 'aeiou' else 'a'} {f.side + ' ' if f.side and f.site else ''}{ {'pacemaker': 'pacemaker', 'central line': str(rng.choice(['central venous catheter', 'central venous line']))}.get(f.site, f.site)}"
-    words = dict(side=f.side, at=at, degree=("mild", "moderate", "marked")[step], size=("small", "moderate", "large")[step], device=device.replace("an left", "a left").replace("an right", "a right"))
+    at = {
+        "lingula": "lingula" if rng.random() < 0.6 else "left lingula", "perihilar": f"{f.side} perihilar region"}.get(
+        f.site,
+        (f"{f.side} {f.site}" if rng.random() < 0.8 or f.site == "middle lobe"
+         else f"{f.side} {'base' if f.site == 'lower lobe' else 'upper lung'}"),
+    )
+    line = str(rng.choice(["central venous catheter", "central venous line"]))
+    kind = line if f.site == "central line" else f.site
+    device = f"{'an' if f.site[:1] in 'aeiou' else 'a'} {f.side + ' ' if f.side and f.site else ''}{kind}"
+    words = dict(side=f.side, at=at, degree=("mild", "moderate", "marked")[step],
+                 size=("small", "moderate", "large")[step],
+                 device=device.replace("an left", "a left").replace("an right", "a right"))
     return words | {k.capitalize(): v[:1].upper() + v[1:] for k, v in words.items()}
 
 # %% ../nbs/api/06_phantom.ipynb #7c4bc494
@@ -880,10 +1260,12 @@ def sentence(
     before: list[Finding] | None = None,  # of the previous study
 ) -> str:
     "One sentence about one finding, and a note of what it says."
-    text, labels = spoken(str(rng.choice(table[f.name]))); text = text.format(**words_for(f, rng))
+    text, labels = spoken(str(rng.choice(table[f.name])))
+    text = text.format(**words_for(f, rng))
     for name, hedged in labels: mark(says, name, -1 if hedged else 1)
     change = trend(f, before)
-    if change and rng.random() < COMPARED and f.name != "Support Devices": text = f"{text[:-1]}, {rng.choice(TRENDS[change])}."
+    if change and rng.random() < COMPARED and f.name != "Support Devices":
+        text = f"{text[:-1]}, {rng.choice(TRENDS[change])}."
     return text[:1].upper() + text[1:]
 
 # %% ../nbs/api/06_phantom.ipynb #351b615b
@@ -896,7 +1278,9 @@ def absences(
     words = [spoken(str(rng.choice(ABSENT[n]))) for n in names]
     for _, labels in words:
         for name, _ in labels: mark(says, name, 0)
-    parts = [w if i == 0 else w.removeprefix("evidence of ") for i, (w, _) in enumerate(words)]; joined = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + f"{',' if len(parts) > 2 and rng.random() < .5 else ''} or {parts[-1]}"
+    parts = [w if i == 0 else w.removeprefix("evidence of ") for i, (w, _) in enumerate(words)]
+    joined = (parts[0] if len(parts) == 1
+              else ", ".join(parts[:-1]) + f"{',' if len(parts) > 2 and rng.random() < .5 else ''} or {parts[-1]}")
     return str(rng.choice(NEGATED[: 4 if len(parts) > 2 else 6])).format(joined.removeprefix("evidence of "))
 
 # %% ../nbs/api/06_phantom.ipynb #f3eceeda
@@ -907,9 +1291,16 @@ def denials(
 ) -> list[str]:  # sentences
     "What the report says is not there."
     out, names = [], [n for n, chance in DENIED.items() if n not in there and rng.random() < chance]
-    if "Cardiomegaly" in names: out.append(str(rng.choice(NORMAL_HEART))); mark(says, "Cardiomegaly", 0)
-    if there & {"Pneumonia", "Lung Opacity", "Atelectasis", "Edema"}: names = [n for n in names if n not in ("Lung Opacity",) and not (n == "Pneumonia" and "Lung Opacity" in there and rng.random() < .7)]
-    names = [n for n in names if n in ABSENT]; rng.shuffle(names); cut = len(names) if rng.random() < .5 else int(rng.integers(1, 4))
+    if "Cardiomegaly" in names:
+        out.append(str(rng.choice(NORMAL_HEART)))
+        mark(says, "Cardiomegaly", 0)
+    if there & {"Pneumonia", "Lung Opacity", "Atelectasis", "Edema"}:
+        names = [
+            n for n in names
+            if n not in ("Lung Opacity",) and not (n == "Pneumonia" and "Lung Opacity" in there and rng.random() < 0.7)]
+    names = [n for n in names if n in ABSENT]
+    rng.shuffle(names)
+    cut = len(names) if rng.random() < .5 else int(rng.integers(1, 4))
     return out + [absences(part, rng, says) for part in (names[:cut], names[cut:]) if part]
 
 # %% ../nbs/api/06_phantom.ipynb #af04b59c
@@ -926,11 +1317,19 @@ def habits(there: set[str], rng: np.random.Generator, says: dict) -> list[str]:
 # %% ../nbs/api/06_phantom.ipynb #3387ab05
 def resolved(before: list[Finding] | None, findings: list[Finding], rng: np.random.Generator, says: dict) -> list[str]:
     "A sentence about what was there before and is gone."
-    gone = [f for f in before or () if f.name in ("Pneumonia", "Pleural Effusion", "Pneumothorax") and f.name not in {g.name for g in findings}]
+    gone = [f for f in before or ()
+            if f.name in ("Pneumonia", "Pleural Effusion", "Pneumothorax") and f.name not in {g.name for g in findings}]
     if not gone or rng.random() > .6: return []
-    what, label = {"Pneumonia": ("consolidation", "Consolidation"), "Pleural Effusion": ("pleural effusion", "Pleural Effusion"), "Pneumothorax": ("pneumothorax", "Pneumothorax")}[gone[0].name]
+    what, label = {"Pneumonia": ("consolidation", "Consolidation"),
+                   "Pleural Effusion": ("pleural effusion", "Pleural Effusion"),
+                   "Pneumothorax": ("pneumothorax", "Pneumothorax")}[gone[0].name]
     mark(says, label, 0)
-    return [str(rng.choice(["The previously seen {} {} has resolved.", "The {} {} has resolved.", "Previously noted {} {} is no longer seen."])).format(gone[0].side, what)]
+    return [
+        str(
+            rng.choice(["The previously seen {} {} has resolved.", "The {} {} has resolved.",
+                        "Previously noted {} {} is no longer seen."])
+        ).format(gone[0].side, what)
+    ]
 
 # %% ../nbs/api/06_phantom.ipynb #c8b9d34b
 def noticed(
@@ -954,12 +1353,14 @@ def sections(
 ) -> tuple[bool, bool]:  # whether FINDINGS, and whether IMPRESSION, is written
     "Which sections a radiologist writes."
     u = rng.random()
-    return u >= NO_FINDINGS + NEITHER, not (u < NEITHER or NO_FINDINGS + NEITHER <= u < NO_FINDINGS + NO_IMPRESSION + NEITHER)
+    return u >= NO_FINDINGS + NEITHER, not (
+        u < NEITHER or NO_FINDINGS + NEITHER <= u < NO_FINDINGS + NO_IMPRESSION + NEITHER)
 
 # %% ../nbs/api/06_phantom.ipynb #a573c7e4
 def numbered(lines: list[str], rng: np.random.Generator) -> str:
     "Sentences as a paragraph, or as a numbered list."
-    return " ".join(f"{i}. {t}" for i, t in enumerate(lines, 1)) if len(lines) > 1 and rng.random() < .3 else " ".join(lines)
+    return (" ".join(f"{i}. {t}" for i, t in enumerate(lines, 1)) if len(lines) > 1 and rng.random() < 0.3
+            else " ".join(lines))
 
 # %% ../nbs/api/06_phantom.ipynb #4489185d
 def write_report(
@@ -970,27 +1371,44 @@ def write_report(
     indication: str = "",  # a line for INDICATION
 ) -> tuple[str, dict]:  # the text; CheXpert name -> 1, 0, −1 or None: what it says
     "A report in varied language; its sections may be missing, and what stood only there is not said."
-    says = {l: None for l in LABELS}; has_findings, has_impression = sections(rng); told = noticed(findings, rng); rng.shuffle(told); there = {f.name for f, _ in told}
+    says = {l: None for l in LABELS}
+    has_findings, has_impression = sections(rng)
+    told = noticed(findings, rng)
+    rng.shuffle(told)
+    there = {f.name for f, _ in told}
     body, key = [], []
     for f, hedged in told:
         main = HEDGE if hedged else CONCLUDE
-        if has_findings and (not has_impression or rng.random() < .9): body.append(sentence(f, SEE if has_impression and not hedged else main, rng, says, before))
-        if has_impression and (not has_findings or f.name not in ("Support Devices", "Pleural Other", "Fracture") or rng.random() < .3): key.append(sentence(f, main, rng, says, None if has_findings else before))
+        if has_findings and (not has_impression or rng.random() < .9):
+            body.append(sentence(f, SEE if has_impression and not hedged else main, rng, says, before))
+        if has_impression and (
+            not has_findings or f.name not in ("Support Devices", "Pleural Other", "Fracture") or rng.random() < 0.3):
+            key.append(sentence(f, main, rng, says, None if has_findings else before))
     if not (has_findings or has_impression): return assemble(rng, "", "", view, indication, before), says
     other = denials(there, rng, says) + resolved(before, findings, rng, says) + habits(there, rng, says)
     nothing = not any(v in (1, -1) for l, v in says.items() if l != "Support Devices")
     if nothing: says["No Finding"] = 1
-    if has_impression and not key: key = [str(rng.choice(NOTHING))] if nothing else [sentence(told[0][0], HEDGE if told[0][1] else CONCLUDE, rng, says)]
-    if has_findings: rng.shuffle(other); body = body + other if rng.random() < .7 else other + body
-    else: key = key + other
+    if has_impression and not key:
+        key = ([str(rng.choice(NOTHING))] if nothing
+               else [sentence(told[0][0], HEDGE if told[0][1] else CONCLUDE, rng, says)])
+    if has_findings:
+        rng.shuffle(other)
+        body = body + other if rng.random() < .7 else other + body
+    else:
+        key = key + other
     if has_findings and rng.random() < .35: body.insert(0, str(rng.choice(TECHNIQUE[view])))
-    return assemble(rng, " ".join(body or [str(rng.choice(NOTHING))]) if has_findings else "", numbered(key, rng) if has_impression else "", view, indication, before), says
+    return (
+        assemble(rng, " ".join(body or [str(rng.choice(NOTHING))]) if has_findings else "",
+                 numbered(key, rng) if has_impression else "", view, indication, before),
+        says,
+    )
 
 # %% ../nbs/api/06_phantom.ipynb #6e9d8c18
 def assemble(rng: np.random.Generator, body: str, key: str, view: str, indication: str, before: list | None) -> str:
     "Put the sections together, each style in its own way."
     head = " FINAL REPORT\n" if rng.random() < .7 else ""
-    parts = [f"EXAMINATION: CHEST ({'PORTABLE AP' if view == 'AP' else view})"] * (rng.random() < .6) + [f"{rng.choice(['INDICATION', 'INDICATION', 'HISTORY'])}: {indication}"] * bool(indication)
+    parts = [f"EXAMINATION: CHEST ({'PORTABLE AP' if view == 'AP' else view})"] * (rng.random() < 0.6) + [
+        f"{rng.choice(['INDICATION', 'INDICATION', 'HISTORY'])}: {indication}"] * bool(indication)
     parts += [f"COMPARISON: {'None.' if before is None else 'Prior chest radiograph.'}"] * (rng.random() < .8)
     return head + "\n\n".join(parts + [f"FINDINGS: {body}"] * bool(body) + [f"IMPRESSION: {key}"] * bool(key)) + "\n"
 
@@ -1012,10 +1430,15 @@ def toy_study(
     seed: int = 0,  # another seed, another patient
 ) -> PhantomStudy:
     "The small study that every later chapter plays with."
-    if finding and finding not in PREVALENCE: raise NeuralError(f"no phantom shows {finding!r}; choose one of {', '.join(PREVALENCE)}")
-    rng = np.random.default_rng([seed, 11]); findings = [Finding(finding, *place(finding, rng)[0], float(rng.uniform(.7, .95)), int(rng.integers(2**31)))] if finding else []
+    if finding and finding not in PREVALENCE:
+        raise NeuralError(f"no phantom shows {finding!r}; choose one of {', '.join(PREVALENCE)}")
+    rng = np.random.default_rng([seed, 11])
+    findings = ([Finding(finding, *place(finding, rng)[0], float(rng.uniform(0.7, 0.95)), int(rng.integers(2**31)))]
+                if finding else [])
     image, masks = draw_film(draw_patient(rng), findings, rng, size)
-    says = {l: None for l in LABELS}; lines = [sentence(f, SEE, rng, says) for f in findings] + [absences([n for n in ("Pleural Effusion", "Pneumothorax") if n != finding], rng, says)]
+    says = {l: None for l in LABELS}
+    lines = [sentence(f, SEE, rng, says) for f in findings] + [
+        absences([n for n in ("Pleural Effusion", "Pneumothorax") if n != finding], rng, says)]
     key = [sentence(f, CONCLUDE, rng, says) for f in findings] or [NOTHING[0]]
     if not finding: says["No Finding"] = 1
     report = f"INDICATION: {rng.choice(INDICATIONS)}\n\nFINDINGS: {' '.join(lines)}\n\nIMPRESSION: {' '.join(key)}\n"
@@ -1024,18 +1447,32 @@ def toy_study(
 # %% ../nbs/api/06_phantom.ipynb #e201919b
 def lateral_bones(p: Anatomy, size: int) -> np.ndarray:
     "Vertebrae, ribs and breastbone from the side."
-    (x, y), ys, phi = film_grid(size), np.arange(.04, 1.05, .058, dtype=F32), np.linspace(0, 1, 40); at = .725 + .06 * np.sin(3.6 * (ys - .02))
-    bodies = sum(F32(1.5) * soft(1 - oval(x, y, a, h, .036, .0235) ** 2, 1.2) * (F32(.75) + F32(.25) * oval(x, y, a, h, .036, .0235)) for a, h in zip(at, ys))
-    behind = stroke(size, [[(a + .036, h), (a + .075, h + .028)] for a, h in zip(at, ys)], .0085, .8); breastbone = stroke(size, bezier([[(.365, .19), (.25, .27), (.205, .50)]], 40), .011, 1.1, .6)
-    rings = [np.stack([.72 - .50 * phi + .05 * np.sin(np.pi * phi), .06 + .062 * i + .025 * k + (.10 + .020 * i) * phi**1.3], 1) for i in range(9) for k in (0, 1)]
+    (x, y), ys, phi = film_grid(size), np.arange(.04, 1.05, .058, dtype=F32), np.linspace(0, 1, 40)
+    at = .725 + .06 * np.sin(3.6 * (ys - .02))
+    bodies = sum(F32(1.5) * soft(1 - oval(x, y, a, h, 0.036, 0.0235) ** 2, 1.2)
+                 * (F32(0.75) + F32(0.25) * oval(x, y, a, h, 0.036, 0.0235)) for a, h in zip(at, ys))
+    behind = stroke(size, [[(a + .036, h), (a + .075, h + .028)] for a, h in zip(at, ys)], .0085, .8)
+    breastbone = stroke(size, bezier([[(.365, .19), (.25, .27), (.205, .50)]], 40), .011, 1.1, .6)
+    rings = [
+        np.stack(
+            [0.72 - 0.50 * phi + 0.05 * np.sin(np.pi * phi),
+             0.06 + 0.062 * i + 0.025 * k + (0.10 + 0.020 * i) * phi**1.3],
+            1,
+        )
+        for i in range(9)
+        for k in (0, 1)
+    ]
     return bodies + behind + breastbone + F32(.8) * stroke(size, rings, .0105, np.clip((1 - phi) * 6, 0, 1), .88)
 
 # %% ../nbs/api/06_phantom.ipynb #f20d5a37
 def lateral_vessels(p: Anatomy, rng: np.random.Generator, size: int) -> np.ndarray:
     "Both hila on top of each other, and what leaves them, cm."
-    (x, y), a, d, hub = film_grid(size), rng.uniform(0, 6.3, 26), rng.uniform(.12, .30, 26), np.array([.475, p.apex + .31])
-    points = [np.stack([hub[0] + sx * np.cos(a + t), hub[1] + sy * np.sin(a + t)], 1) for sx, sy, t in ((.03, .05, 0), (.12, .12, 0), (d, d, .3))]
-    return F32(1.5) * stroke(size, bezier(np.stack(points, 1)), .0045, np.linspace(1, .2, 20)) + cloud(rng, size, size / 7) * F32(.22) + F32(3.2) * np.exp(-oval(x, y, *hub, .05, .055))
+    (x, y), a, d, hub = (film_grid(size), rng.uniform(0, 6.3, 26), rng.uniform(0.12, 0.30, 26),
+                         np.array([0.475, p.apex + 0.31]))
+    points = [np.stack([hub[0] + sx * np.cos(a + t), hub[1] + sy * np.sin(a + t)], 1)
+              for sx, sy, t in ((0.03, 0.05, 0), (0.12, 0.12, 0), (d, d, 0.3))]
+    return (F32(1.5) * stroke(size, bezier(np.stack(points, 1)), 0.0045, np.linspace(1, 0.2, 20))
+            + cloud(rng, size, size / 7) * F32(0.22) + F32(3.2) * np.exp(-oval(x, y, *hub, 0.05, 0.055)))
 
 # %% ../nbs/api/06_phantom.ipynb #ae763b2a
 def draw_lateral(
@@ -1044,16 +1481,28 @@ def draw_lateral(
     size: int,  # side, pixels
 ) -> np.ndarray:  # float32 [1, S, S] in [0, 1]
     "A lateral film, the patient facing left. It carries no finding and is there to be set aside."
-    (x, y), low = film_grid(size), p.dome_right + .03; back = F32(.70) + F32(.06) * np.sin(F32(3.6) * (y - F32(.02)))
-    front = F32(.215) + F32(.55) * np.clip(F32(.30) - y, 0, 1) ** F32(1.3); middle, half = (front + back) / 2, (back - front) / 2
-    body = F32(24 + 30 * p.fat) * np.sqrt(np.maximum(1 - np.abs((x - middle - F32(.025)) / (half + F32(.125 + .6 * p.fat))) ** F32(2.6), 0)) * np.sqrt(np.clip((y + F32(.22)) / F32(.4), 0, 1))
+    (x, y), low = film_grid(size), p.dome_right + .03
+    back = F32(.70) + F32(.06) * np.sin(F32(3.6) * (y - F32(.02)))
+    front = F32(.215) + F32(.55) * np.clip(F32(.30) - y, 0, 1) ** F32(1.3)
+    middle, half = (front + back) / 2, (back - front) / 2
+    body = (
+        F32(24 + 30 * p.fat)
+        * np.sqrt(np.maximum(1 - np.abs((x - middle - F32(0.025)) / (half + F32(0.125 + 0.6 * p.fat))) ** F32(2.6), 0))
+        * np.sqrt(np.clip((y + F32(0.22)) / F32(0.4), 0, 1)))
     arms = F32(7) * soft(F32(.20) - y - F32(.5) * np.abs(x - F32(.55)), .12)
-    dome = [F32(low + d) + F32(.32) * np.maximum(x - F32(.40), 0) ** F32(1.4) + F32(1.2) * np.maximum(F32(.40) - x, 0) ** 2 for d in (0, .025)]
-    lung = F32(20) * np.sqrt(np.maximum(1 - np.abs((x - middle - F32(.03)) / (half + F32(.05))) ** F32(2.4), 0)) * (soft(dome[0] - y, 2 / size) + soft(dome[1] - y, 2 / size)) / 2 * np.sqrt(np.clip((y - F32(p.apex + .02)) / F32(.30), 0, 1))
-    heart = union(F32(9.5) * chord(oval(x, y, .385, low - .115, .175 * p.heart, .135, .5)), F32(6) * chord(oval(x, y, .44, p.apex + .30, .075, .20, -.12)))
-    air = np.maximum(lung - heart, 0); windpipe = F32(2.5) * chord(((x - F32(.50) - F32(.04) * y) / F32(.016)) ** 2) * soft(F32(p.apex + .26) - y, .03)
+    dome = [F32(low + d) + F32(0.32) * np.maximum(x - F32(0.40), 0) ** F32(1.4)
+            + F32(1.2) * np.maximum(F32(0.40) - x, 0) ** 2 for d in (0, 0.025)]
+    lung = (F32(20) * np.sqrt(np.maximum(1 - np.abs((x - middle - F32(0.03)) / (half + F32(0.05))) ** F32(2.4), 0))
+            * (soft(dome[0] - y, 2 / size) + soft(dome[1] - y, 2 / size)) / 2
+            * np.sqrt(np.clip((y - F32(p.apex + 0.02)) / F32(0.30), 0, 1)))
+    heart = union(F32(9.5) * chord(oval(x, y, 0.385, low - 0.115, 0.175 * p.heart, 0.135, 0.5)),
+                  F32(6) * chord(oval(x, y, 0.44, p.apex + 0.30, 0.075, 0.20, -0.12)))
+    air = np.maximum(lung - heart, 0)
+    windpipe = F32(2.5) * chord(((x - F32(.50) - F32(.04) * y) / F32(.016)) ** 2) * soft(F32(p.apex + .26) - y, .03)
     belly = F32(2.5) * soft(y - dome[0], .15) * np.minimum(body / 10, 1)
-    total = F32(MU) * (body + arms - F32(AIRY) * air + lateral_vessels(p, rng, size) * np.minimum(air / 4, 1) + belly - windpipe) + F32(MU_BONE) * p.bone * lateral_bones(p, size) * np.minimum(body / 4, 1)
+    total = F32(MU) * (
+        body + arms - F32(AIRY) * air + lateral_vessels(p, rng, size) * np.minimum(air / 4, 1) + belly - windpipe
+    ) + F32(MU_BONE) * p.bone * lateral_bones(p, size) * np.minimum(body / 4, 1)
     return collimate(expose(total, rng), rng)[None]
 
 # %% ../nbs/api/06_phantom.ipynb #107fb656
@@ -1073,18 +1522,29 @@ def write_dicom(
 ) -> None:
     "A 12-bit DICOM whose patient fields are blank."
     pixels = np.round((1 - image[0] if negative else image[0]) * 4095).astype("<u2")
-    ds = pydicom.Dataset(); ds.file_meta = FileMetaDataset(); ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation; ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = uid
-    ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.FrameOfReferenceUID = uid_of(uid, "study"), uid_of(uid, "series"), uid_of(uid, "frame")
-    ds.Modality, ds.ViewPosition, ds.BodyPartExamined, ds.PatientName, ds.PatientID, ds.PatientBirthDate, ds.PatientSex = "DX", view, "CHEST", "", "", "", ""
-    ds.StudyDate, ds.StudyTime, ds.AccessionNumber, ds.StudyID, ds.SeriesNumber, ds.InstanceNumber, ds.Manufacturer = "", "", "", "", "1", "1", "Phantom"
-    ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = *pixels.shape, 1, 16, 12, 11, 0
-    ds.PhotometricInterpretation, ds.WindowCenter, ds.WindowWidth = "MONOCHROME1" if negative else "MONOCHROME2", 2048, 4096
-    ds.PixelData = pixels.tobytes(); held = io.BytesIO(); ds.save_as(held, enforce_file_format=True)
+    ds = pydicom.Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
+    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = uid
+    ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.FrameOfReferenceUID = (
+        uid_of(uid, "study"), uid_of(uid, "series"), uid_of(uid, "frame"))
+    (ds.Modality, ds.ViewPosition, ds.BodyPartExamined, ds.PatientName, ds.PatientID, ds.PatientBirthDate,
+     ds.PatientSex) = ("DX", view, "CHEST", "", "", "", "")
+    ds.StudyDate, ds.StudyTime, ds.AccessionNumber, ds.StudyID, ds.SeriesNumber, ds.InstanceNumber, ds.Manufacturer = (
+        "", "", "", "", "1", "1", "Phantom")
+    ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = (
+        *pixels.shape, 1, 16, 12, 11, 0)
+    ds.PhotometricInterpretation, ds.WindowCenter, ds.WindowWidth = (
+        "MONOCHROME1" if negative else "MONOCHROME2", 2048, 4096)
+    ds.PixelData = pixels.tobytes()
+    held = io.BytesIO()
+    ds.save_as(held, enforce_file_format=True)
     path.write_bytes(held.getvalue())
 
 # %% ../nbs/api/06_phantom.ipynb #c23f20cc
-LATERAL, LATERAL_ONLY, MONOCHROME1 = .20, .01, .20  # share of studies with a lateral too, with nothing else, stored inverted
+# share of studies with a lateral too, with nothing else, stored inverted
+LATERAL, LATERAL_ONLY, MONOCHROME1 = .20, .01, .20
 STUDIES_EACH = (.50, .27, .14, .09)  # share of patients with one, two, three, four studies
 FRACTIONS = (.70, .10, .20)  # train, validate, test
 
@@ -1094,12 +1554,22 @@ def draw_patient_studies(
     n: int,  # which patient
 ) -> list[dict]:  # per study: ids, seeds, findings, report, what it says, views
     "Plan the studies of one patient; another patient never changes them."
-    rng, about, out, causes, before = np.random.default_rng([seed, n, 1]), np.random.default_rng([seed, n, 2]), [], None, None
+    rng, about, out, causes, before = (np.random.default_rng([seed, n, 1]), np.random.default_rng([seed, n, 2]), [],
+                                       None, None)
     for k in range(1 + int(rng.choice(4, p=STUDIES_EACH))):
-        causes = next_causes(causes, rng); findings = draw_findings(rng, causes, before or ()); view = "AP" if rng.random() < norm.cdf(-.4 + .5 * causes[list(PREVALENCE).index("Support Devices")]) else "PA"
-        u = rng.random(); views = ["LL"] if u < LATERAL_ONLY else [view] + ["LL"] * (u < LATERAL)
-        report, says = write_report(findings, before, rng, view, str(about.choice(INDICATIONS)))  # drawn from a source of its own
-        out.append(dict(patient=10_000_000 + 37 * n + 11, study=50_000_000 + 10 * n + k, anatomy=[seed, n, 3], seed=[seed, n, 4, k], findings=findings, report=report, says=says, views=views, negative=bool(rng.random() < MONOCHROME1), shape=tuple(rng.choice([(1, 1), (1, .84), (.88, 1)], p=[.5, .3, .2]))))
+        causes = next_causes(causes, rng)
+        findings = draw_findings(rng, causes, before or ())
+        view = "AP" if rng.random() < norm.cdf(-.4 + .5 * causes[list(PREVALENCE).index("Support Devices")]) else "PA"
+        u = rng.random()
+        views = ["LL"] if u < LATERAL_ONLY else [view] + ["LL"] * (u < LATERAL)
+        # drawn from a source of its own
+        report, says = write_report(findings, before, rng, view, str(about.choice(INDICATIONS)))
+        out.append(
+            dict(patient=10_000_000 + 37 * n + 11, study=50_000_000 + 10 * n + k, anatomy=[seed, n, 3],
+                 seed=[seed, n, 4, k], findings=findings, report=report, says=says, views=views,
+                 negative=bool(rng.random() < MONOCHROME1),
+                 shape=tuple(rng.choice([(1, 1), (1, 0.84), (0.88, 1)], p=[0.5, 0.3, 0.2])))
+        )
         before = findings
     return out
 
@@ -1110,10 +1580,14 @@ def draw_cohort(
     fractions: tuple = FRACTIONS,  # shares of the patients in train, validate and test, sum 1
 ) -> list[dict]:  # as `draw_patient_studies`, with the split
     "Plan a cohort without drawing it; the split is by patient."
-    if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6: raise NeuralError(f"train, validate and test need three positive shares that sum to 1, got {fractions}")
+    if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise NeuralError(f"train, validate and test need three positive shares that sum to 1, got {fractions}")
     plan, n = [], 0
-    while len(plan) < studies: plan += draw_patient_studies(seed, n)[: studies - len(plan)]; n += 1
-    turn = np.random.default_rng([seed, 5]).permutation(n); cut = np.cumsum(fractions)[:2] * n
+    while len(plan) < studies:
+        plan += draw_patient_studies(seed, n)[: studies - len(plan)]
+        n += 1
+    turn = np.random.default_rng([seed, 5]).permutation(n)
+    cut = np.cumsum(fractions)[:2] * n
     split = {10_000_000 + 37 * i + 11: ("train", "validate", "test")[int((turn[i] >= cut).sum())] for i in range(n)}
     return [s | {"split": split[s["patient"]]} for s in plan]
 
@@ -1129,17 +1603,26 @@ def crop(
 # %% ../nbs/api/06_phantom.ipynb #655cb497
 def write_study(job: tuple):
     "Draw the films of one planned study and write its files; returns its table rows."
-    root, s, size = job; root, rng, p, films, boxes = Path(root), np.random.default_rng(s["seed"]), draw_patient(np.random.default_rng(s["anatomy"])), [], []
-    folder = root / "files" / f"p{s['patient'] // 1_000_000}" / f"p{s['patient']}"; (folder / f"s{s['study']}").mkdir(parents=True)
+    root, s, size = job
+    root, rng, p, films, boxes = (Path(root), np.random.default_rng(s["seed"]),
+                                  draw_patient(np.random.default_rng(s["anatomy"])), [], [])
+    folder = root / "files" / f"p{s['patient'] // 1_000_000}" / f"p{s['patient']}"
+    (folder / f"s{s['study']}").mkdir(parents=True)
     (folder / f"s{s['study']}.txt").write_text(s["report"], encoding="utf-8", newline="\n")
     for k, view in enumerate(s["views"]):
-        image, masks = (draw_lateral(p, rng, size), {}) if view == "LL" else draw_film(p, s["findings"], rng, size, view == "AP")
-        image = crop(image[0], s["shape"])[None]; bits = hashlib.sha256(repr((s["seed"], k)).encode()).hexdigest(); dicom = "-".join(bits[i : i + 8] for i in range(0, 40, 8))
-        write_dicom(folder / f"s{s['study']}" / f"{dicom}.dcm", image, view, uid_of(s["seed"], k), s["negative"]); films.append((dicom, s["patient"], s["study"], view, *image.shape[1:]))
+        image, masks = (
+            (draw_lateral(p, rng, size), {}) if view == "LL" else draw_film(p, s["findings"], rng, size, view == "AP"))
+        image = crop(image[0], s["shape"])[None]
+        bits = hashlib.sha256(repr((s["seed"], k)).encode()).hexdigest()
+        dicom = "-".join(bits[i : i + 8] for i in range(0, 40, 8))
+        write_dicom(folder / f"s{s['study']}" / f"{dicom}.dcm", image, view, uid_of(s["seed"], k), s["negative"])
+        films.append((dicom, s["patient"], s["study"], view, *image.shape[1:]))
         for name, mask in ((n, crop(m, s["shape"])) for n, m in masks.items()):
             if not mask.any(): continue
-            Image.fromarray(mask.astype(np.uint8) * 255).save(root / "truth" / "masks" / f"{s['study']}__{name}.png", compress_level=1)
-            (i, j), (h, w) = ((v.min() for v in np.nonzero(mask)), (np.ptp(v) + 1 for v in np.nonzero(mask))); boxes.append((dicom, s["study"], name, j, i, w, h))
+            Image.fromarray(mask.astype(np.uint8) * 255).save(
+                root / "truth" / "masks" / f"{s['study']}__{name}.png", compress_level=1)
+            (i, j), (h, w) = ((v.min() for v in np.nonzero(mask)), (np.ptp(v) + 1 for v in np.nonzero(mask)))
+            boxes.append((dicom, s["study"], name, j, i, w, h))
     return films, boxes
 
 # %% ../nbs/api/06_phantom.ipynb #4f8a2346
@@ -1151,11 +1634,19 @@ def write_table(path: Path, header: list, rows: list) -> None:
 # %% ../nbs/api/06_phantom.ipynb #0cea88b0
 def write_tables(root: Path, plan: list[dict], films: list, boxes: list) -> None:
     "The tables MIMIC-CXR comes with, and the truth beside them."
-    split = {s["study"]: s["split"] for s in plan}; ids = ["subject_id", "study_id"]
-    write_table(root / "mimic-cxr-2.0.0-split.csv.gz", ["dicom_id", "study_id", "subject_id", "split"], [(d, s, p, split[s]) for d, p, s, *_ in films])
+    split = {s["study"]: s["split"] for s in plan}
+    ids = ["subject_id", "study_id"]
+    write_table(root / "mimic-cxr-2.0.0-split.csv.gz", ["dicom_id", "study_id", "subject_id", "split"],
+                [(d, s, p, split[s]) for d, p, s, *_ in films])
     write_table(root / "mimic-cxr-2.0.0-metadata.csv.gz", ["dicom_id", *ids, "ViewPosition", "Rows", "Columns"], films)
-    write_table(root / "mimic-cxr-2.0.0-chexpert.csv.gz", [*ids, *sorted(LABELS)], [(s["patient"], s["study"], *(None if s["says"][l] is None else float(s["says"][l]) for l in sorted(LABELS))) for s in plan])
-    write_table(root / "truth" / "labels.csv", [*ids, *LABELS], [(s["patient"], s["study"], *truth_of(s["findings"]).values()) for s in plan])
+    write_table(
+        root / "mimic-cxr-2.0.0-chexpert.csv.gz",
+        [*ids, *sorted(LABELS)],
+        [(s["patient"], s["study"], *(None if s["says"][l] is None else float(s["says"][l]) for l in sorted(LABELS)))
+         for s in plan],
+    )
+    write_table(root / "truth" / "labels.csv", [*ids, *LABELS],
+                [(s["patient"], s["study"], *truth_of(s["findings"]).values()) for s in plan])
     write_table(root / "truth" / "boxes.csv", ["dicom_id", "study_id", "label", "x", "y", "w", "h"], boxes)
 
 # %% ../nbs/api/06_phantom.ipynb #47129006
@@ -1166,6 +1657,7 @@ def runs_still(pid: int) -> bool:
     except (PermissionError, OverflowError): return True
     return True
 
+# %% ../nbs/api/06_phantom.ipynb #47129006x1
 @contextmanager
 def draft_folder(
     out: Path,  # folder to make, absolute; missing or empty
@@ -1173,7 +1665,8 @@ def draft_folder(
     "A folder that appears whole or not at all."
     stem = f".{out.name[:60]}.{platform.node()}"
     for left in out.parent.glob(f"{glob.escape(stem)}.*.tmp"):
-        if (pid := left.name.split(".")[-2]).isdigit() and not runs_still(int(pid)): shutil.rmtree(left, ignore_errors=True)
+        if (pid := left.name.split(".")[-2]).isdigit() and not runs_still(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
     draft = out.with_name(f"{stem}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(draft, ignore_errors=True)
@@ -1195,13 +1688,18 @@ def write_cohort(
 ) -> dict:  # studies, patients, films, masks, splits
     "Write a phantom cohort in the MIMIC-CXR layout, published by rename (this companion's choice)."
     out = Path(os.path.abspath(out))
-    if out.is_symlink() or out.exists() and (not out.is_dir() or any(out.iterdir())): raise NeuralError(f"{out.name}: already holds files; give a new folder, or remove it yourself")
-    if not 1 <= studies <= 1_000_000 or not 48 <= size <= 4096: raise NeuralError(f"a cohort needs at least one study and films of 48 to 4096 pixels, got {studies} and {size}")
+    if out.is_symlink() or out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise NeuralError(f"{out.name}: already holds files; give a new folder, or remove it yourself")
+    if not 1 <= studies <= 1_000_000 or not 48 <= size <= 4096:
+        raise NeuralError(f"a cohort needs at least one study and films of 48 to 4096 pixels, got {studies} and {size}")
     with draft_folder(out) as draft:
         (draft / "truth" / "masks").mkdir(parents=True)
-        plan = draw_cohort(studies, seed, fractions); drawn = draw_all([(str(draft), s, size) for s in plan], workers)
-        films, boxes = [f for d in drawn for f in d[0]], [b for d in drawn for b in d[1]]; write_tables(draft, plan, films, boxes)
-    return dict(studies=len(plan), patients=len({s["patient"] for s in plan}), films=len(films), masks=len(boxes), splits={k: sum(s["split"] == k for s in plan) for k in ("train", "validate", "test")})
+        plan = draw_cohort(studies, seed, fractions)
+        drawn = draw_all([(str(draft), s, size) for s in plan], workers)
+        films, boxes = [f for d in drawn for f in d[0]], [b for d in drawn for b in d[1]]
+        write_tables(draft, plan, films, boxes)
+    return dict(studies=len(plan), patients=len({s["patient"] for s in plan}), films=len(films), masks=len(boxes),
+                splits={k: sum(s["split"] == k for s in plan) for k in ("train", "validate", "test")})
 
 # %% ../nbs/api/06_phantom.ipynb #29ab7d0f
 def draw_all(jobs: list[tuple], workers: int) -> list:

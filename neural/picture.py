@@ -21,7 +21,9 @@ __all__ = ['PICTURE_CODECS', 'QUALITIES', 'PICTURE_FORMATS', 'encode_picture', '
            'within_budget', 'thumbnail_side', 'thumbnail', 'mosaic', 'pad_square', 'encode_tiles', 'decode_tiles']
 
 # %% ../nbs/api/08_picture.ipynb #bf043e77
-PICTURE_CODECS = {"jpeg": ("JPEG", dict(optimize=True)), "webp": ("WEBP", dict(method=4)), "avif": ("AVIF", dict(speed=8, max_threads=1)), "jxl": ("JXL", dict(effort=5, numthreads=1, lossless=False, usecontainer=False))}
+PICTURE_CODECS = {"jpeg": ("JPEG", dict(optimize=True)), "webp": ("WEBP", dict(method=4)),
+                  "avif": ("AVIF", dict(speed=8, max_threads=1)),
+                  "jxl": ("JXL", dict(effort=5, numthreads=1, lossless=False, usecontainer=False))}
 QUALITIES = (1, 3, 6, 10, 15, 22, 30, 40, 50, 60, 70, 80, 90, 95)  # bisected: four trials a film
 
 def encode_picture(
@@ -30,7 +32,8 @@ def encode_picture(
     quality: int = 50,  # 1 to 95
 ) -> bytes:  # a whole file, headers counted
     "One film as an 8-bit grey picture of a common codec."
-    if codec not in PICTURE_CODECS: raise NeuralError(f"codec must be one of {', '.join(PICTURE_CODECS)}, got {codec!r}")
+    if codec not in PICTURE_CODECS:
+        raise NeuralError(f"codec must be one of {', '.join(PICTURE_CODECS)}, got {codec!r}")
     if not 1 <= quality <= 95: raise NeuralError(f"quality lies in 1 to 95, got {quality}")
     name, options = PICTURE_CODECS[codec]
     plane, out = np.round(np.asarray(film)[0] * 255).astype(np.uint8), io.BytesIO()
@@ -42,7 +45,8 @@ def encode_picture(
 def jxl_shape(
     data: bytes,  # a bare JPEG XL codestream
 ) -> tuple[int, int]:  # rows and columns that its header claims
-    "What a JPEG XL picture of one plain frame says it measures, before anything is decoded (ISO/IEC 18181-1, size header)."
+    """What a JPEG XL picture of one plain frame says it measures, before anything is decoded (ISO/IEC 18181-1, size
+    header)."""
     bits, left = int.from_bytes(data[2:18], "little"), 8 * len(data[2:18])
     def take(n):
         nonlocal bits, left
@@ -54,7 +58,8 @@ def jxl_shape(
     rows, ratio = length(), take(3)
     across, down = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))[ratio - 1]
     columns = rows * across // down if ratio else length()
-    if not take(1) and take(1): raise NeuralError("a JPEG XL picture with several frames, a preview or a turn; save it as one plain picture")
+    if not take(1) and take(1):
+        raise NeuralError("a JPEG XL picture with several frames, a preview or a turn; save it as one plain picture")
     return rows, columns
 
 # %% ../nbs/api/08_picture.ipynb #56561654
@@ -66,6 +71,7 @@ def _opened(data: bytes) -> Image.Image:
         warnings.simplefilter("ignore")
         return Image.open(CountedFile(data), formats=PICTURE_FORMATS)
 
+# %% ../nbs/api/08_picture.ipynb #56561654x1
 def picture_shape(
     data: bytes,  # a whole file
     most: int = 4096,  # pixels it may have each way
@@ -77,13 +83,20 @@ def picture_shape(
         else:
             with _opened(data) as picture:
                 codec, frames, (columns, rows) = picture.format.lower(), getattr(picture, "n_frames", 1), picture.size
-                turned = picture.format != "PNG" and picture.getexif().get(0x112, 1) != 1  # a PNG may keep it behind its pixels
+                # a PNG may keep it behind its pixels
+                turned = picture.format != "PNG" and picture.getexif().get(0x112, 1) != 1
     except NeuralError: raise
-    except Image.DecompressionBombError: raise NeuralError(f"a picture of more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; sides up to {most} are read") from None
-    except LIBRARY_ERRORS as e: raise NeuralError(f"{len(data)} bytes that are no picture of {', '.join(PICTURE_CODECS)} or png, or a damaged one ({type(e).__name__})") from None
+    except Image.DecompressionBombError:
+        raise NeuralError(
+            f"a picture of more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; sides up to {most} are read") from None
+    except LIBRARY_ERRORS as e:
+        raise NeuralError(
+            f"{len(data)} bytes that are no picture of {', '.join(PICTURE_CODECS)} or png, or a damaged one"
+            f" ({type(e).__name__})") from None
     if turned: raise NeuralError("a picture that its EXIF data turn; save it as it shall be seen")
     if frames != 1: raise NeuralError(f"a picture of {frames} frames; save it as one plain picture")
-    if not 1 <= min(rows, columns) <= max(rows, columns) <= most: raise NeuralError(f"a picture of {columns}x{rows} pixels; sides up to {most} are read")
+    if not 1 <= min(rows, columns) <= max(rows, columns) <= most:
+        raise NeuralError(f"a picture of {columns}x{rows} pixels; sides up to {most} are read")
     if codec in ("png", "jpeg"): check_density(data, codec.upper(), rows, columns, "a picture")
     return codec, rows, columns
 
@@ -97,10 +110,15 @@ def decode_picture(
     "A picture as a square film again, or one line that says why not."
     if not 0 < len(data) <= most: raise NeuralError(f"a picture of {len(data)} bytes; between 1 and {most} are read")
     codec, rows, columns = picture_shape(data, side)
-    if codec not in PICTURE_CODECS: raise NeuralError(f"a {codec} picture; save it as one of {', '.join(PICTURE_CODECS)}")
-    try: plane = imagecodecs.jpegxl_decode(data, index=0) if codec == "jxl" else np.asarray(_opened(data).convert("L"))
-    except LIBRARY_ERRORS as e: raise NeuralError(f"a damaged {codec} picture of {len(data)} bytes ({type(e).__name__}); copy the file again") from None
-    if plane.shape != (rows, columns) or plane.dtype != np.uint8: raise NeuralError(f"a {codec} picture that is not one grey plane of 8 bits; save it as one")
+    if codec not in PICTURE_CODECS:
+        raise NeuralError(f"a {codec} picture; save it as one of {', '.join(PICTURE_CODECS)}")
+    try:
+        plane = imagecodecs.jpegxl_decode(data, index=0) if codec == "jxl" else np.asarray(_opened(data).convert("L"))
+    except LIBRARY_ERRORS as e:
+        raise NeuralError(
+            f"a damaged {codec} picture of {len(data)} bytes ({type(e).__name__}); copy the file again") from None
+    if plane.shape != (rows, columns) or plane.dtype != np.uint8:
+        raise NeuralError(f"a {codec} picture that is not one grey plane of 8 bits; save it as one")
     return fit_square(plane[None].astype(np.float32) / 255, size)
 
 # %% ../nbs/api/08_picture.ipynb #73b9590e
@@ -118,6 +136,7 @@ def within_budget(
         else: high = middle
     return best
 
+# %% ../nbs/api/08_picture.ipynb #73b9590ex1
 def thumbnail_side(
     films,  # some training films, float (n, 1, S, S) in [0, 1]
     budget: int,  # bytes per study
@@ -129,7 +148,11 @@ def thumbnail_side(
     for side in sides:
         found = [within_budget(fit_square(x, side), budget, codec) for x in films]
         if all(found): errors[side] = np.mean([(decode_picture(d, x.shape[-1]) - x) ** 2 for d, x in zip(found, films)])
-    if not errors: raise NeuralError(f"{codec} cannot hold a film in {budget} bytes: at {sides[0]} pixels and quality {QUALITIES[0]} it takes up to {max(len(encode_picture(fit_square(x, sides[0]), codec, QUALITIES[0])) for x in films)}; raise the budget or choose another codec")
+    if not errors:
+        raise NeuralError(
+            f"{codec} cannot hold a film in {budget} bytes: at {sides[0]} pixels and quality {QUALITIES[0]} it takes up"
+            f" to {max(len(encode_picture(fit_square(x, sides[0]), codec, QUALITIES[0])) for x in films)}; raise the"
+            " budget or choose another codec")
     return min(errors, key=errors.get)
 
 # %% ../nbs/api/08_picture.ipynb #9fed843a
@@ -144,7 +167,9 @@ def thumbnail(
     while side >= 8:
         if found := within_budget(fit_square(film, side), budget, codec): return found
         side //= 2
-    raise NeuralError(f"{codec} cannot hold this film in {budget} bytes, not even at 8 pixels; raise the budget or choose another codec")
+    raise NeuralError(
+        f"{codec} cannot hold this film in {budget} bytes, not even at 8 pixels; raise the budget or choose another"
+        " codec")
 
 # %% ../nbs/api/08_picture.ipynb #78e77e25
 def mosaic(
@@ -154,11 +179,18 @@ def mosaic(
 ) -> np.ndarray:  # float32 (1, rows*h, columns*w): as square as k allows; zeros where no patch is left
     "Some patches of a film as one picture (this companion's choice)."
     film, k = np.asarray(film, np.float32), len(patches)
-    if film.ndim != 3 or film.shape[1] % grid[0] or film.shape[2] % grid[1] or not k: raise NeuralError(f"a mosaic needs a film (1, S, S) that {grid[0]}x{grid[1]} patches divide and at least one patch, got {film.shape} and {k}")
-    if min(patches) < 0 or max(patches) >= grid[0] * grid[1]: raise NeuralError(f"patches of a mosaic lie in 0 to {grid[0] * grid[1] - 1}, got {min(patches)} to {max(patches)}")
+    if film.ndim != 3 or film.shape[1] % grid[0] or film.shape[2] % grid[1] or not k:
+        raise NeuralError(
+            f"a mosaic needs a film (1, S, S) that {grid[0]}x{grid[1]} patches divide and at least one patch, got"
+            f" {film.shape} and {k}")
+    if min(patches) < 0 or max(patches) >= grid[0] * grid[1]:
+        raise NeuralError(
+            f"patches of a mosaic lie in 0 to {grid[0] * grid[1] - 1}, got {min(patches)} to {max(patches)}")
     h, w, columns = film.shape[1] // grid[0], film.shape[2] // grid[1], int(np.ceil(np.sqrt(k)))
     out = np.zeros((-(-k // columns), columns, h, w), np.float32)
-    for n, p in enumerate(np.asarray(patches)): out[n // columns, n % columns] = film[0, p // grid[1] * h : (p // grid[1] + 1) * h, p % grid[1] * w : (p % grid[1] + 1) * w]
+    for n, p in enumerate(np.asarray(patches)):
+        out[n // columns, n % columns] = film[
+            0, p // grid[1] * h : (p // grid[1] + 1) * h, p % grid[1] * w : (p % grid[1] + 1) * w]
     return out.transpose(0, 2, 1, 3).reshape(1, out.shape[0] * h, columns * w)
 
 # %% ../nbs/api/08_picture.ipynb #5b85c6ac
@@ -166,12 +198,19 @@ def pad_square(
     film: np.ndarray,  # (1, H, W) in [0, 1]
     multiple: int = 12,  # of which the side shall be one
 ) -> np.ndarray:  # float32 (1, S, S), S >= max(H, W) the next multiple; no pixel changed, zeros around
-    "A radiograph in the middle of a square that a grid divides, without resizing: the place of `fit_square`, to within half a patch's remainder."
+    """A radiograph in the middle of a square that a grid divides, without resizing: the place of `fit_square`, to
+    within half a patch's remainder."""
     film = np.asarray(film, np.float32)
-    if film.ndim != 3 or film.shape[0] != 1 or not film.size or multiple < 1: raise NeuralError(f"a square is made of a film (1, H, W) and a multiple of at least 1, got {film.shape} and {multiple}")
-    h, w = film.shape[1:]; side = -(-max(h, w) // multiple) * multiple
-    if side * side > MAX_PIXELS: raise NeuralError(f"a square of {side} pixels is larger than the limit of {MAX_PIXELS:,}; make the film smaller")
-    out = np.zeros((1, side, side), np.float32); top, left = (side - h) // 2, (side - w) // 2
+    if film.ndim != 3 or film.shape[0] != 1 or not film.size or multiple < 1:
+        raise NeuralError(
+            f"a square is made of a film (1, H, W) and a multiple of at least 1, got {film.shape} and {multiple}")
+    h, w = film.shape[1:]
+    side = -(-max(h, w) // multiple) * multiple
+    if side * side > MAX_PIXELS:
+        raise NeuralError(
+            f"a square of {side} pixels is larger than the limit of {MAX_PIXELS:,}; make the film smaller")
+    out = np.zeros((1, side, side), np.float32)
+    top, left = (side - h) // 2, (side - w) // 2
     out[:, top : top + h, left : left + w] = film
     return out
 
@@ -185,6 +224,7 @@ def _strip(
     t = film.shape[1] // side
     return film[0].reshape(side, t, side, t).swapaxes(1, 2).reshape(-1, t, t)[patches].reshape(-1, t)
 
+# %% ../nbs/api/08_picture.ipynb #07297b60x1
 def _check_tiles(
     film: np.ndarray,  # (1, H, W)
     patches: np.ndarray,  # int (k)
@@ -194,12 +234,22 @@ def _check_tiles(
     "Refuses what cannot be cut into tiles exactly."
     rows, columns = grid
     if bits not in (8, 16): raise NeuralError(f"tiles have 8 or 16 bits a pixel, got {bits}")
-    if rows != columns: raise NeuralError(f"tiles are square: a grid of {rows}x{columns} over a square film has none; choose as many rows as columns")
+    if rows != columns:
+        raise NeuralError(
+            f"tiles are square: a grid of {rows}x{columns} over a square film has none; choose as many rows as columns")
     if film.ndim != 3 or film.shape[0] != 1 or film.shape[1] != film.shape[2] or not film.size or film.shape[1] % rows:
-        raise NeuralError(f"tiles are cut from a square film (1, S, S), S a multiple of {rows}, got {film.shape}; fit_square(film, {max(-(-max(film.shape[-2:], default=1) // rows), 1) * rows}) makes one")
-    if film.size > MAX_PIXELS: raise NeuralError(f"a film of {film.shape[1]}x{film.shape[2]} pixels, the limit is {MAX_PIXELS:,}; make it smaller")
-    if not 0 <= film.min() <= film.max() <= 1: raise NeuralError(f"a film of tiles lies in [0, 1], got {film.min():g} to {film.max():g}; read it with read_radiograph")
-    if patches.ndim != 1 or not len(patches) or patches[0] < 0 or patches[-1] >= rows * columns or (np.diff(patches) < 1).any(): raise NeuralError(f"patches must be ascending indices below {rows * columns}, at least one, each once")
+        raise NeuralError(
+            f"tiles are cut from a square film (1, S, S), S a multiple of {rows}, got {film.shape}; fit_square(film,"
+            f" {max(-(-max(film.shape[-2:], default=1) // rows), 1) * rows}) makes one")
+    if film.size > MAX_PIXELS:
+        raise NeuralError(
+            f"a film of {film.shape[1]}x{film.shape[2]} pixels, the limit is {MAX_PIXELS:,}; make it smaller")
+    if not 0 <= film.min() <= film.max() <= 1:
+        raise NeuralError(
+            f"a film of tiles lies in [0, 1], got {film.min():g} to {film.max():g}; read it with read_radiograph")
+    if (patches.ndim != 1 or not len(patches) or patches[0] < 0 or patches[-1] >= rows * columns
+        or (np.diff(patches) < 1).any()):
+        raise NeuralError(f"patches must be ascending indices below {rows * columns}, at least one, each once")
 
 # %% ../nbs/api/08_picture.ipynb #4034fd56
 def encode_tiles(
@@ -211,11 +261,15 @@ def encode_tiles(
     "The pixels of some patches, without loss (this companion's choice; the paper keeps none)."
     film, patches = np.asarray(film), np.asarray(patches, np.int64)
     _check_tiles(film, patches, grid, bits)
-    strip = np.round(_strip(film, patches, grid[0]).astype(np.float64) * (2**bits - 1)).astype(np.uint8 if bits == 8 else np.uint16)
+    strip = np.round(_strip(film, patches, grid[0]).astype(np.float64) * (2**bits - 1)).astype(
+        np.uint8 if bits == 8 else np.uint16)
     ways, found = [("PNG", dict(optimize=True))], []
-    if bits == 8 and len(strip) <= 16383: ways.append(("WEBP", dict(lossless=True, quality=100, method=6)))  # the longest side WebP knows
+    # the longest side WebP knows
+    if bits == 8 and len(strip) <= 16383: ways.append(("WEBP", dict(lossless=True, quality=100, method=6)))
     for name, options in ways:
-        out = io.BytesIO(); Image.fromarray(strip).save(out, name, **options); found.append(out.getvalue())
+        out = io.BytesIO()
+        Image.fromarray(strip).save(out, name, **options)
+        found.append(out.getvalue())
     return min(found, key=len)
 
 # %% ../nbs/api/08_picture.ipynb #5ba212a9
@@ -226,13 +280,23 @@ def decode_tiles(
     "The tiles exactly as they were stored, or one line that says why not."
     if k < 1: raise NeuralError(f"a strip of {k} tiles; at least one is needed")
     codec, rows, columns = picture_shape(data, math.isqrt(k * MAX_PIXELS))
-    if codec != "png" and (codec, data[12:16]) != ("webp", b"VP8L"): raise NeuralError(f"tiles in a {codec} picture that loses detail; encode_tiles writes PNG or lossless WebP")
-    if rows != k * columns: raise NeuralError(f"a strip of {columns}x{rows} pixels does not hold {k} square tiles; read it with the patches it was made with")
+    if codec != "png" and (codec, data[12:16]) != ("webp", b"VP8L"):
+        raise NeuralError(f"tiles in a {codec} picture that loses detail; encode_tiles writes PNG or lossless WebP")
+    if rows != k * columns:
+        raise NeuralError(
+            f"a strip of {columns}x{rows} pixels does not hold {k} square tiles; read it with the patches it was made"
+            " with")
     try:
         if codec == "png" and not data.endswith(b"IEND\xaeB`\x82"): raise EOFError
         _opened(data).verify()  # the checksums of a PNG
-        picture = _opened(data); strip = np.asarray(picture)
-    except LIBRARY_ERRORS as e: raise NeuralError(f"damaged tiles in {len(data)} bytes ({type(e).__name__}); copy the file again") from None
-    if codec == "webp" and picture.mode == "RGB" and (strip == strip[..., :1]).all(): strip = strip[..., 0]  # WebP knows no grey
-    elif picture.mode not in ("L", "I;16"): raise NeuralError(f"tiles of a {codec} picture that is not grey with 8 or 16 bits; encode_tiles makes such a one")
+        picture = _opened(data)
+        strip = np.asarray(picture)
+    except LIBRARY_ERRORS as e:
+        raise NeuralError(f"damaged tiles in {len(data)} bytes ({type(e).__name__}); copy the file again") from None
+    # WebP knows no grey
+    if codec == "webp" and picture.mode == "RGB" and (strip == strip[..., :1]).all():
+        strip = strip[..., 0]
+    elif picture.mode not in ("L", "I;16"):
+        raise NeuralError(
+            f"tiles of a {codec} picture that is not grey with 8 or 16 bits; encode_tiles makes such a one")
     return strip.reshape(k, columns, columns)

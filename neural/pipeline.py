@@ -29,7 +29,8 @@ from importlib import metadata
 from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
-from .study import NeuralError, above, at_least, check_relative, make_folder, moved_side, publish as whole_file, side_text, system_reason, write_side
+from .study import (NeuralError, above, at_least, check_relative, make_folder, moved_side, publish as whole_file,
+                          side_text, system_reason, write_side)
 
 # %% ../nbs/api/40_pipeline.ipynb #cb9e2071
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def find_stages(
     "The stages of a folder in the order they run (this companion's choice)."
     names = [(re.fullmatch(r"(\d+)_\w+", p.stem), p) for p in sorted(Path(folder).glob("*.ipynb"))]
     stages = sorted((Stage(int(m[1]), p.stem, p) for m, p in names if m), key=lambda s: s.number)
-    if not stages: raise NeuralError(f"no stage notebooks such as 10_finetune.ipynb in {folder}; give the folder with --stages")
+    if not stages:
+        raise NeuralError(f"no stage notebooks such as 10_finetune.ipynb in {folder}; give the folder with --stages")
     twice = [n for n, times in Counter(s.number for s in stages).items() if times > 1]
     if twice: raise NeuralError(f"two stages carry the number {twice[0]} in {folder}; renumber one")
     return stages
@@ -54,15 +56,22 @@ def find_stages(
 # %% ../nbs/api/40_pipeline.ipynb #21bb7715
 def pick_stages(
     stages: list[Stage],  # all there are
-    wanted=(),            # number, name, word or range of numbers of the stages asked for: `20`, `20_prune`, `prune`, `20-40`; none means all
+    # number, name, word or range of numbers of the stages asked for: `20`, `20_prune`, `prune`, `20-40`; none means all
+    wanted=(),
 ) -> list[Stage]:         # in number order
     "The stages asked for by number, name, word or range (this companion's choice)."
     chosen, words = {}, [str(w).strip() for w in ([wanted] if isinstance(wanted, (str, int)) else wanted)]
     for word in words:
         span = re.fullmatch(r"(\d+)-(\d+)", word)
         if span and int(span[1]) > int(span[2]): raise NeuralError(f"{word} runs backwards; write {span[2]}-{span[1]}")
-        hits = [s for s in stages if (int(span[1]) <= s.number <= int(span[2]) if span else word in (str(s.number), s.name, s.name.split("_", 1)[1]))]
-        if not hits: raise NeuralError(f"no stage called {word or repr(word)}; there are {', '.join(s.name for s in stages)}")
+        hits = [
+            s
+            for s in stages
+            if (int(span[1]) <= s.number <= int(span[2]) if span
+                else word in (str(s.number), s.name, s.name.split("_", 1)[1]))
+        ]
+        if not hits:
+            raise NeuralError(f"no stage called {word or repr(word)}; there are {', '.join(s.name for s in stages)}")
         chosen.update({s.number: s for s in hits})
     return [chosen[n] for n in sorted(chosen)] if words else list(stages)
 
@@ -94,7 +103,8 @@ def parameters_cell(
 ) -> str:  # source of its one parameters cell
     "The source of the one cell tagged `parameters` (this companion's choice)."
     cells = [c for c in read_notebook(path).cells if "parameters" in c.metadata.get("tags", [])]
-    if len(cells) != 1: raise NeuralError(f"{Path(path).name} has {len(cells)} cells tagged parameters; a stage has exactly one")
+    if len(cells) != 1:
+        raise NeuralError(f"{Path(path).name} has {len(cells)} cells tagged parameters; a stage has exactly one")
     return cells[0].source
 
 # %% ../nbs/api/40_pipeline.ipynb #62987e24
@@ -105,11 +115,15 @@ def stage_parameters(
     from papermill import inspect_notebook
     nodes = [n for n in ast.parse(parameters_cell(path)).body if isinstance(n, (ast.AnnAssign, ast.Assign))]
     plain_ones = [n.targets[0].id for n in nodes if isinstance(n, ast.Assign)]
-    if plain_ones: raise NeuralError(f"{Path(path).name}: parameter {plain_ones[0]} has no type; write {plain_ones[0]}: int = …")
-    try: seen = inspect_notebook(str(path).replace("{", "{{").replace("}", "}}"))
+    if plain_ones:
+        raise NeuralError(f"{Path(path).name}: parameter {plain_ones[0]} has no type; write {plain_ones[0]}: int = …")
+    try:seen = inspect_notebook(str(path).replace("{", "{{").replace("}", "}}"))
     except ValueError as e: raise NeuralError(f"{Path(path).name}: papermill cannot read its parameters: {e}") from None
     lost = [n.target.id for n in nodes if n.target.id not in seen]
-    if lost: raise NeuralError(f"{Path(path).name}: papermill cannot read parameter {lost[0]}; keep it on one line without a second equals sign")
+    if lost:
+        raise NeuralError(
+            f"{Path(path).name}: papermill cannot read parameter {lost[0]}; keep it on one line without a second equals"
+            " sign")
     return {k: Parameter(k, v["inferred_type_name"], ast.literal_eval(n.value), v["help"])
             for n in nodes for k, v in [(n.target.id, seen[n.target.id])]}
 
@@ -119,20 +133,25 @@ def fits(
     kind: str,  # `str`, `int`, `float`, `bool`, `list` or `list[int]` and its like
 ) -> bool:      # True if the value is of that kind
     "Whether a value is of a declared kind; True is not a number here (this companion's choice)."
-    if inner := re.fullmatch(r"list\[(\w+)\]", kind): return isinstance(value, list) and all(fits(v, inner[1]) for v in value)
+    if inner := re.fullmatch(r"list\[(\w+)\]", kind):
+        return isinstance(value, list) and all(fits(v, inner[1]) for v in value)
     if kind == "list": return isinstance(value, list) and all(isinstance(v, (str, int, float)) for v in value)
     types = {"str": str, "int": int, "float": (int, float), "bool": bool}.get(kind)
-    if types is None: raise NeuralError(f"a parameter of type {kind} is not supported; use str, int, float, bool or list[...]")
-    return isinstance(value, types) and (kind == "bool" or not isinstance(value, bool)) and (kind != "float" or math.isfinite(value))
+    if types is None:
+        raise NeuralError(f"a parameter of type {kind} is not supported; use str, int, float, bool or list[...]")
+    return (isinstance(value, types) and (kind == "bool" or not isinstance(value, bool))
+            and (kind != "float" or math.isfinite(value)))
 
 # %% ../nbs/api/40_pipeline.ipynb #e2ac0ee3
 def read_text(
     text: str,  # as typed on a command line or quoted in a preset
     kind: str,  # declared type
 ):              # the value the text stands for, of whatever type it turns out to be
-    "The value a piece of text stands for: numbers, true/false, lists with or without brackets (this companion's choice)."
+    """The value a piece of text stands for: numbers, true/false, lists with or without brackets (this companion's
+    choice)."""
     if kind.startswith("list") and not text.strip().startswith("["): text = f"[{text}]"
-    with contextlib.suppress(json.JSONDecodeError): return json.loads(text)    # first, since 1e-3 in a list is text by YAML's rules
+    # first, since 1e-3 in a list is text by YAML's rules
+    with contextlib.suppress(json.JSONDecodeError): return json.loads(text)
     if kind in ("int", "float") and ":" in text: return text                   # 1:30 would be ninety by YAML's rules
     with contextlib.suppress(yaml.YAMLError):
         value = yaml.safe_load(text)
@@ -145,7 +164,8 @@ def kind_of(
     parameter: Parameter,  # what the stage declares
 ) -> str:                  # its kind, with that of a list's elements where its default tells it
     "The kind of a parameter; a bare list holds what its default holds (this companion's choice)."
-    kinds = {"float" if isinstance(v, float) else type(v).__name__ for v in parameter.default or ()} if parameter.kind == "list" else set()
+    kinds = ({"float" if isinstance(v, float) else type(v).__name__ for v in parameter.default or ()}
+             if parameter.kind == "list" else set())
     kinds = {"float"} if kinds == {"int", "float"} else kinds
     return f"list[{kinds.pop()}]" if len(kinds) == 1 else parameter.kind
 
@@ -285,11 +305,12 @@ def _stages_meant(
 ) -> list[Stage]:        # those that take it, at least one
     "The stages that a parameter is set for, or why there are none (this companion's choice)."
     scope, dot, own = name.rpartition(".")
-    try: named = pick_stages(stages, [scope]) if dot else chosen
+    try:named = pick_stages(stages, [scope]) if dot else chosen
     except NeuralError as e: raise NeuralError(f"{where}: {name}: {e}") from None
     among = [s for s in named if s in chosen]
     if not among:
-        raise NeuralError(f"{where}: {name} is for {named[0].name}, which does not run now; name it as well, or leave {name} out")
+        raise NeuralError(
+            f"{where}: {name} is for {named[0].name}, which does not run now; name it as well, or leave {name} out")
     known, who = {n for s in among for n in declared[s.name]}, " or ".join(s.name for s in among)
     refuse_unknown([own], known, where, f"{who} has no" if dot else "no stage has a")
     if own in ("run", "manifest"): raise NeuralError(f"{where}: set {own} with --{own}, so that all stages agree")
@@ -331,7 +352,8 @@ def settle_parameters(
     chosen: list[Stage],  # those to run now: `-p` must speak to one of them
     preset: dict=None,    # parameter -> value for everyone, or for one stage where it is called `60.epochs`
     given: dict=None,     # the same from the command line, stronger than the preset
-    kept: dict=None,      # stage name -> parameter -> value the run remembers: stronger than the preset, weaker than `given`
+    # stage name -> parameter -> value the run remembers: stronger than the preset, weaker than `given`
+    kept: dict=None,
 ) -> dict[str, dict]:     # stage name -> every parameter it would run with, defaults included
     "Decide every parameter of every stage before the first one starts (this companion's choice)."
     declared = {s.name: stage_parameters(s.path) for s in stages}
@@ -370,7 +392,8 @@ def read_json(
     return data
 
 # %% ../nbs/api/40_pipeline.ipynb #87ccfa13
-RECORD = {"stage": str, "metrics": dict, "parameters": dict, "settings": dict, "inputs": dict, "outputs": dict}    # what a record must hold
+# what a record must hold
+RECORD = {"stage": str, "metrics": dict, "parameters": dict, "settings": dict, "inputs": dict, "outputs": dict}
 
 def read_record(
     run,         # run folder
@@ -385,11 +408,13 @@ def stage_records(
     run,   # run folder
 ) -> dict: # stage name -> record, in number order
     "All run records of a folder."
-    names = sorted((int(m[1]), p.stem) for p in Path(run).glob("[0-9]*_*.json") if (m := re.fullmatch(r"(\d+)_\w+", p.stem)))
+    names = sorted(
+        (int(m[1]), p.stem) for p in Path(run).glob("[0-9]*_*.json") if (m := re.fullmatch(r"(\d+)_\w+", p.stem)))
     return {name: {"stage": name} | read_record(run, name) for _, name in names}
 
 # %% ../nbs/api/40_pipeline.ipynb #runnotes3
-HEAD = {"schema": int, "preset": str, "given": dict, "manifest": str, "stages": str, "from": str}    # what run.json must hold
+# what run.json must hold
+HEAD = {"schema": int, "preset": str, "given": dict, "manifest": str, "stages": str, "from": str}
 
 def run_notes(
     run,   # run folder
@@ -399,7 +424,9 @@ def run_notes(
     if head.is_file(): return read_json(head, advice, **HEAD)
     entries = [e for e in stage_records(run).values() if e.get("schema") == SCHEMA]
     made, notes = [e["settings"] for e in entries if "settings" in e], {"schema": SCHEMA} if entries else {}
-    if made: notes |= {"preset": made[-1]["preset"], "given": {k: v for s in made for k, v in s["given"].items()}, **made[-1].get("places", {})}
+    if made:
+        notes |= {"preset": made[-1]["preset"], "given": {k: v for s in made for k, v in s["given"].items()},
+                  **made[-1].get("places", {})}
     manifests = [e["parameters"]["manifest"] for e in entries if e.get("parameters", {}).get("manifest")]
     return notes | ({"manifest": manifests[-1]} if manifests else {})
 
@@ -416,7 +443,9 @@ def open_run(
         raise NeuralError(f"{run} holds files but no run.json, so it is not a run folder; name a new one with --run")
     old = old or {"schema": SCHEMA}
     if old.get("schema") != SCHEMA:
-        raise NeuralError(f"{run} was written with run schema {old.get('schema')}, this version writes {SCHEMA}; name a new folder with --run")
+        raise NeuralError(
+            f"{run} was written with run schema {old.get('schema')}, this version writes {SCHEMA}; name a new folder"
+            " with --run")
     if (new := {**old, **notes}) != old or not head.exists(): write_json(head, new)
     return run
 
@@ -426,9 +455,11 @@ def lock_run(
     run,  # run folder
 ):
     "Keep a run folder to one runner at a time (this companion's choice)."
-    lock = FileLock(make_folder(run)/".lock", timeout=0, fallback_to_soft=False)   # a soft lock would outlive a run that is killed
+    # a soft lock would outlive a run that is killed
+    lock = FileLock(make_folder(run)/".lock", timeout=0, fallback_to_soft=False)
     try: lock.acquire()
-    except Timeout: raise NeuralError(f"another run is working in {run}; wait for it or name another folder with --run") from None
+    except Timeout:
+        raise NeuralError(f"another run is working in {run}; wait for it or name another folder with --run") from None
     except OSError as e: raise NeuralError(f"{run}: cannot be locked for this run, {system_reason(e)}") from e
     try: yield
     finally: lock.release()
@@ -447,7 +478,8 @@ def plain(
     raise NeuralError(f"a run record holds numbers, text, lists and dicts, not {type(value).__name__}")
 
 # %% ../nbs/api/40_pipeline.ipynb #1ab22023
-PACKAGES = ("numpy", "scipy", "pandas", "scikit-learn", "torch", "transformers", "tokenizers", "torch-geometric", "spacy", "pydicom", "pyarrow", "matplotlib", "seaborn", "papermill")
+PACKAGES = ("numpy", "scipy", "pandas", "scikit-learn", "torch", "transformers", "tokenizers", "torch-geometric",
+            "spacy", "pydicom", "pyarrow", "matplotlib", "seaborn", "papermill")
 
 # %% ../nbs/api/40_pipeline.ipynb #06e91bb4
 def versions(
@@ -460,7 +492,8 @@ def versions(
     return found
 
 # %% ../nbs/api/40_pipeline.ipynb #20aac48c
-PACKAGE = Path(__file__).parent if "__file__" in globals() else Path("../../neural").resolve()  # folder of the installed library
+# folder of the installed library
+PACKAGE = Path(__file__).parent if "__file__" in globals() else Path("../../neural").resolve()
 
 # %% ../nbs/api/40_pipeline.ipynb #c6719706
 def git_commit(
@@ -489,7 +522,9 @@ def machine() -> dict:  # device, cores, wall_seconds since the process began, p
     import psutil
     torch = sys.modules.get("torch")
     device = torch.cuda.get_device_name(0) if torch and torch.cuda.is_available() else "cpu"
-    return {"device": device, "cores": os.cpu_count(), "wall_seconds": round(time.time() - psutil.Process().create_time(), 1), "peak_rss_mb": round(peak_memory() / 2**20)}
+    return {"device": device, "cores": os.cpu_count(),
+            "wall_seconds": round(time.time() - psutil.Process().create_time(), 1),
+            "peak_rss_mb": round(peak_memory() / 2**20)}
 
 # %% ../nbs/api/40_pipeline.ipynb #105cfa02
 def sha256_of(
@@ -504,7 +539,8 @@ def rounded(
 ) -> str:   # short text: four digits, an interval as `0.81 [0.75, 0.87]`
     "A metric as a reader wants it."
     if isinstance(value, (int, float)) and not isinstance(value, bool): return f"{value:.4g}"
-    if isinstance(value, list) and len(value) == 3: return f"{rounded(value[0])} [{rounded(value[1])}, {rounded(value[2])}]"
+    if isinstance(value, list) and len(value) == 3:
+        return f"{rounded(value[0])} [{rounded(value[1])}, {rounded(value[2])}]"
     return "not defined" if value is None else str(value)
 
 # %% ../nbs/api/40_pipeline.ipynb #a7f05ca7
@@ -529,15 +565,26 @@ def first_lines(
 ) -> str:       # at most one line more
     "The beginning of a long text, with a word about the rest."
     lines = text.split("\n")
-    return text if len(lines) <= most + 1 else "\n".join([*lines[:most], f"| … {len(lines) - most} more in the run record | |" if lines[0].startswith("|") else f"… {len(lines) - most} more in the run record"])
+    return (
+        text
+        if len(lines) <= most + 1
+        else "\n".join([
+            *lines[:most],
+            (f"| … {len(lines) - most} more in the run record | |" if lines[0].startswith("|")
+             else f"… {len(lines) - most} more in the run record"),
+        ])
+    )
 
 # %% ../nbs/api/40_pipeline.ipynb #abe45080
 def show_record(
     entry: dict,  # a run record
 ) -> dict:        # MIME type -> content, as a notebook stores it
     "The MIME bundle of a run record: the data for machines, a table for people."
-    rows, plain_rows = zip(*[(f"| {k} | {v} |", f"{k}: {v}") for k, v in metric_lines(entry["metrics"]).items()]) if entry["metrics"] else ((), ())
-    return {METRICS_MIME: entry, "text/markdown": first_lines("\n".join([f"| {entry['stage']} | value |", "|---|---|", *rows])), "text/plain": first_lines("\n".join(plain_rows))}
+    rows, plain_rows = (zip(*[(f"| {k} | {v} |", f"{k}: {v}") for k, v in metric_lines(entry["metrics"]).items()])
+                        if entry["metrics"] else ((), ()))
+    return {METRICS_MIME: entry,
+            "text/markdown": first_lines("\n".join([f"| {entry['stage']} | value |", "|---|---|", *rows])),
+            "text/plain": first_lines("\n".join(plain_rows))}
 
 # %% ../nbs/api/40_pipeline.ipynb #fa66f993
 def describe_figures(
@@ -548,7 +595,8 @@ def describe_figures(
     root, found = Path(run).resolve(), {}
     for figure in figures:
         path = (root/figure if not Path(figure).exists() else Path(figure)).resolve()
-        if not path.is_relative_to(root): raise NeuralError(f"figure {path.name} lies outside the run folder; save it below run/figures")
+        if not path.is_relative_to(root):
+            raise NeuralError(f"figure {path.name} lies outside the run folder; save it below run/figures")
         if not path.is_file(): raise NeuralError(f"figure {path.name} was not written; save it before calling record")
         found[path.relative_to(root).as_posix()] = sha256_of(path)
     return found
@@ -604,7 +652,8 @@ def typed_path(
     "A place as it is typed: relative, or from the home folder where the way to it leads through one."
     path, base, home = Path(path).resolve(), Path(base).resolve(), Path.home().resolve()
     from_home = path.is_relative_to(home) and not base.is_relative_to(home) and len(home.parts) > 1
-    return "~/" + shlex.quote(path.relative_to(home).as_posix()) if from_home else shlex.quote(Path(os.path.relpath(path, base)).as_posix())
+    return ("~/" + shlex.quote(path.relative_to(home).as_posix()) if from_home
+            else shlex.quote(Path(os.path.relpath(path, base)).as_posix()))
 
 # %% ../nbs/api/40_pipeline.ipynb #placewords1
 def place_words(
@@ -663,11 +712,13 @@ def command_line(
     "The line that makes a stage again, with all it rests on (this companion's choice)."
     groups = []
     for e in entries:
-        if groups and all(one_call(e, other) for other in groups[-1]): groups[-1].append(e)
+        if groups and all(one_call(e, other) for other in groups[-1]):groups[-1].append(e)
         else: groups.append([e])
     said = ""
     for text in (call_words(g, everyone, run, notes) for g in groups):
-        joint = "" if not said else "; then " if said.startswith("by hand") else "  # then " if text.startswith("by hand") else " && "
+        joint = (
+            "" if not said
+            else "; then " if said.startswith("by hand") else "  # then " if text.startswith("by hand") else " && ")
         said += joint + text
     return said
 
@@ -677,7 +728,8 @@ def earlier_records(
     stage: str,  # file stem of the stage
 ) -> list[dict]: # records of the stages with lower numbers, in order
     "The records of what a stage may rest on."
-    return [e for name, e in stage_records(run).items() if int(name.split("_")[0]) < int(stage.split("_")[0]) and "metrics" in e]
+    return [e for name, e in stage_records(run).items()
+            if int(name.split("_")[0]) < int(stage.split("_")[0]) and "metrics" in e]
 
 # %% ../nbs/api/40_pipeline.ipynb #startedhere1
 def started_here(
@@ -697,7 +749,8 @@ def run_command(
     "The line that makes a stage's numbers again; a notebook run by hand says so (this companion's choice)."
     if started := started_here(run, stage): return started["command"]
     before = earlier_records(run, stage)
-    return command_line([*before, {"stage": stage}], [int(e["stage"].split("_")[0]) for e in before], run, run_notes(run))
+    return command_line(
+        [*before, {"stage": stage}], [int(e["stage"].split("_")[0]) for e in before], run, run_notes(run))
 
 # %% ../nbs/api/40_pipeline.ipynb #b5546f0b
 def record(
@@ -712,10 +765,10 @@ def record(
     "Write the run record of a stage and show it: the last cell of every stage (this companion's choice)."
     if not re.fullmatch(r"\d+_\w+", stage): raise NeuralError(f"a stage is named like 20_prune, got {stage!r}")
     run, notes = open_run(run, strict=False), plain(parameters or {})
-    entry = {"schema": SCHEMA, "stage": stage, "metrics": plain(metrics), "figures": describe_figures(run, figures), "parameters": notes,
-             "command": run_command(run, stage), **started_here(run, stage), "seed": notes.get("seed"),
-             "reads": None if reads is None else sorted(map(str, reads)), "read": read or {},
-             "versions": versions(), "git_commit": git_commit(), **machine()}
+    entry = {"schema": SCHEMA, "stage": stage, "metrics": plain(metrics), "figures": describe_figures(run, figures),
+             "parameters": notes, "command": run_command(run, stage), **started_here(run, stage),
+             "seed": notes.get("seed"), "reads": None if reads is None else sorted(map(str, reads)),
+             "read": read or {}, "versions": versions(), "git_commit": git_commit(), **machine()}
     write_json(run/f"{stage}.json", entry)
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell: shell.display_pub.publish(show_record(entry))
@@ -726,14 +779,16 @@ def code_cells(
 ) -> list[str]:  # sources of its code cells, without what papermill injected
     "The code of a notebook, outputs and prose left aside."
     nb = read_notebook(notebook)
-    return [c.source for c in nb.cells if c.cell_type == "code" and c.source.strip() and "injected-parameters" not in c.metadata.get("tags", [])]
+    return [c.source for c in nb.cells
+            if c.cell_type == "code" and c.source.strip() and "injected-parameters" not in c.metadata.get("tags", [])]
 
 # %% ../nbs/api/40_pipeline.ipynb #065673de
 def code_hash(
     notebook,  # path, or a notebook already read
 ) -> str:      # 16 hex digits
     "A hash of a notebook's code alone: prose, captions and outputs may change without changing it."
-    code = [re.sub(r"(?m)^#\|.*\n?", "", source) for source in code_cells(notebook)]  # label, caption and alt text are read, not run
+    # label, caption and alt text are read, not run
+    code = [re.sub(r"(?m)^#\|.*\n?", "", source) for source in code_cells(notebook)]
     return hashlib.sha256("\x00".join(code).encode()).hexdigest()[:16]
 
 # %% ../nbs/api/40_pipeline.ipynb #3d601e43
@@ -759,7 +814,8 @@ def module_files(
     while todo:
         path = Path(package)/f"{todo.pop()}.py"
         if path in seen or not path.is_file(): continue
-        seen.add(path); todo |= imported_modules(path.read_text(encoding="utf-8"))
+        seen.add(path)
+        todo |= imported_modules(path.read_text(encoding="utf-8"))
     return sorted(seen | set(Path(package).glob("*.yaml")) if seen else seen)
 
 # %% ../nbs/api/40_pipeline.ipynb #8b8909f0
@@ -854,7 +910,8 @@ def why_run(
     return changed
 
 # %% ../nbs/api/40_pipeline.ipynb #a8e1238a
-KERNEL_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+KERNEL_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0",
+              "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
 # %% ../nbs/api/40_pipeline.ipynb #5874e8f2
 @contextlib.contextmanager
@@ -871,7 +928,8 @@ def kernel_environment(
         for name, value in former.items(): os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 # %% ../nbs/api/40_pipeline.ipynb #5c1e77a1
-LEAVE = '--IPKernelApp.exec_lines=__import__("atexit").register(__import__("os")._exit, 0)'    # registered first, so called last
+# registered first, so called last
+LEAVE = '--IPKernelApp.exec_lines=__import__("atexit").register(__import__("os")._exit, 0)'
 
 # %% ../nbs/api/40_pipeline.ipynb #76686fa8
 def failed_cell(
@@ -881,7 +939,8 @@ def failed_cell(
     "Which cell of the stage notebook was the last to start."
     if not Path(partial).is_file(): return 0
     try: cells = read_notebook(partial).cells
-    except NeuralError: return None                                # half written, as when the disk is full: its error is told, not this one
+    # half written, as when the disk is full: its error is told, not this one
+    except NeuralError: return None
     began = {c.get("id") for c in cells if (c.metadata.get("papermill") or {}).get("start_time")}
     return max([i for i, c in enumerate(read_notebook(stage.path).cells, 1) if c.get("id") in began], default=0)
 
@@ -892,11 +951,16 @@ def what_stopped(
     "What stopped a stage, in words (this companion's choice)."
     from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
-    if isinstance(error, DeadKernelError): return "the kernel died without a message, most often because memory ran out; use a smaller preset or a larger machine"
+    if isinstance(error, DeadKernelError):
+        return ("the kernel died without a message, most often because memory ran out; use a smaller preset or a larger"
+                " machine")
     if isinstance(error, CellTimeoutError): return "the cell took longer than the time limit"
-    if isinstance(error, NoSuchKernel): return "there is no kernel called python3; make it with `python -m ipykernel install --sys-prefix`"
-    if isinstance(error, OSError) and error.errno: return f"{os.fsdecode(error.filename)}: {system_reason(error)}" if error.filename else system_reason(error)
-    name, said = getattr(error, "ename", type(error).__name__), str(getattr(error, "evalue", error)).strip().split("\n")[0][:300]
+    if isinstance(error, NoSuchKernel):
+        return "there is no kernel called python3; make it with `python -m ipykernel install --sys-prefix`"
+    if isinstance(error, OSError) and error.errno:
+        return f"{os.fsdecode(error.filename)}: {system_reason(error)}" if error.filename else system_reason(error)
+    name, said = (getattr(error, "ename", type(error).__name__),
+                  str(getattr(error, "evalue", error)).strip().split("\n")[0][:300])
     number = re.match(r"\[Errno (\d+)\] (.*)", said)               # a system error that the kernel met
     return f"{name}: {system_reason(OSError(int(number[1]), number[2])) if number else said}"
 
@@ -924,14 +988,30 @@ def execute_stage(
     import logging, papermill
     executed = Path(run).resolve()/f"{stage.name}.ipynb"
     age = lambda: executed.stat().st_mtime_ns if executed.is_file() else 0
-    safe, before = lambda path: str(path).replace("{", "{{").replace("}", "}}"), age()    # papermill formats paths as templates
+    # papermill formats paths as templates
+    safe, before = lambda path: str(path).replace("{", "{{").replace("}", "}}"), age()
     logging.getLogger("papermill").setLevel(logging.INFO if verbose else logging.CRITICAL)
     try:
-        with kernel_environment(NEURAL_STAGE=stage.name), open(Path(run)/f"{stage.name}.log", "w", encoding="utf-8") as log:
-            papermill.execute_notebook(safe(stage.path), safe(executed), parameters, kernel_name="python3", cwd=str(executed.parent), start_timeout=120, execution_timeout=time_limit,
-                                       progress_bar={"desc": stage.name, "leave": False} if sys.stderr.isatty() else False, log_output=verbose, stdout_file=log, stderr_file=log,
-                                       extra_arguments=["--log-level=50", LEAVE])    # a fresh kernel has nothing to say about its transport
-    except Exception as e: raise explain_failure(stage, e, os.path.relpath(executed) if age() != before else None) from e    # an old notebook tells nothing of this failure
+        with (kernel_environment(NEURAL_STAGE=stage.name),
+              open(Path(run) / f"{stage.name}.log", "w", encoding="utf-8") as log):
+            papermill.execute_notebook(
+                safe(stage.path),
+                safe(executed),
+                parameters,
+                kernel_name="python3",
+                cwd=str(executed.parent),
+                start_timeout=120,
+                execution_timeout=time_limit,
+                progress_bar={"desc": stage.name, "leave": False} if sys.stderr.isatty() else False,
+                log_output=verbose,
+                stdout_file=log,
+                stderr_file=log,
+                # a fresh kernel has nothing to say about its transport
+                extra_arguments=["--log-level=50", LEAVE],
+            )
+    # an old notebook tells nothing of this failure
+    except Exception as e:
+        raise explain_failure(stage, e, os.path.relpath(executed) if age() != before else None) from e
     return executed
 
 # %% ../nbs/api/40_pipeline.ipynb #dcb016e0
@@ -959,7 +1039,9 @@ def _watch_folders(
     if descriptor < 0 or -1 in watched:
         why = os.strerror(ctypes.get_errno())
         if descriptor >= 0: os.close(descriptor)
-        raise NeuralError(f"the run folder cannot be watched, {why}; look at the limits with `sysctl fs.inotify`, or run without --strict")
+        raise NeuralError(
+            f"the run folder cannot be watched, {why}; look at the limits with `sysctl fs.inotify`, or run without"
+            " --strict")
     return descriptor, watched
 
 # %% ../nbs/api/40_pipeline.ipynb #strict03
@@ -1054,7 +1136,9 @@ def finish_record(
     "Complete a stage's record with what only the runner knows (this companion's choice)."
     entry, after = read_record(run, stage.name), run_files(run)
     entry.pop("found", None)
-    if "metrics" not in entry: raise NeuralError(f"stage {stage.name} ended without a run record; its last cell must call record(\"{stage.name}\", run, …)")
+    if "metrics" not in entry:
+        raise NeuralError(
+            f"stage {stage.name} ended without a run record; its last cell must call record(\"{stage.name}\", run, …)")
     mine = [n for n, seen in after.items() if before.get(n) != seen or n in former]
     asked = plain({k: v for k, v in parameters.items() if k != "run"})
     entry.update(**(told or {}), parameters=asked, seed=parameters.get("seed"),
@@ -1071,8 +1155,11 @@ def settle_manifest(
 ):                  # absolute path, or None if the run has none
     "The manifest of a run: the one named now, else the one remembered in `run.json`."
     remembered = run_notes(run).get("manifest")
-    path = Path(manifest).resolve() if manifest is not None else (Path(run).resolve()/remembered).resolve() if remembered else None
-    if path and not path.is_file(): raise NeuralError(f"no manifest at {os.path.relpath(path) if manifest is None else manifest}; make one with `neural index`")
+    path = (Path(manifest).resolve() if manifest is not None
+            else (Path(run).resolve() / remembered).resolve() if remembered else None)
+    if path and not path.is_file():
+        raise NeuralError(
+            f"no manifest at {os.path.relpath(path) if manifest is None else manifest}; make one with `neural index`")
     return path
 
 # %% ../nbs/api/40_pipeline.ipynb #othercohort1
@@ -1088,10 +1175,15 @@ def refuse_other_cohort(
     same_place = bool(before) and bool(manifest) and (Path(run)/before).resolve() == Path(manifest).resolve()
     for s in find_stages(folder):
         entry = read_record(run, s.name)
-        if not entry.get("inputs") or "manifest" not in entry.get("parameters", {}) or entry.get("manifest", "") == sha: continue
+        if not entry.get("inputs") or "manifest" not in entry.get("parameters", {}) or entry.get("manifest", "") == sha:
+            continue
         if s in chosen and (force or same_place): continue
-        was = f"from other studies{f' ({before})' if before else ''}" if not same_place else "before its manifest changed"
-        raise NeuralError(f"{s.name} in {run} was made {was}; name a new folder with --run, or run {s.number} and what follows it with --force")
+        was = (
+            f"from other studies{f' ({before})' if before else ''}" if not same_place else "before its manifest changed"
+        )
+        raise NeuralError(
+            f"{s.name} in {run} was made {was}; name a new folder with --run, or run {s.number} and what follows it"
+            " with --force")
 
 # %% ../nbs/api/40_pipeline.ipynb #tellsettings1
 def tell_settings(
@@ -1105,7 +1197,8 @@ def tell_settings(
     settings = settings or made_with(parameters, stage_parameters(stage.path), "", {})
     settings = settings | {"places": {k: notes[k] for k in ("from", "stages") if k in notes}}
     mine = {"stage": stage.name, "parameters": plain(parameters), "settings": settings}
-    return {"settings": settings, "command": command_line([*earlier_records(run, stage.name), mine], everyone, run, notes)}
+    return {"settings": settings,
+            "command": command_line([*earlier_records(run, stage.name), mine], everyone, run, notes)}
 
 # %% ../nbs/api/40_pipeline.ipynb #13217839
 def run_stage(
@@ -1122,7 +1215,8 @@ def run_stage(
     links = {"run": "."} | ({"manifest": os.path.relpath(manifest, Path(run).resolve())} if manifest else {})
     parameters = {k: links.get(k, v) for k, v in parameters.items()}
     entry, reasons = read_record(run, stage.name), ["forced"] if force else None
-    if reasons is None: reasons = why_run(entry, stage_inputs(stage, run, parameters, manifest, entry.get("reads")), run)
+    if reasons is None:
+        reasons = why_run(entry, stage_inputs(stage, run, parameters, manifest, entry.get("reads")), run)
     if not reasons: return entry, []
     former, left = entry.get("outputs", {}), _left_behind(open_run(run), entry)
     before = {n: seen for n, seen in run_files(run).items() if n not in left}
@@ -1146,7 +1240,8 @@ def stage_line(
     "One line about a stage that ran or was skipped."
     numbers = "  ".join(f"{k} {v}" for k, v in list(metric_lines(entry["metrics"]).items())[:3])
     numbers = numbers if len(numbers) <= 90 else numbers[:87].rstrip() + "..."
-    return f"{stage.name:14} {f'{seconds:.1f} s' if reasons else 'unchanged':>9}  {numbers}" + (f"  ({', '.join(reasons)})" if reasons else "")
+    return f"{stage.name:14} {f'{seconds:.1f} s' if reasons else 'unchanged':>9}  {numbers}" + (
+        f"  ({', '.join(reasons)})" if reasons else "")
 
 # %% ../nbs/api/40_pipeline.ipynb #remember1
 def kept_values(
@@ -1174,7 +1269,8 @@ def setting_changes(
     for name, now in settled.items():
         entry = read_record(run, name)
         own = entry.get("parameters", {}) if entry.get("inputs") else {}
-        other = {k: (own[k], v) for k, v in plain(now).items() if k in own and k not in ("run", "manifest") and own[k] != v}
+        other = {
+            k: (own[k], v) for k, v in plain(now).items() if k in own and k not in ("run", "manifest") and own[k] != v}
         if other: found[name] = other
     return found
 
@@ -1223,7 +1319,8 @@ def out_of_date(
     done,     # names of stages that just ran or were skipped
 ) -> list[str]:  # names of finished stages that read something older than there is now
     "Which finished stages of a run no longer belong to what earlier ones wrote."
-    finished = [(s, e) for s in find_stages(folder) if s.name not in done and (e := read_record(run, s.name)).get("inputs")]
+    finished = [
+        (s, e) for s in find_stages(folder) if s.name not in done and (e := read_record(run, s.name)).get("inputs")]
     return [s.name for s, e in finished if e["inputs"].get("upstream") != short_hash(upstream(run, s, e.get("reads")))]
 
 # %% ../nbs/api/40_pipeline.ipynb #movedrun1
@@ -1234,12 +1331,15 @@ def know_anew(
 ):
     "Bring up to date the records that know a file of the run as it is (this companion's choice)."
     run, data = Path(run), text.encode()
-    now = {"bytes": len(data), "time": 0, "sha256": hashlib.sha256(data).hexdigest()}    # a time that is never that of the file: it is hashed again
+    # a time that is never that of the file: it is hashed again
+    now = {"bytes": len(data), "time": 0, "sha256": hashlib.sha256(data).hexdigest()}
     known = {sha256_of(run/name), now["sha256"]}                     # the second where this was stopped half-way before
     for stage, entry in stage_records(run).items():
-        new = {part: {**entry[part], name: now} for part in ("outputs", "read") if ((entry.get(part) or {}).get(name) or {}).get("sha256") in known}
+        new = {part: {**entry[part], name: now} for part in ("outputs", "read")
+               if ((entry.get(part) or {}).get(name) or {}).get("sha256") in known}
         found = upstream(run, Stage(int(stage.split("_")[0]), stage, Path()), entry.get("reads"))
-        if name in found and (entry.get("inputs") or {}).get("upstream") in [short_hash({**found, name: h}) for h in known]:
+        if name in found and (entry.get("inputs") or {}).get("upstream") in [
+            short_hash({**found, name: h}) for h in known]:
             new["inputs"] = {**entry["inputs"], "upstream": short_hash({**found, name: now["sha256"]})}
         if new: write_json(run/f"{stage}.json", {**entry, **new})
 
@@ -1253,10 +1353,13 @@ def moved_sides(
     "What the manifests of a run should say once its data have moved; nothing is written yet."
     if root is None and images is None: return {}
     own = Path(run)/"manifest.csv"
-    paths = ([Path(manifest)] if manifest else []) + ([own] if own.is_file() and not (manifest and own.samefile(manifest)) else [])
-    if not paths: raise NeuralError(f"{run} has no manifest, so it has no data that could have moved; name one with --manifest")
+    paths = ([Path(manifest)] if manifest else []) + (
+        [own] if own.is_file() and not (manifest and own.samefile(manifest)) else [])
+    if not paths:
+        raise NeuralError(f"{run} has no manifest, so it has no data that could have moved; name one with --manifest")
     return {p: moved_side(p, root, images) for p in paths}
 
+# %% ../nbs/api/40_pipeline.ipynb #movedrun3x1
 def tell_moved(
     run,          # run folder
     sides: dict,  # of `moved_sides`
@@ -1264,7 +1367,8 @@ def tell_moved(
     "Write down where the data of a run lie now; nothing runs again because of it."
     for path, side in sides.items():
         beside = path.with_suffix(".json")
-        if beside.is_file() and beside.resolve().parent == Path(run).resolve(): know_anew(run, beside.name, side_text(side))
+        if beside.is_file() and beside.resolve().parent == Path(run).resolve():
+            know_anew(run, beside.name, side_text(side))
         write_side(beside, side)
 
 # %% ../nbs/api/40_pipeline.ipynb #f7cfab26
@@ -1298,7 +1402,8 @@ def noted_preset(
     "The values of the preset that a run remembers."
     if not note: return {}
     place = note if is_named(note) else os.path.normpath(Path(run).resolve()/note)
-    if not is_named(note) and not Path(place).is_file(): raise NeuralError(f"{run} was made with preset {note}, which is gone; name a preset with --preset")
+    if not is_named(note) and not Path(place).is_file():
+        raise NeuralError(f"{run} was made with preset {note}, which is gone; name a preset with --preset")
     return load_preset(place, folder)
 
 # %% ../nbs/api/40_pipeline.ipynb #plan3
@@ -1347,7 +1452,8 @@ def plan_run(
     values = noted_preset(note, folder, run)
     usual = values.pop("stages", ())
     chosen = pick_stages(stages, usual if wanted in ((), [], None) else wanted)
-    settled = settle_parameters(stages, chosen, values, given, kept_values(run, stages, memory) if preset is None else {})
+    settled = settle_parameters(
+        stages, chosen, values, given, kept_values(run, stages, memory) if preset is None else {})
     changes = _split_changes(run, settled, stages, chosen)
     _refuse_other_preset(run, memory, note, *changes, force)
     declared = {s.name: stage_parameters(s.path) for s in stages}
@@ -1368,13 +1474,15 @@ def stages_note(
 ) -> str:    # its path seen from the run; "" for those of this companion, which the command finds by itself
     "How a run remembers where its stages are."
     usual = [PACKAGE.parent/"nbs/paper", Path("nbs/paper")]
-    return "" if any(p.is_dir() and p.samefile(folder) for p in usual) else Path(os.path.relpath(folder, Path(run).resolve())).as_posix()
+    return ("" if any(p.is_dir() and p.samefile(folder) for p in usual)
+            else Path(os.path.relpath(folder, Path(run).resolve())).as_posix())
 
 # %% ../nbs/api/40_pipeline.ipynb #startedin1
 def start_note(
     run,  # run folder
 ) -> str: # seen from the run
-    "The folder in which a run's command is to be started: this one if the run lies below it, else the one that holds the run."
+    """The folder in which a run's command is to be started: this one if the run lies below it, else the one that holds
+    the run."""
     run, here = Path(run).resolve(), Path.cwd()
     return Path(os.path.relpath(here if run.is_relative_to(here) and run != here else run.parent, run)).as_posix()
 
@@ -1423,7 +1531,8 @@ def run_pipeline(
     notes = plan.notes | {"stages": stages_note(folder, run)}
     if manifest: notes["manifest"] = Path(os.path.relpath(manifest, Path(run).resolve())).as_posix()
     with lock_run(run):
-        for draft in open_run(run).glob(".*.part"): draft.unlink(missing_ok=True)      # of a run that was killed while it wrote
+        # of a run that was killed while it wrote
+        for draft in open_run(run).glob(".*.part"): draft.unlink(missing_ok=True)
         open_run(run, **{"from": start_note(run)} | run_notes(run) | notes)
         add_settings(folder, run)
         tell_moved(run, sides)
@@ -1434,7 +1543,8 @@ def run_pipeline(
             entries[stage.name], reasons = run_stage(stage, run, parameters, manifest, force, settings, strict,
                                                      time_limit=time_limit, **options)
             tell(stage_line(stage, entries[stage.name], reasons, time.perf_counter() - start))
-        if late := out_of_date(folder, run, entries): tell(f"out of date now: {', '.join(late)}; run again what you need of it")
+        if late := out_of_date(folder, run, entries):
+            tell(f"out of date now: {', '.join(late)}; run again what you need of it")
     return entries
 
 # %% ../nbs/api/40_pipeline.ipynb #byhand02
@@ -1442,7 +1552,8 @@ def checkout(
     cwd=None,         # where to look from, upwards; None means the working directory
     package=PACKAGE,  # folder of the library
 ):                    # the folder that holds nbs/paper; None where there is none
-    "The checkout whose notebooks are open: the one around the working directory, else the library's own (this companion's choice)."
+    """The checkout whose notebooks are open: the one around the working directory, else the library's own (this
+    companion's choice)."""
     here = Path(cwd or Path.cwd()).resolve()
     return next((p for p in (here, *here.parents, Path(package).resolve().parent) if (p/"nbs"/"paper").is_dir()), None)
 
@@ -1452,7 +1563,8 @@ def hand_run(
     cwd=None,         # the working directory if None
     package=PACKAGE,  # folder of the library
 ) -> Path:            # the run folder
-    "The run folder of a stage; an empty name is `runs/by-hand` of the checkout, else of the working directory (this companion's choice)."
+    """The run folder of a stage; an empty name is `runs/by-hand` of the checkout, else of the working directory (this
+    companion's choice)."""
     if str(run): return Path(run)
     folder = (checkout(cwd, package) or Path(cwd or Path.cwd()))/"runs"/"by-hand"
     print(f"run folder: {os.path.relpath(folder, cwd)}")
@@ -1467,7 +1579,9 @@ def published(
 ) -> Path:            # the folder
     "The folder of published numbers that a page reads (this companion's choice)."
     found = Path(folder) if str(folder) else (checkout(cwd, package) or Path(cwd or Path.cwd()))/name
-    if not found.is_dir(): raise NeuralError(f"no published numbers in {os.path.relpath(found, cwd)}: name their folder in the parameters cell")
+    if not found.is_dir():
+        raise NeuralError(
+            f"no published numbers in {os.path.relpath(found, cwd)}: name their folder in the parameters cell")
     return found
 
 # %% ../nbs/api/40_pipeline.ipynb #byhand07
@@ -1478,7 +1592,8 @@ def need(
     "Refuse to start without what earlier stages leave, and name the notebook to run first (this companion's choice)."
     for stage in sorted(reads):
         gone = [name for name in reads[stage] if not (Path(run)/name).exists()]
-        if gone: raise NeuralError(f"{'/'.join(Path(run).resolve().parts[-2:])} has no {gone[0]}: run {stage}.ipynb first")
+        if gone:
+            raise NeuralError(f"{'/'.join(Path(run).resolve().parts[-2:])} has no {gone[0]}: run {stage}.ipynb first")
 
 # %% ../nbs/api/40_pipeline.ipynb #byhand10
 def files_read(
@@ -1487,8 +1602,10 @@ def files_read(
     known=None,    # relative path -> what was recorded about it
 ) -> dict:         # relative path -> {bytes, time, sha256} as it is now
     "What a stage finds of the files it reads, records aside; hashed again only where size or time have changed."
-    paths = [p for names in reads.values() for n in names for p in ([Path(run)/n] if (Path(run)/n).is_file() else sorted((Path(run)/n).rglob("*")))]
-    names = [p.relative_to(run).as_posix() for p in paths if p.is_file() and not re.fullmatch(r"\..*|\d+_\w+\.json", p.name)]
+    paths = [p for names in reads.values() for n in names
+             for p in ([Path(run) / n] if (Path(run) / n).is_file() else sorted((Path(run) / n).rglob("*")))]
+    names = [
+        p.relative_to(run).as_posix() for p in paths if p.is_file() and not re.fullmatch(r"\..*|\d+_\w+\.json", p.name)]
     return {n: look_at(Path(run)/n, (known or {}).get(n)) for n in names}
 
 # %% ../nbs/api/40_pipeline.ipynb #byhand12
@@ -1499,13 +1616,19 @@ def stale(
     reads: dict,       # earlier stage -> files of the run
     parameters: dict,  # of the stage that begins
 ) -> list[str]:        # one line for each thing that does not fit; empty means all fits
-    "What does not fit together in a run folder: a stage that read other files, or ran with other settings (this companion's choice)."
+    """What does not fit together in a run folder: a stage that read other files, or ran with other settings (this
+    companion's choice)."""
     said = []
     for stage in sorted(reads):
-        entry = read_record(run, stage); asked = entry.get("parameters") or {}
-        other = [n for n, was in (entry.get("read") or {}).items() if not (Path(run)/n).is_file() or look_at(Path(run)/n, was)["sha256"] != was["sha256"]]
-        if other: said.append(f"stale: {stage} read another {other[0]} than there is now; run {stage}.ipynb again, then this one")
-        said += [f"note: {n} is {parameters[n]!r} here and {asked[n]!r} in {stage}" for n in SHARED if n in parameters and n in asked and parameters[n] != asked[n]]
+        entry = read_record(run, stage)
+        asked = entry.get("parameters") or {}
+        other = [n for n, was in (entry.get("read") or {}).items()
+                 if not (Path(run) / n).is_file() or look_at(Path(run) / n, was)["sha256"] != was["sha256"]]
+        if other:
+            said.append(
+                f"stale: {stage} read another {other[0]} than there is now; run {stage}.ipynb again, then this one")
+        said += [f"note: {n} is {parameters[n]!r} here and {asked[n]!r} in {stage}" for n in SHARED
+                 if n in parameters and n in asked and parameters[n] != asked[n]]
     return said
 
 # %% ../nbs/api/40_pipeline.ipynb #typedset1
@@ -1517,14 +1640,17 @@ def typed_settings(
     for name, declared in settings.get("__annotations__", {}).items():
         kind = declared.__name__ if isinstance(declared, type) else str(declared)
         if name not in settings or not re.fullmatch(r"list|(list\[)?(str|int|float|bool)\]?", kind): continue
-        value = str(settings[name]) if isinstance(settings[name], Path) else settings[name]    # a path, where the cell runs a second time
+        # a path, where the cell runs a second time
+        value = str(settings[name]) if isinstance(settings[name], Path) else settings[name]
         settings[name] = typed_value(Parameter(name, kind, None, ""), value)
         if name != "run": mine[name] = settings[name]
     return mine
 
 # %% ../nbs/api/40_pipeline.ipynb #byhand16
-COUNTS = ("phantom_studies", "image_size", "width", "d_model", "layers", "vocab_size", "max_tokens", "batch_size", "accumulate", "code_bytes", "shard", "seeds", "graph_epochs",
-          "hidden", "samples", "least", "habit_studies", "num_beams", "beams", "read_batch_size", "elsewhere_studies", "written_studies", "jobs", "fine_size", "thumbnail_size", "mosaic_size")
+COUNTS = ("phantom_studies", "image_size", "width", "d_model", "layers", "vocab_size", "max_tokens", "batch_size",
+          "accumulate", "code_bytes", "shard", "seeds", "graph_epochs", "hidden", "samples", "least", "habit_studies",
+          "num_beams", "beams", "read_batch_size", "elsewhere_studies", "written_studies", "jobs", "fine_size",
+          "thumbnail_size", "mosaic_size")
 RATES = ("epochs", "lr", "lr_warm", "lr_words", "lr_pretrained", "graph_lr", "keep_ratio")
 
 def begin(
@@ -1533,7 +1659,8 @@ def begin(
     settings: dict,  # `globals()` of the notebook: its annotated names are the parameters
     reads=None,      # earlier stage -> files and folders of the run that it leaves and this one reads; None: not said
 ) -> tuple[Path, dict]:  # the run folder, and what `record` keeps of the beginning
-    "Open the run folder of a stage: the same from everywhere, with all it needs, told where something does not fit (this companion's choice)."
+    """Open the run folder of a stage: the same from everywhere, with all it needs, told where something does not fit
+    (this companion's choice)."""
     folder, mine = hand_run(run), typed_settings(settings)
     at_least(1, **{k: v for k, v in mine.items() if k in COUNTS})
     above(0, **{k: v for k, v in mine.items() if k in RATES})
@@ -1542,7 +1669,8 @@ def begin(
     for line in stale(folder, others, mine): print(line)
     parts = [read_record(folder, s).get(part) or {} for s in (stage, *others) for part in ("outputs", "read")]
     known = {n: f for part in parts for n, f in part.items()}
-    held = reads is not None and os.environ.get("NEURAL_STRICT") == stage           # what nobody has checked is not relied on
+    # what nobody has checked is not relied on
+    held = reads is not None and os.environ.get("NEURAL_STRICT") == stage
     names = sorted({n for part in reads.values() for n in part}) if held else None
     return make_folder(folder), {"parameters": mine, "reads": names, "read": files_read(folder, reads or {}, known)}
 
@@ -1581,8 +1709,10 @@ def machine_paths(
     text: str,  # an output
 ) -> list[str]: # paths of this machine found in it
     "Places on this machine that a text gives away: home, temporary folder, Python, the checkout."
-    places = {Path.home(), Path(tempfile.gettempdir()), Path(sys.prefix), Path(sys.base_prefix), PACKAGE.parent, Path.cwd()}
-    found = [m[0] for p in places if len(p.parts) > 1 for m in re.finditer(rf"(?<![\w./]){re.escape(str(p))}(/[\w./-]*|\b)", text)]
+    places = {Path.home(), Path(tempfile.gettempdir()), Path(sys.prefix), Path(sys.base_prefix), PACKAGE.parent,
+              Path.cwd()}
+    found = [m[0] for p in places if len(p.parts) > 1
+             for m in re.finditer(rf"(?<![\w./]){re.escape(str(p))}(/[\w./-]*|\b)", text)]
     return sorted(set(found))
 
 # %% ../nbs/api/40_pipeline.ipynb #slimoutput
@@ -1597,7 +1727,8 @@ def slim_output(
     if METRICS_MIME in data: data |= {k: first_lines(data[k]) for k in ("text/markdown", "text/plain") if k in data}
     if "image/png" in data:
         small = BytesIO()
-        Image.open(BytesIO(b64decode(data["image/png"]))).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+        Image.open(BytesIO(b64decode(data["image/png"]))).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+            small, "PNG", optimize=True)
         data["image/png"] = min(data["image/png"], b64encode(small.getvalue()).decode(), key=len)
     return {**out, "data": data} if data else out
 
@@ -1613,8 +1744,10 @@ def clean_outputs(
         if out.output_type == "error": raise NeuralError(f"{where} ended in an error; run it again before publishing")
         if out.output_type == "stream" and out.name == "stderr": continue
         out = slim_output(out)
-        texts = [out.get("text", "")] + [v if isinstance(v, str) else json.dumps(v) for k, v in out.get("data", {}).items() if not k.startswith("image/png")]
-        if hit := machine_paths("\n".join(texts)): raise NeuralError(f"{where} prints a path of this machine ({hit[0]}); print it relative to the run")
+        texts = [out.get("text", "")] + [v if isinstance(v, str) else json.dumps(v)
+                                         for k, v in out.get("data", {}).items() if not k.startswith("image/png")]
+        if hit := machine_paths("\n".join(texts)):
+            raise NeuralError(f"{where} prints a path of this machine ({hit[0]}); print it relative to the run")
         kept.append(nbformat.from_dict({**out, "metadata": {}}) if "metadata" in out else out)
     return kept
 
@@ -1625,11 +1758,13 @@ def with_outputs(
 ):                 # the stage's notebook with the outputs of the run
     "A stage's notebook with its executed outputs, cleaned and stamped; nothing is written yet."
     nb, executed = read_notebook(stage.path), read_notebook(Path(run)/f"{stage.name}.ipynb")
-    if code_hash(nb) != code_hash(executed): raise NeuralError(f"{stage.name} was edited after it ran; run it again before publishing")
+    if code_hash(nb) != code_hash(executed):
+        raise NeuralError(f"{stage.name} was edited after it ran; run it again before publishing")
     outputs = {c.get("id"): c.get("outputs", []) for c in executed.cells}
     for i, cell in enumerate(nb.cells, 1):
         if cell.cell_type != "code": continue
-        cell.outputs, cell.execution_count = clean_outputs(outputs.get(cell.get("id"), []), f"{stage.name}, cell {i}"), None
+        cell.outputs, cell.execution_count = (clean_outputs(outputs.get(cell.get("id"), []), f"{stage.name}, cell {i}"),
+                                              None)
     nb.metadata["neural"] = {"code": code_hash(nb)}
     return nb
 
@@ -1640,7 +1775,8 @@ def published_files(
 ) -> dict[str, Path]:  # name in the published folder -> file of the run
     "What of a run is published: figures, tables, the results and the records."
     files = {n: Path(run)/n for n in run_files(run) if n.split("/")[0] in ("figures", "tables") or n == "results.json"}
-    return {n.removeprefix("figures/"): p for n, p in files.items()} | {f"records/{s.name}.json": Path(run)/f"{s.name}.json" for s in done}
+    return {n.removeprefix("figures/"): p for n, p in files.items()} | {
+        f"records/{s.name}.json": Path(run) / f"{s.name}.json" for s in done}
 
 # %% ../nbs/api/40_pipeline.ipynb #publish3
 def refuse_foreign(
@@ -1653,10 +1789,16 @@ def refuse_foreign(
     for name in sorted({*files, *old}):
         target, known = Path(figures)/check_relative(name, "published.json"), {*old.get(name, ())}
         outside = not target.parent.resolve().is_relative_to(Path(figures).resolve())
-        if outside or target.is_symlink() or target.is_dir(): foreign.append(name)
-        elif target.is_file() and sha256_of(target) not in known | ({sha256_of(files[name])} if name in files else set()): foreign.append(name)
+        if outside or target.is_symlink() or target.is_dir():
+            foreign.append(name)
+        elif target.is_file() and sha256_of(target) not in known | (
+            {sha256_of(files[name])} if name in files else set()):
+            foreign.append(name)
     more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-    if foreign: raise NeuralError(f"{foreign[0]}{more} in {figures} was not published from a run, or changed since; move it away, or name another folder with --figures")
+    if foreign:
+        raise NeuralError(
+            f"{foreign[0]}{more} in {figures} was not published from a run, or changed since; move it away, or name"
+            " another folder with --figures")
 
 # %% ../nbs/api/40_pipeline.ipynb #publish5
 def copy_whole(
@@ -1681,16 +1823,25 @@ def publish(
     "Publish a finished run: outputs into the notebooks, figures and tables into one folder (this companion's choice)."
     run, figures, head = Path(run), Path(figures), Path(figures)/"published.json"
     a, b = run.resolve(), figures.resolve()
-    if a.is_relative_to(b) or b.is_relative_to(a): raise NeuralError(f"{figures} and the run {run} lie in each other; publish into a folder of its own, such as figures")
+    if a.is_relative_to(b) or b.is_relative_to(a):
+        raise NeuralError(
+            f"{figures} and the run {run} lie in each other; publish into a folder of its own, such as figures")
     done = [s for s in find_stages(folder) if read_record(run, s.name).get("inputs")]
     if not done: raise NeuralError(f"{run} has no finished stage; run one first")
     for s in done:
-        if hit := machine_paths((run/f"{s.name}.json").read_text("utf-8")): raise NeuralError(f"the record of {s.name} names a path of this machine ({hit[0]}); run the stage again with a path relative to the run folder")
+        if hit := machine_paths((run/f"{s.name}.json").read_text("utf-8")):
+            raise NeuralError(
+                f"the record of {s.name} names a path of this machine ({hit[0]}); run the stage again with a path"
+                " relative to the run folder")
     books, files = [(with_outputs(s, run), s.path) for s in done] if notebooks else [], published_files(run, done)
-    said = read_json(head, "move it away, and all that was published beside it", files=dict, next=dict) if head.is_file() else {}
+    said = (read_json(head, "move it away, and all that was published beside it", files=dict, next=dict)
+            if head.is_file() else {})
     old, mine = said.get("files", {}), {n: sha256_of(p) for n, p in sorted(files.items())}
-    refuse_foreign(figures, files, {n: [part[n] for part in (old, said.get("next", {})) if n in part] for n in {*old, *said.get("next", {})}})
-    write_json(head, {**said, "files": old, "next": mine})          # should this be stopped half-way, the next one knows what is ours
+    refuse_foreign(
+        figures, files,
+        {n: [part[n] for part in (old, said.get("next", {})) if n in part] for n in {*old, *said.get("next", {})}})
+    # should this be stopped half-way, the next one knows what is ours
+    write_json(head, {**said, "files": old, "next": mine})
     for nb, path in books: save_notebook(nb, path)
     for name, path in files.items(): copy_whole(path, figures/name)
     for name in {*old, *said.get("next", {})} - {*files}: (figures/name).unlink(missing_ok=True)

@@ -46,6 +46,7 @@ def _ink() -> str:  # "#RRGGBB"
     "The colour of words and axes in the theme at work (this companion's choice)."
     return to_hex(plt.rcParams["text.color"]).upper()
 
+# %% ../nbs/api/05_plot.ipynb #plot0012x1
 def colours(
     names,  # of one figure: tracks, selections, data sets, or anything else
 ) -> dict:  # name -> "#RRGGBB"; no colour twice while there are enough
@@ -194,6 +195,7 @@ def _band(
     if low is not None:
         ax.fill_between(x, low, high, color=colour, alpha=.15, lw=0)
 
+# %% ../nbs/api/05_plot.ipynb #plot0033x1
 def _unit_square(
     ax: plt.Axes,  # holds the curve already
     x: str,        # label of the horizontal axis
@@ -332,6 +334,7 @@ def _outline(
     for colour, width in (("black", 2.6), ("#FFC20A", 1.3)) if lesion.max() >= .5 else ():
         ax.contour(x, y, lesion, [.5], colors=colour, linewidths=width)
 
+# %% ../nbs/api/05_plot.ipynb #plot0049x1
 def _picture(
     what: str,    # it is, for the message
     given,        # (1, H, W) or (H, W)
@@ -380,6 +383,7 @@ def _is_picture(
     with readable(Path(path).name), open(path, "rb") as f:
         return f.read(8) == b"\x89PNG\r\n\x1a\n"
 
+# %% ../nbs/api/05_plot.ipynb #plot0054x1
 def _told(
     path,     # file to write, for the messages
     **words,  # caption, alt, source

@@ -33,6 +33,7 @@ def promptable(
     "The findings that are prompted: all but the absence of findings, which follows from the others."
     return [j for j, n in enumerate(names) if n != "No Finding"]
 
+# %% ../nbs/api/13_prompt.ipynb #prompt06x1
 def prompt_words(
     names=LABELS,  # findings of the label head
 ) -> list[str]:  # nine for each finding that is prompted
@@ -47,10 +48,13 @@ def add_prompts(
     "Give a tokenizer the prompt tokens, after all others."
     words, known = prompt_words(names), tokenizer.get_vocab()
     if not words: raise NeuralError("no finding to prompt: the label head needs findings other than 'No Finding'")
-    if odd := [w for w in words if w in known or re.search("[<>]", w[1:-1])]: raise NeuralError(f"prompt {odd[0]!r} cannot be added: the tokenizer has it already, or its finding's name holds < or >")
+    if odd := [w for w in words if w in known or re.search("[<>]", w[1:-1])]:
+        raise NeuralError(
+            f"prompt {odd[0]!r} cannot be added: the tokenizer has it already, or its finding's name holds < or >")
     first = max(len(tokenizer), max(known.values()) + 1)
     tokenizer.add_tokens(words, special_tokens=True)
-    tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True  # spelled in a report they are words
+    # spelled in a report they are words
+    tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True
     return dict(first=first, count=len(words))
 
 # %% ../nbs/api/13_prompt.ipynb #prompt13
@@ -69,11 +73,13 @@ def prompt_rows(
             if np.isnan(said[j]): continue
             base = writer["first"] + i * len(WORDS)
             row.append(base + codes[float(said[j])])
-            if said[j] > 0 and places is not None: row += [base + len(STATES) + 3 * k + int(code) - 1 for k, code in enumerate(places[b, j]) if code]
+            if said[j] > 0 and places is not None:
+                row += [base + len(STATES) + 3 * k + int(code) - 1 for k, code in enumerate(places[b, j]) if code]
         rows.append(row)
     longest = max(map(len, rows), default=0)
     return torch.tensor([[-100] * (longest - len(r)) + r for r in rows], dtype=torch.long).view(len(rows), longest)
 
+# %% ../nbs/api/13_prompt.ipynb #prompt13x1
 def check_writer(
     writer: dict | None,  # of a network's configuration, from anyone
     names,  # findings of the label head
@@ -81,10 +87,16 @@ def check_writer(
     "Refuses a configuration whose prompts are not those of its findings."
     if not writer: raise NeuralError("this network was built without prompts: build one with add_prompts")
     whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0
-    if not whole(writer.get("first")) or writer.get("count") != len(promptable(names)) * len(WORDS): raise NeuralError("the network's configuration does not say which tokens are its prompts: copy its folder again")
+    if not whole(writer.get("first")) or writer.get("count") != len(promptable(names)) * len(WORDS):
+        raise NeuralError(
+            "the network's configuration does not say which tokens are its prompts: copy its folder again")
     ends = writer.get("thresholds", {})
-    if not isinstance(ends, dict) or any(not isinstance(e, (list, tuple)) or len(e) != 2 or not all(isinstance(x, (int, float)) for x in e) or not 0 <= e[0] <= e[1] <= 1 for e in ends.values()):
-        raise NeuralError("the network's configuration holds thresholds that are no pairs of numbers from 0 to 1: choose them again with teach_prompts")
+    if not isinstance(ends, dict) or any(not isinstance(e, (list, tuple)) or len(e) != 2
+                                         or not all(isinstance(x, (int, float)) for x in e)
+                                         or not 0 <= e[0] <= e[1] <= 1 for e in ends.values()):
+        raise NeuralError(
+            "the network's configuration holds thresholds that are no pairs of numbers from 0 to 1: choose them again"
+            " with teach_prompts")
     return writer
 
 # %% ../nbs/api/13_prompt.ipynb #prompt20
@@ -93,12 +105,14 @@ def best_threshold(
     p: np.ndarray,  # (n,) probabilities
 ) -> float:  # p >= it is a yes
     "The threshold of the best F1; halfway between two scores, the higher one of equals."
-    order = np.argsort(-p, kind="stable"); y, p = y[order], p[order]
+    order = np.argsort(-p, kind="stable")
+    y, p = y[order], p[order]
     f1 = 2 * np.cumsum(y) / (np.arange(1, len(y) + 1) + y.sum())
     f1[:-1][p[:-1] == p[1:]] = -1                                             # equal scores are not parted
     k = int(np.argmax(f1))
     return float((p[k] + (p[k + 1] if k + 1 < len(p) else 0)) / 2)
 
+# %% ../nbs/api/13_prompt.ipynb #prompt20x1
 def choose_thresholds(
     targets: np.ndarray,  # (n, L) in [0, 1], NaN where unknown; of VALIDATE
     p: np.ndarray,  # (n, L) probabilities of the label head
@@ -108,9 +122,11 @@ def choose_thresholds(
     least: int = 5,  # positives and negatives that a choice by F1 needs
 ) -> dict:  # finding -> [low, high]; findings of which nothing is known are left out
     "Two thresholds for each finding, chosen on validate (this companion's choice)."
-    at_least(0, band=band); out = {}
+    at_least(0, band=band)
+    out = {}
     for j in promptable(names):
-        known = ~np.isnan(targets[:, j]); y = (targets[known, j] >= .5).astype(float)
+        known = ~np.isnan(targets[:, j])
+        y = (targets[known, j] >= .5).astype(float)
         share = y.mean() if len(y) and (prior is None or np.isnan(prior[j])) else np.nan if prior is None else prior[j]
         if min(y.sum(), (1 - y).sum()) >= least: t = best_threshold(y, np.asarray(p, float)[known, j])
         elif share > 0: t = float(np.quantile(p[:, j], 1 - share))
@@ -128,19 +144,29 @@ def said_states(
     "What the label head says, in states."
     out = np.full(np.shape(p), np.nan, np.float32)
     for j in promptable(names):
-        if names[j] in thresholds: low, high = thresholds[names[j]]; out[:, j] = np.where(p[:, j] >= high, 1, np.where(p[:, j] < low, 0, .5))
+        if names[j] in thresholds:
+            low, high = thresholds[names[j]]
+            out[:, j] = np.where(p[:, j] >= high, 1, np.where(p[:, j] < low, 0, .5))
     return out
 
 # %% ../nbs/api/13_prompt.ipynb #prompt27
-HEIGHTS = {"lung apex": 1, "upper lobe": 1, "mid lung": 2, "middle lobe": 2, "lingula": 2, "perihilar region": 2, "lower lobe": 3, "lung base": 3, "costophrenic angle": 3}  # zone of a place
+# zone of a place
+HEIGHTS = {"lung apex": 1, "upper lobe": 1, "mid lung": 2, "middle lobe": 2, "lingula": 2, "perihilar region": 2,
+           "lower lobe": 3, "lung base": 3, "costophrenic angle": 3}
 
 def place_of(
     concept: str,  # an anatomy concept, such as "left lower lobe", "lung base" or "bilateral"
 ) -> tuple[set, int]:  # sides, of {1 left, 2 right}; zone, 0 where it tells none
     "Side and zone that a place's own name tells."
-    sides = {1, 2} if concept == "bilateral" else {1} if concept == "lingula" or re.match(r"left\b", concept) else {2} if re.match(r"right\b", concept) else set()
+    sides = (
+        {1, 2}
+        if concept == "bilateral"
+        else ({1} if concept == "lingula" or re.match(r"left\b", concept)
+              else {2} if re.match(r"right\b", concept) else set())
+    )
     return sides, next((z for name, z in HEIGHTS.items() if concept.endswith(name)), 0)
 
+# %% ../nbs/api/13_prompt.ipynb #prompt27x1
 def said_places(
     annotation: Annotation,  # of one report
     names,  # L findings
@@ -150,12 +176,14 @@ def said_places(
     for r in a.relations:
         if r.type == "modify": told.setdefault(r.tail, set()).update(place_of(a.mentions[r.head].concept)[0])
     ties = [(r.head, r.tail) for r in a.relations if r.type == "located_at"]
-    ties += [(r.tail, place) for r in a.relations if r.type == "suggestive_of" for head, place in ties if head == r.head]
+    ties += [
+        (r.tail, place) for r in a.relations if r.type == "suggestive_of" for head, place in ties if head == r.head]
     for head, place in ties:
         own, zone = place_of(a.mentions[place].concept)
         for label, value in labels_of(Annotation("", (a.mentions[head],))).items():
             if value not in (1, -1) or label == "No Finding": continue
-            sides.setdefault(label, set()).update(own | told.get(place, set())); zones.setdefault(label, set()).update({zone} - {0})
+            sides.setdefault(label, set()).update(own | told.get(place, set()))
+            zones.setdefault(label, set()).update({zone} - {0})
     side = lambda s: 3 if len(s) > 1 else next(iter(s), 0)
     zone = lambda z: next(iter(z)) if len(z) == 1 else 0
     return np.array([(side(sides.get(n, set())), zone(zones.get(n, set()))) for n in names], np.int8).reshape(-1, 2)
@@ -171,9 +199,12 @@ def seen_places(
     if not 0.5 < sure <= 1: raise NeuralError(f"sure must lie above 0.5 and not above 1, got {sure}")
     share = (patches.float() * (sharpness or 1.0)).softmax(1).unflatten(1, grid)             # (B, H, W, L)
     y, x = ((torch.arange(n, device=share.device) + .5) / n for n in grid)
-    right = (share.sum(1) * (x < .5).float()[:, None]).sum(1)                                   # the left of the picture
-    side = torch.where(right >= sure, 2, torch.where(right <= 1 - sure, 1, torch.where((right - .5).abs() <= (sure - .5) / 2, 3, 0)))
-    bands = [(share.sum(2) * ((y >= a) & (y < b)).float()[:, None]).sum(1) for a, b in ((0, 5 / 12), (5 / 12, 7 / 12), (7 / 12, 2))]
+    # the left of the picture
+    right = (share.sum(1) * (x < .5).float()[:, None]).sum(1)
+    side = torch.where(
+        right >= sure, 2, torch.where(right <= 1 - sure, 1, torch.where((right - 0.5).abs() <= (sure - 0.5) / 2, 3, 0)))
+    bands = [(share.sum(2) * ((y >= a) & (y < b)).float()[:, None]).sum(1)
+             for a, b in ((0, 5 / 12), (5 / 12, 7 / 12), (7 / 12, 2))]
     most, zone = torch.stack(bands).max(0)
     return torch.stack([side, torch.where(most >= sure, zone + 1, 0)], -1).cpu().numpy().astype(np.int8)
 
@@ -184,14 +215,18 @@ def told_prompts(
     names,  # L findings
 ) -> list:  # per study, (states (L,), places (L, 2)), as a `StudyDataset` takes them
     "Prompts of training studies, from their targets and the places their reports name."
-    if len(targets) != len(annotations): raise NeuralError(f"targets of {len(targets)} studies and {len(annotations)} annotations do not belong together")
+    if len(targets) != len(annotations):
+        raise NeuralError(
+            f"targets of {len(targets)} studies and {len(annotations)} annotations do not belong together")
     out = []
     for goal, note in zip(np.asarray(targets, np.float32), annotations):
         said = labels_of(note)
         hedged = np.array([said.get(n) == -1 for n in names]) & ~(goal < .5)
-        out.append((np.where(hedged, .5, np.where(np.isnan(goal), np.nan, goal >= .5)).astype(np.float32), said_places(note, names)))
+        out.append((np.where(hedged, 0.5, np.where(np.isnan(goal), np.nan, goal >= 0.5)).astype(np.float32),
+                    said_places(note, names)))
     return out
 
+# %% ../nbs/api/13_prompt.ipynb #prompt34x1
 def prior_of(
     prompts: list | None,  # of training studies
 ) -> np.ndarray | None:  # (L,) share of studies, of those of which it is known, in which a finding is not denied
@@ -210,14 +245,21 @@ class Prompter:
         names,  # L findings of the label head
         writer: dict,  # of the network's configuration
         drop: float = 0.0,  # share of findings left unsaid, and of studies without any prompt
-        flip: float = 0.0,  # share of what is raised that is wrong, of what is there that is denied, and of places that are others
+        # share of what is raised that is wrong, of what is there that is denied, and of places that are others
+        flip: float = 0.0,
         prior: np.ndarray | None = None,  # (L,) from `prior_of`; needed to flip
     ):
-        if not 0 <= drop <= 1 or not 0 <= flip < 1: raise NeuralError(f"rates of dropped and flipped prompts lie between 0 and 1, got {drop} and {flip}")
-        if flip and prior is None: raise NeuralError("to flip prompts, say how often each finding is there: prior=prior_of(prompts)")
-        self.names, self.writer, self.drop, self.flip, self.prior = list(names), check_writer(writer, names), drop, flip, prior
+        if not 0 <= drop <= 1 or not 0 <= flip < 1:
+            raise NeuralError(f"rates of dropped and flipped prompts lie between 0 and 1, got {drop} and {flip}")
+        if flip and prior is None:
+            raise NeuralError("to flip prompts, say how often each finding is there: prior=prior_of(prompts)")
+        self.names, self.writer, self.drop, self.flip, self.prior = (
+            list(names), check_writer(writer, names), drop, flip, prior)
 
-    def __call__(self, states: np.ndarray, places: np.ndarray, generator: torch.Generator | None = None) -> torch.Tensor:  # (B, L), (B, L, 2) -> (B, P)
+    # (B, L), (B, L, 2) -> (B, P)
+    def __call__(
+        self, states: np.ndarray, places: np.ndarray, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
         if generator is not None: states, places = self.erring(states, places, generator)
         return prompt_rows(states, places, self.names, self.writer)
 
@@ -229,7 +271,8 @@ class Prompter:
         turned = np.where(wrong, np.where(states == .5, (draw(*states.shape) < .5) * 1., 1 - states), states)
         silent = (draw(*states.shape) < self.drop) | (draw(len(states), 1) < self.drop)
         amiss = (draw(*places.shape) < self.flip) & (places > 0)
-        moved = np.where(amiss, (places + np.where(draw(*places.shape) < .5, 0, 1)) % 3 + 1, places)        # one of the two others
+        # one of the two others
+        moved = np.where(amiss, (places + np.where(draw(*places.shape) < .5, 0, 1)) % 3 + 1, places)
         hidden = draw(*places.shape) < self.drop
         return np.where(silent, np.nan, turned), np.where(hidden | (wrong & (states == 0))[..., None], 0, moved)
 
@@ -245,11 +288,14 @@ def teach_prompts(
     apart: int = 1,  # no sentence is written again within so many sentences; 0: anything goes
 ) -> dict:  # the writer's part of the configuration
     "Choose thresholds on validate and the places that may be said, and keep them with the network."
-    names = list(model.config.label_names); writer = check_writer(model.config.writer, names)
+    names = list(model.config.label_names)
+    writer = check_writer(model.config.writer, names)
     at_least(0, apart=apart)
     spots = np.stack([x for _, x in told]) * np.stack([s > 0 for s, _ in told])[..., None]
-    placed = {names[j]: [w for i, w in enumerate(PLACES) if (spots[:, j, i // 3] == i % 3 + 1).sum() >= often] for j in promptable(names)}
-    model.config.writer = {**writer, "thresholds": choose_thresholds(targets, p, names, band, prior_of(told)), "placed": {n: w for n, w in placed.items() if w}, "sure": sure, "apart": apart}
+    placed = {names[j]: [w for i, w in enumerate(PLACES) if (spots[:, j, i // 3] == i % 3 + 1).sum() >= often]
+              for j in promptable(names)}
+    model.config.writer = {**writer, "thresholds": choose_thresholds(targets, p, names, band, prior_of(told)),
+                           "placed": {n: w for n, w in placed.items() if w}, "sure": sure, "apart": apart}
     return check_writer(model.config.writer, names)
 
 # %% ../nbs/api/13_prompt.ipynb #prompt45
@@ -257,17 +303,25 @@ def teach_prompts(
 def own_states(
     model,  # a `ReportVLM` whose thresholds are chosen
     tokens: torch.Tensor,  # (B, N, d) token grid
-) -> tuple[np.ndarray, np.ndarray]:  # (B, L) states; int8 (B, L, 2) sides and zones of findings that are said to be there
+    # (B, L) states; int8 (B, L, 2) sides and zones of findings that are said to be there
+) -> tuple[np.ndarray, np.ndarray]:
     "What the label head says of each film."
-    names = list(model.config.label_names); writer = check_writer(model.config.writer, names)
-    if "thresholds" not in writer: raise NeuralError("the network has no thresholds: choose them on validate with teach_prompts")
+    names = list(model.config.label_names)
+    writer = check_writer(model.config.writer, names)
+    if "thresholds" not in writer:
+        raise NeuralError("the network has no thresholds: choose them on validate with teach_prompts")
     patches = model.find(tokens)
     p = torch.sigmoid(pool_patches(patches, model.config.sharpness) + model.head.bias.float()).cpu().numpy()
-    states, places = said_states(p, writer["thresholds"], names), seen_places(patches, model.grid, model.config.sharpness, writer.get("sure", 0.7))
+    states, places = said_states(p, writer["thresholds"], names), seen_places(
+        patches, model.grid, model.config.sharpness, writer.get("sure", 0.7))
     for j, n in enumerate(names):
-        for k, kinds in enumerate((SIDES, ZONES)): places[:, j, k] *= np.isin(places[:, j, k], [i + 1 for i, w in enumerate(kinds) if w in writer.get("placed", {}).get(n, ())]) & (states[:, j] == 1)
+        for k, kinds in enumerate((SIDES, ZONES)):
+            places[:, j, k] *= np.isin(
+                places[:, j, k], [i + 1 for i, w in enumerate(kinds) if w in writer.get("placed", {}).get(n, ())]
+            ) & (states[:, j] == 1)
     return states, places
 
+# %% ../nbs/api/13_prompt.ipynb #prompt45x1
 def own_prompts(
     model,  # a `ReportVLM` whose thresholds are chosen
     tokens: torch.Tensor,  # (B, N, d) token grid
@@ -281,13 +335,17 @@ def read_prompts(
     data,  # a `StudyDataset` of studies to read
     batch_size: int = 64,  # films per pass
 ) -> list:  # per study, (states (L,), places (L, 2)), as a `StudyDataset` takes them
-    "The prompts that the label head gives each film; for validate, so that the best epoch is the one that writes best with what it will be given."
-    at_least(1, batch_size=batch_size); model.eval(); out = []
+    """The prompts that the label head gives each film; for validate, so that the best epoch is the one that writes best
+    with what it will be given."""
+    at_least(1, batch_size=batch_size)
+    model.eval()
+    out = []
     for start in range(0, len(data), batch_size):
         films = torch.as_tensor(np.asarray(data.films.batch(data.ids[start : start + batch_size]))).to(model.device)
         with torch.no_grad(): out += list(zip(*own_states(model, model.encode(films))))
     return out
 
+# %% ../nbs/api/13_prompt.ipynb #prompt48x1
 def prompters_of(
     model,  # a `ReportVLM` built with prompts
     told: list,  # prompts of the TRAINING studies
@@ -308,15 +366,19 @@ class NewSentences(LogitsProcessor):
         apart: int = 1,  # sentences looked back on; 1: never twice in a row
     ):
         at_least(1, apart=apart)
-        mute, self.apart, self.of = set(tokenizer.all_special_tokens) | set(getattr(tokenizer, "added_tokens_encoder", ())), apart, {}
-        self.pieces = ["" if t in mute else t.casefold() for t in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
+        mute, self.apart, self.of = (
+            set(tokenizer.all_special_tokens) | set(getattr(tokenizer, "added_tokens_encoder", ())), apart, {})
+        self.pieces = [
+            "" if t in mute else t.casefold() for t in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
         for i, t in enumerate(self.pieces): self.of.setdefault(t, []).append(i)
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # (B, T) so far, (B, V) -> (B, V)
+    # (B, T) so far, (B, V) -> (B, V)
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         for row, ids in enumerate(input_ids.tolist()):
             text = re.sub("▁+", "▁", "".join(self.pieces[i] for i in ids))
             *before, now = re.split(r"(?<=[.!?;])(?=▁)", text)
-            roads = [(before, now)] + [([*before, now], "")] * (now[-1:] in tuple(".!?;"))              # a mark may end a sentence, or stand inside it
+            # a mark may end a sentence, or stand inside it
+            roads = [(before, now)] + [([*before, now], "")] * (now[-1:] in tuple(".!?;"))
             lost = [i for last, begun in roads for s in last[-self.apart :] for i in self.ends(s, begun)]
             scores[row, lost] = -math.inf
         return scores
@@ -325,4 +387,5 @@ class NewSentences(LogitsProcessor):
         "The pieces that would make of what is begun that sentence again."
         body, begun = sentence.strip(".!?;▁"), begun.lstrip("▁")
         rest = body[len(begun) :] if body.startswith(begun) else ""
-        return [i for piece in ([rest] if begun and begun[-1] != "▁" else [rest, "▁" + rest]) if rest for i in self.of.get(piece, ())]
+        return [i for piece in ([rest] if begun and begun[-1] != "▁" else [rest, "▁" + rest]) if rest
+                for i in self.of.get(piece, ())]

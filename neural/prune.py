@@ -46,8 +46,10 @@ def top_k(
 ) -> torch.Tensor:    # int64 [B, k] or [k], ascending indices
     "The indices of the `k` highest scores, ties to the lower index (NEURAL, sec. 2.2)."
     s = torch.as_tensor(scores)
-    if s.ndim not in (1, 2): raise NeuralError(f"scores must be [N] or [B, N], one number per unit; got {list(s.shape)}")
-    if not bool(torch.isfinite(s).all()): raise NeuralError("scores hold NaN or infinite values; nothing can be ranked by them")
+    if s.ndim not in (1, 2):
+        raise NeuralError(f"scores must be [N] or [B, N], one number per unit; got {list(s.shape)}")
+    if not bool(torch.isfinite(s).all()):
+        raise NeuralError("scores hold NaN or infinite values; nothing can be ranked by them")
     if not 1 <= k <= s.shape[-1]: raise NeuralError(f"k must lie between 1 and the {s.shape[-1]} units, got {k}")
     order = torch.argsort(s, dim=-1, descending=True, stable=True)
     return order[..., :k].sort(dim=-1).values
@@ -241,13 +243,17 @@ def released_rows(
 ) -> np.ndarray:             # int64, ascending, repeated: token rows, used by the released code as patch indices
     "The 'patches' of the released code, which are report-token rows (defects A1, A2, A3; not the paper's method)."
     values = np.asarray(torch.as_tensor(attention).detach().cpu())
-    if values.ndim != 2 or not values.size: raise NeuralError(f"released selection takes [T, N], heads averaged; got {list(values.shape)}")
+    if values.ndim != 2 or not values.size:
+        raise NeuralError(f"released selection takes [T, N], heads averaged; got {list(values.shape)}")
     if not 0 < percentile <= 100: raise NeuralError(f"the percentile must lie in (0, 100], got {percentile}")
-    squeezed = values.squeeze()                            # a report of a single token loses its row axis, and is then right by accident
+    # a report of a single token loses its row axis, and is then right by accident
+    squeezed = values.squeeze()
     rows = np.where(squeezed > np.percentile(squeezed, 100 - percentile))[0]
     if not len(rows): rows = np.array([squeezed.argmax()])  # the arg-max of the flat array
-    if rows.max() >= values.shape[1]: raise NeuralError(f"released selection reads patch {rows.max()} of a grid of {values.shape[1]}: a report of "
-        f"{values.shape[0]} tokens is too long for it (defect A3); exclude the study by name or use selection='described'")
+    if rows.max() >= values.shape[1]:
+        raise NeuralError(
+            f"released selection reads patch {rows.max()} of a grid of {values.shape[1]}: a report of {values.shape[0]}"
+            " tokens is too long for it (defect A3); exclude the study by name or use selection='described'")
     return rows.astype(np.int64)
 
 # %% ../nbs/api/16_prune.ipynb #bd96f738
@@ -261,9 +267,11 @@ def select(
     "The patches one study keeps, by the method as described or as released (NEURAL, sec. 2.2; defect A1)."
     a = torch.as_tensor(attention).float()
     if a.ndim != 3: raise NeuralError(f"select takes the attention of one study, [H, T, N]; got {list(a.shape)}")
-    if selection not in ("described", "released"): raise NeuralError(f"selection must be 'described' or 'released', got {selection!r}")
+    if selection not in ("described", "released"):
+        raise NeuralError(f"selection must be 'described' or 'released', got {selection!r}")
     if selection == "released":
-        if k is not None or token_mask is not None: raise NeuralError("the released selection knows neither k nor a token mask; leave both out")
+        if k is not None or token_mask is not None:
+            raise NeuralError("the released selection knows neither k nor a token mask; leave both out")
         return torch.as_tensor(released_rows(a.mean(0), 100 * ratio))
     mask = torch.ones(a.shape[1], dtype=torch.bool) if token_mask is None else torch.as_tensor(token_mask)
     return retain(relevance((a[None],), mask[None]), ratio, k)[0]

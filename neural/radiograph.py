@@ -56,21 +56,22 @@ from .study import NeuralError, system_reason
 class RadiographError(NeuralError):
     "A radiograph that cannot be read, with its reason in one line (this companion's choice)."
 
+# %% ../nbs/api/02_radiograph.ipynb #64e4816ex1
 class HeaderError(ValueError):
     "An attribute of a header that cannot be followed; the message opens with its name (this companion's choice)."
-
 MAX_PIXELS = 60_000_000    # rows * columns; the largest flat detectors have about 20 million
 MAX_BYTES = 256 * 2**20    # of one file, 256 MiB
 
 # %% ../nbs/api/02_radiograph.ipynb #41086dce
-LIBRARY_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, NotImplementedError, OSError, EOFError,
-                  RuntimeError, AssertionError, SyntaxError, MemoryError, struct.error, zlib.error,
+LIBRARY_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, NotImplementedError, OSError,
+                  EOFError, RuntimeError, AssertionError, SyntaxError, MemoryError, struct.error, zlib.error,
                   pydicom.errors.InvalidDicomError, pydicom.errors.BytesLengthException, Image.DecompressionBombError)
 
 # %% ../nbs/api/02_radiograph.ipynb #29ed9f11
 class MachineError(RadiographError):
     "A radiograph that could not be read here and now; the file may be well (this companion's choice)."
 
+# %% ../nbs/api/02_radiograph.ipynb #29ed9f11x1
 @contextmanager
 def refusing(
     name: str,  # of the file
@@ -78,9 +79,12 @@ def refusing(
 ):              # nothing
     "Turns a format library's exception into a one-line `RadiographError`; its remarks on style are dropped."
     try:
-        with warnings.catch_warnings(): warnings.simplefilter('ignore'); yield
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
     except RadiographError: raise
-    except HeaderError as e: raise RadiographError(f'{name}: {e}' + '; correct its header or leave it out' * (';' not in str(e))) from None
+    except HeaderError as e:
+        raise RadiographError(f'{name}: {e}' + '; correct its header or leave it out' * (';' not in str(e))) from None
     except MemoryError: raise MachineError(f'{name}: {what}, memory ran out; free some, or use fewer workers') from None
     except LIBRARY_ERRORS as e:
         if getattr(e, 'errno', None): raise MachineError(f'{name}: {what}, {system_reason(e)}') from None
@@ -95,10 +99,13 @@ def check_size(
     "Refuses absurd dimensions before anything of that size is allocated (this companion's choice)."
     if min(rows, columns) < 1: raise RadiographError(f'{name}: {rows} x {columns} pixels is no image; leave it out')
     if rows * columns > MAX_PIXELS:
-        raise RadiographError(f'{name}: {rows} x {columns} pixels, the limit is {MAX_PIXELS:,}; leave it out or make it smaller')
+        raise RadiographError(
+            f'{name}: {rows} x {columns} pixels, the limit is {MAX_PIXELS:,}; leave it out or make it smaller')
 
 # %% ../nbs/api/02_radiograph.ipynb #caf146d1
-DENSEST = {'PNG': 8 * 1032, 'JPEG': 512, 'lossless JPEG': 8, 'RLE': 64}   # pixels one byte can hold: deflate repeats 1032 times, a JPEG block of 64 takes a bit, a lossless pixel takes one, two bytes of runs give 128
+# pixels one byte can hold: deflate repeats 1032 times, a JPEG block of 64 takes a bit, a lossless pixel takes one, two
+# bytes of runs give 128
+DENSEST = {'PNG': 8 * 1032, 'JPEG': 512, 'lossless JPEG': 8, 'RLE': 64}
 MAX_SCANS = 40                                                            # of a progressive JPEG; ten are usual
 
 def check_density(
@@ -109,8 +116,11 @@ def check_density(
     name: str,     # of the file
 ):                 # nothing
     "Refuses a picture that its bytes cannot hold, or that is drawn too often (this companion's choice)."
-    if rows * columns > DENSEST[kind] * len(data): raise RadiographError(f'{name}: {len(data):,} bytes cannot hold {rows} x {columns} pixels; copy the file again or leave it out')
-    if 'JPEG' in kind and data.count(b'\xff\xda') > MAX_SCANS: raise RadiographError(f'{name}: a JPEG of more than {MAX_SCANS} scans; save it as a plain one')
+    if rows * columns > DENSEST[kind] * len(data):
+        raise RadiographError(
+            f'{name}: {len(data):,} bytes cannot hold {rows} x {columns} pixels; copy the file again or leave it out')
+    if 'JPEG' in kind and data.count(b'\xff\xda') > MAX_SCANS:
+        raise RadiographError(f'{name}: a JPEG of more than {MAX_SCANS} scans; save it as a plain one')
 
 # %% ../nbs/api/02_radiograph.ipynb #3b5f18aa
 def read_bytes(
@@ -120,7 +130,9 @@ def read_bytes(
     name = path.name or str(path)
     with refusing(name, 'cannot be opened'):
         if path.is_dir(): raise RadiographError(f'{name}: is a folder; name a file')
-        if not path.is_file(): raise RadiographError(f'{name}: {"is no plain file" if path.exists() else "no such file"}; check the dataset root')
+        if not path.is_file():
+            raise RadiographError(
+                f'{name}: {"is no plain file" if path.exists() else "no such file"}; check the dataset root')
         with open(path, 'rb') as f:
             size = os.fstat(f.fileno()).st_size
             if not size: raise RadiographError(f'{name}: the file is empty; copy it again or leave it out')
@@ -167,13 +179,17 @@ MAX_ELEMENT = 2**19         # bytes of any of them but the pixels: four tables o
 NO_PREAMBLE = b'\x02\x00'   # a file that starts with its meta group at once, as some writers leave it
 
 # %% ../nbs/api/02_radiograph.ipynb #ca5eccca
-REFUSED = {  # attributes that are looked at, and refused where they say that this is no upright, square, finished radiograph
-    'SOPClassUID': 'standard classes other than CR, DX for presentation, fluoroscopy, captures and photographs are no radiograph',
+# attributes that are looked at, and refused where they say that this is no upright, square, finished radiograph
+REFUSED = {
+    'SOPClassUID': (
+        'standard classes other than CR, DX for presentation, fluoroscopy, captures and photographs are no radiograph'),
     'Modality': 'other than CR, DX, DR, RG, RF, SC, XC, HC and OT',
     'PresentationIntentType': 'FOR PROCESSING: raw numbers of a detector, not meant for the eye',
     'PresentationLUTShape': 'INVERSE says the same as MONOCHROME1; refused where the two contradict',
     'PresentationLUTSequence': 'belongs to printers and presentation states; no step of ours follows it',
-    'PatientOrientation': 'a film that lies on its side, stands on its head, or a chest with left and right exchanged; never turned silently',
+    'PatientOrientation': (
+        'a film that lies on its side, stands on its head, or a chest with left and right exchanged; never turned'
+        ' silently'),
     'BodyPartExamined': 'of another part than the chest, left and right are not judged',
     'PixelAspectRatio': 'pixels that are not square (by more than 1 %) would change the shape of the heart',
     'PixelSpacing': 'the same; zeros mean unknown',
@@ -212,7 +228,8 @@ IRRELEVANT = {  # attributes that speak of the picture and leave it as it is; th
     'ReferencedPresentationStateSequence': 'a second file may show this one otherwise; the film is its own',
     'ConversionType': 'how a capture was made',
 }
-OVERLAYS = [Tag(0x6000 + 2 * n, element) for n in range(16) for element in (0x100, 0x102)]    # bits allocated, bit position
+# bits allocated, bit position
+OVERLAYS = [Tag(0x6000 + 2 * n, element) for n in range(16) for element in (0x100, 0x102)]
 PICTURE_TAGS = [*OVERLAYS, *(k for k in {**READ, **REFUSED} if k not in ('TransferSyntaxUID', 'OverlayBitPosition'))]
 
 # %% ../nbs/api/02_radiograph.ipynb #66b423c3
@@ -230,6 +247,7 @@ def numbers(
     if not np.isfinite(found).all(): raise HeaderError(f'{name or key} is not a finite number')
     return found
 
+# %% ../nbs/api/02_radiograph.ipynb #66b423c3x1
 def one(
     ds: pydicom.Dataset,        # from `read_header`
     key,                        # keyword or tag of an attribute
@@ -237,7 +255,8 @@ def one(
 ) -> float:                     # its only value
     "The one number of an attribute."
     found = numbers(ds, key) or ([] if default is None else [default])
-    if len(found) != 1: raise HeaderError(f'{key} is missing' if not found else f'{key} has {len(found)} values instead of one')
+    if len(found) != 1:
+        raise HeaderError(f'{key} is missing' if not found else f'{key} has {len(found)} values instead of one')
     return found[0]
 
 # %% ../nbs/api/02_radiograph.ipynb #f0abbdff
@@ -251,6 +270,7 @@ def whole(
     if found % 1: raise HeaderError(f'{key} is not a whole number')
     return int(found)
 
+# %% ../nbs/api/02_radiograph.ipynb #f0abbdffx1
 def codes(
     ds: pydicom.Dataset,  # from `read_header`
     key: str,             # keyword of an attribute
@@ -263,19 +283,28 @@ def codes(
     return [v for v in found if v]
 
 # %% ../nbs/api/02_radiograph.ipynb #1e0170de
-MODALITIES = {'CR', 'DX', 'DR', 'RG', 'RF', 'SC', 'XC', 'HC', 'OT'}     # kinds of film, captures, photographs, and "other"
-CLASSES = {ComputedRadiographyImageStorage, DigitalXRayImageStorageForPresentation, XRayRadiofluoroscopicImageStorage, SecondaryCaptureImageStorage,
-           VLPhotographicImageStorage, *(f'{SecondaryCaptureImageStorage}.{n}' for n in (2, 3, 4))}
+# kinds of film, captures, photographs, and "other"
+MODALITIES = {'CR', 'DX', 'DR', 'RG', 'RF', 'SC', 'XC', 'HC', 'OT'}
+CLASSES = {ComputedRadiographyImageStorage, DigitalXRayImageStorageForPresentation, XRayRadiofluoroscopicImageStorage,
+           SecondaryCaptureImageStorage, VLPhotographicImageStorage,
+           *(f'{SecondaryCaptureImageStorage}.{n}' for n in (2, 3, 4))}
 
 def check_kind(
     ds: pydicom.Dataset,  # from `read_header`
 ):                        # nothing
     "Refuses what is no radiograph for the eye (DICOM PS3.3 A.2, A.26, C.8.11.1)."
     kind = UID(str(ds.get('SOPClassUID') or getattr(ds, 'file_meta', {}).get('MediaStorageSOPClassUID') or ''))
-    if kind.name != kind and kind not in CLASSES: raise HeaderError(f'SOPClassUID says {kind.name}, which is no radiograph; leave it out')      # a private class has no name
-    if odd := [m for m in codes(ds, 'Modality') if m not in MODALITIES]: raise HeaderError(f'Modality {odd[0]} is no radiograph; leave it out')
-    if 'FOR PROCESSING' in codes(ds, 'PresentationIntentType'): raise HeaderError('PresentationIntentType is FOR PROCESSING, raw numbers that are not for the eye; export the film for presentation')
-    for key in ('FloatPixelData', 'DoubleFloatPixelData', 'PixelDataProviderURL', 'PresentationLUTSequence', 'SharedFunctionalGroupsSequence', 'PerFrameFunctionalGroupsSequence'):
+    # a private class has no name
+    if kind.name != kind and kind not in CLASSES:
+        raise HeaderError(f'SOPClassUID says {kind.name}, which is no radiograph; leave it out')
+    if odd := [m for m in codes(ds, 'Modality') if m not in MODALITIES]:
+        raise HeaderError(f'Modality {odd[0]} is no radiograph; leave it out')
+    if 'FOR PROCESSING' in codes(ds, 'PresentationIntentType'):
+        raise HeaderError(
+            'PresentationIntentType is FOR PROCESSING, raw numbers that are not for the eye; export the film for'
+            ' presentation')
+    for key in ('FloatPixelData', 'DoubleFloatPixelData', 'PixelDataProviderURL', 'PresentationLUTSequence',
+                'SharedFunctionalGroupsSequence', 'PerFrameFunctionalGroupsSequence'):
         if key in ds: raise HeaderError(f'{key} is not supported; export the film as a plain radiograph')
     if 'PixelData' not in ds: raise HeaderError('PixelData is missing, there is no pixel data; leave it out')
 
@@ -285,16 +314,24 @@ CHEST = re.compile('CHEST|THORA|LUNG|RIB|HEART')
 def check_view(
     ds: pydicom.Dataset,  # from `read_header`
 ):                        # nothing
-    "Refuses a film that is not upright, is mirrored, or has pixels that are not square (DICOM PS3.3 C.7.6.1.1.1, C.7.6.3.1.7)."
+    """Refuses a film that is not upright, is mirrored, or has pixels that are not square (DICOM PS3.3 C.7.6.1.1.1,
+    C.7.6.3.1.7)."""
     if way := codes(ds, 'PatientOrientation'):
         if len(way) != 2: raise HeaderError('PatientOrientation does not have two values')
-        if way[1][0] != 'F': raise HeaderError(f'PatientOrientation {way[0]}, {way[1]} says that the film lies on its side or stands on its head; turn it upright, and correct its header')
+        if way[1][0] != 'F':
+            raise HeaderError(
+                f'PatientOrientation {way[0]}, {way[1]} says that the film lies on its side or stands on its head; turn'
+                ' it upright, and correct its header')
         part = str(ds.get('BodyPartExamined') or 'CHEST').upper()
-        if way[0][0] == 'R' and CHEST.search(part): raise HeaderError(f'PatientOrientation {way[0]}, {way[1]} says that left and right are exchanged; mirror it, and correct its header')
+        if way[0][0] == 'R' and CHEST.search(part):
+            raise HeaderError(
+                f'PatientOrientation {way[0]}, {way[1]} says that left and right are exchanged; mirror it, and correct'
+                ' its header')
     for key in ('PixelAspectRatio', 'PixelSpacing', 'ImagerPixelSpacing', 'NominalScannedPixelSpacing'):
         if not (pair := numbers(ds, key)): continue
         if len(pair) != 2 or min(pair) < 0: raise HeaderError(f'{key} is no height and width')
-        if max(pair) > 1.01 * min(pair): raise HeaderError(f'{key} says that pixels are not square ({pair[0]:g} by {pair[1]:g}); resample it')
+        if max(pair) > 1.01 * min(pair):
+            raise HeaderError(f'{key} says that pixels are not square ({pair[0]:g} by {pair[1]:g}); resample it')
 
 # %% ../nbs/api/02_radiograph.ipynb #cafb0835
 def read_header(
@@ -302,11 +339,14 @@ def read_header(
     name: str,          # of the file
 ) -> pydicom.Dataset:   # the picture's elements; pixel data still encoded
     "Parses the elements that make the picture, and refuses what cannot be one radiograph (DICOM PS3.3 C.7.6.3)."
-    if DeflatedExplicitVRLittleEndian.encode() in data: raise RadiographError(f'{name}: deflated DICOM (its TransferSyntaxUID) has no size limit; convert it to explicit little endian')
+    if DeflatedExplicitVRLittleEndian.encode() in data:
+        raise RadiographError(
+            f'{name}: deflated DICOM (its TransferSyntaxUID) has no size limit; convert it to explicit little endian')
     with refusing(name, 'cannot be parsed as DICOM'):
         ds = pydicom.dcmread(CountedFile(data), specific_tags=PICTURE_TAGS, force=data.startswith(NO_PREAMBLE))
         check_header(ds, name)
-        ds = correct_ambiguous_vr(ds, ds.original_encoding[1]); check_view(ds)
+        ds = correct_ambiguous_vr(ds, ds.original_encoding[1])
+        check_view(ds)
         return ds
 
 # %% ../nbs/api/02_radiograph.ipynb #123abae7
@@ -318,21 +358,28 @@ def check_depth(
     if deep not in (8, 16): raise HeaderError(f'BitsAllocated is {deep}; 8 and 16 are supported')
     if not 1 <= bits <= deep: raise HeaderError(f'BitsStored is {bits}, and BitsAllocated {deep}')
     high = whole(ds, 'HighBit', bits - 1)
-    if not bits - 1 <= high < deep: raise HeaderError(f'HighBit {high} is impossible with {bits} BitsStored in {deep} BitsAllocated')
+    if not bits - 1 <= high < deep:
+        raise HeaderError(f'HighBit {high} is impossible with {bits} BitsStored in {deep} BitsAllocated')
     if sign not in (0, 1): raise HeaderError(f'PixelRepresentation is {sign}; 0 and 1 are defined')
-    if inside := [b for b in overlay_bits(ds) if high - bits < b <= high]: raise HeaderError(f'OverlayBitPosition {inside[0]} lies inside the stored bits')
+    if inside := [b for b in overlay_bits(ds) if high - bits < b <= high]:
+        raise HeaderError(f'OverlayBitPosition {inside[0]} lies inside the stored bits')
     ds.HighBit = high
 
+# %% ../nbs/api/02_radiograph.ipynb #123abae7x1
 def overlay_bits(
     ds: pydicom.Dataset,  # from `read_header`
 ) -> list[int]:           # places of bits that hold overlays instead of pixels
     "Where the overlays of an old file lie in its pixel data (DICOM PS3.5 8.1.2)."
-    pairs = [(numbers(ds, a, 'OverlayBitsAllocated'), numbers(ds, p, 'OverlayBitPosition')) for a, p in zip(OVERLAYS[::2], OVERLAYS[1::2])]
+    pairs = [(numbers(ds, a, 'OverlayBitsAllocated'), numbers(ds, p, 'OverlayBitPosition'))
+             for a, p in zip(OVERLAYS[::2], OVERLAYS[1::2])]
     return [int(place[0]) for deep, place in pairs if deep and place and deep[0] > 1]
 
 # %% ../nbs/api/02_radiograph.ipynb #2a391989
-DECODERS = {JPEGBaseline8Bit: 'pillow', JPEGExtended12Bit: 'pillow', JPEG2000: 'pylibjpeg', JPEG2000Lossless: 'pylibjpeg', RLELossless: 'pydicom'}     # plug-ins of pydicom
-LOSSLESS = {JPEGLossless: imagecodecs.jpeg8_decode, JPEGLosslessSV1: imagecodecs.jpeg8_decode, JPEGLSLossless: imagecodecs.jpegls_decode, JPEGLSNearLossless: imagecodecs.jpegls_decode}
+# plug-ins of pydicom
+DECODERS = {JPEGBaseline8Bit: 'pillow', JPEGExtended12Bit: 'pillow', JPEG2000: 'pylibjpeg',
+            JPEG2000Lossless: 'pylibjpeg', RLELossless: 'pydicom'}
+LOSSLESS = {JPEGLossless: imagecodecs.jpeg8_decode, JPEGLosslessSV1: imagecodecs.jpeg8_decode,
+            JPEGLSLossless: imagecodecs.jpegls_decode, JPEGLSNearLossless: imagecodecs.jpegls_decode}
 COLOURS = {  # how the colours of each kind of coding may be told
     'plain': ('RGB', 'YBR_FULL', 'YBR_FULL_422'),
     'lossless': ('RGB', 'YBR_FULL'),
@@ -350,7 +397,9 @@ def coding(
     if syntax in (JPEGBaseline8Bit, JPEGExtended12Bit): return 'JPEG'
     if syntax in (JPEG2000, JPEG2000Lossless): return 'JPEG 2000'
     if syntax == RLELossless or syntax in LOSSLESS: return 'lossless'
-    raise HeaderError(f'TransferSyntaxUID {syntax.name[:60] if syntax.name != syntax else "of some maker"} is not read; convert it to explicit little endian')
+    raise HeaderError(
+        f'TransferSyntaxUID {syntax.name[:60] if syntax.name != syntax else "of some maker"} is not read; convert it to'
+        ' explicit little endian')
 
 # %% ../nbs/api/02_radiograph.ipynb #e5cec6c4
 def check_colours(
@@ -360,12 +409,18 @@ def check_colours(
     kind, (colours, *_) = coding(ds), codes(ds, 'PhotometricInterpretation') or ['']
     grey = colours in ('MONOCHROME1', 'MONOCHROME2')
     channels = whole(ds, 'SamplesPerPixel', 1 if grey else None)
-    if not grey and colours not in COLOURS[kind]: raise HeaderError(f'PhotometricInterpretation {colours or "is missing, it"} is not supported in a {kind} picture; convert it to MONOCHROME2')
-    if channels != (1 if grey else 3): raise HeaderError(f'SamplesPerPixel is {channels}, and PhotometricInterpretation {colours}')
+    if not grey and colours not in COLOURS[kind]:
+        raise HeaderError(
+            f'PhotometricInterpretation {colours or "is missing, it"} is not supported in a {kind} picture; convert it'
+            ' to MONOCHROME2')
+    if channels != (1 if grey else 3):
+        raise HeaderError(f'SamplesPerPixel is {channels}, and PhotometricInterpretation {colours}')
     planes = whole(ds, 'PlanarConfiguration', None if kind == 'plain' and not grey else 0)
-    if planes not in (0, 1) or planes and colours == 'YBR_FULL_422' and kind == 'plain': raise HeaderError(f'PlanarConfiguration is {planes}, and PhotometricInterpretation {colours}')
+    if planes not in (0, 1) or planes and colours == 'YBR_FULL_422' and kind == 'plain':
+        raise HeaderError(f'PlanarConfiguration is {planes}, and PhotometricInterpretation {colours}')
     if not grey and (ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation) != (8, 8, 7, 0):
-        raise HeaderError('BitsAllocated, BitsStored, HighBit and PixelRepresentation of a colour picture are 8, 8, 7 and 0')
+        raise HeaderError(
+            'BitsAllocated, BitsStored, HighBit and PixelRepresentation of a colour picture are 8, 8, 7 and 0')
     check_shape(ds, colours)
     ds.SamplesPerPixel, ds.PlanarConfiguration = channels, planes
 
@@ -377,7 +432,8 @@ def check_shape(
     "Refuses a presentation that contradicts the photometric interpretation (DICOM PS3.3 C.8.11.3.1.5)."
     shape = codes(ds, 'PresentationLUTShape')
     if shape and shape != ['INVERSE' if colours == 'MONOCHROME1' else 'IDENTITY']:
-        raise HeaderError(f'PresentationLUTShape {shape[0]} and PhotometricInterpretation {colours} contradict each other')
+        raise HeaderError(
+            f'PresentationLUTShape {shape[0]} and PhotometricInterpretation {colours} contradict each other')
 
 # %% ../nbs/api/02_radiograph.ipynb #6be59696
 def check_length(
@@ -387,40 +443,53 @@ def check_length(
     raw, plain, size = ds.get_item('PixelData'), coding(ds) == 'plain', ds.SamplesPerPixel * ds.BitsAllocated // 8
     if not raw.value: raise HeaderError('PixelData is empty, no pixel data')
     pieces = getattr(raw, 'length', None) == 2**32 - 1 or getattr(raw, 'is_undefined_length', False)
-    if plain == pieces: raise HeaderError(f'TransferSyntaxUID says that the pixels are {"not " * plain}compressed, PixelData is otherwise')
+    if plain == pieces:
+        raise HeaderError(
+            f'TransferSyntaxUID says that the pixels are {"not " * plain}compressed, PixelData is otherwise')
     if not plain: return
     length = getattr(raw, 'length', len(raw.value))
-    if len(raw.value) < length: raise EOFError                                            # the file ends within its pixels
+    # the file ends within its pixels
+    if len(raw.value) < length: raise EOFError
     asked = ds.Rows * ds.Columns * (2 if codes(ds, 'PhotometricInterpretation')[0] == 'YBR_FULL_422' else size)
     check_surplus(ds, length - asked, size)
 
+# %% ../nbs/api/02_radiograph.ipynb #6be59696x1
 def check_surplus(
     ds: pydicom.Dataset,  # from `read_header`
     more: int,            # bytes beyond those the header asks for
     size: int,            # bytes of a pixel
 ):                        # nothing
-    "Some writers fill up a little; a whole row or column too much is a header of another picture (this companion's choice)."
+    """Some writers fill up a little; a whole row or column too much is a header of another picture (this companion's
+    choice)."""
     if not 0 <= more < max(2, min(ds.Rows, ds.Columns) * size):
-        raise HeaderError(f'Rows, Columns, SamplesPerPixel and BitsAllocated ask for {abs(more):,} bytes {"less" if more > 0 else "more"} than PixelData holds')
+        raise HeaderError(f'Rows, Columns, SamplesPerPixel and BitsAllocated ask for {abs(more):,} bytes'
+                          f' {"less" if more > 0 else "more"} than PixelData holds')
 
 # %% ../nbs/api/02_radiograph.ipynb #afa4aba4
 def check_header(
-    ds: pydicom.Dataset,  # from `read_header`; gets SamplesPerPixel, HighBit and PlanarConfiguration where they are implied
+    # from `read_header`; gets SamplesPerPixel, HighBit and PlanarConfiguration where they are implied
+    ds: pydicom.Dataset,
     name: str,            # of the file
 ):                        # nothing
     "Refuses a header that promises no radiograph: kind, size, frames, depth, colour (this companion's choice)."
     with refusing(name, 'cannot be parsed as DICOM'):
-        if any(len(e.value) > MAX_ELEMENT for e in ds.values() if isinstance(e, RawDataElement) and e.value and not keyword_for_tag(e.tag).endswith('PixelData')):
+        if any(len(e.value) > MAX_ELEMENT for e in ds.values()
+               if isinstance(e, RawDataElement) and e.value and not keyword_for_tag(e.tag).endswith('PixelData')):
             raise HeaderError(f'an element of more than {MAX_ELEMENT:,} bytes in its header')
         check_kind(ds)
         rows, columns = whole(ds, 'Rows'), whole(ds, 'Columns')
-        if min(rows, columns) < 1: raise HeaderError(f'Rows and Columns say {rows} x {columns} pixels, which is no image')
+        if min(rows, columns) < 1:
+            raise HeaderError(f'Rows and Columns say {rows} x {columns} pixels, which is no image')
         check_size(rows, columns, name)
-        if (frames := whole(ds, 'NumberOfFrames', 1)) != 1: raise HeaderError(f'NumberOfFrames is {frames}; a radiograph has 1 frame')
-        check_depth(ds); check_colours(ds); check_length(ds)
+        if (frames := whole(ds, 'NumberOfFrames', 1)) != 1:
+            raise HeaderError(f'NumberOfFrames is {frames}; a radiograph has 1 frame')
+        check_depth(ds)
+        check_colours(ds)
+        check_length(ds)
 
 # %% ../nbs/api/02_radiograph.ipynb #d6871ab2
-FRAME_MARKS = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xF7}   # JPEG and JPEG-LS "start of frame"
+# JPEG and JPEG-LS "start of frame"
+FRAME_MARKS = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xF7}
 
 # %% ../nbs/api/02_radiograph.ipynb #21dba947
 def coded_header(
@@ -431,7 +500,8 @@ def coded_header(
         x1, y1, x0, y0, *_, channels, bits = struct.unpack('>8LHB', frame[8:43])
         return y1 - y0, x1 - x0, (bits & 127) + 1, channels, 0x51
     at, found = 2, (0, 0, 0, 0, 0)
-    for _ in range(1000):                                                                  # from segment to segment, up to the coded data
+    # from segment to segment, up to the coded data
+    for _ in range(1000):
         if frame[:2] != b'\xff\xd8' or at + 10 > len(frame) or frame[at] != 0xFF: break
         mark = frame[at + 1]
         if mark == 0xDA: return found
@@ -443,7 +513,9 @@ def coded_header(
     return 0, 0, 0, 0, 0
 
 # %% ../nbs/api/02_radiograph.ipynb #83ee9bfc
-STYLE_MARKS = {0x50, 0x51, 0x52, 0x53, 0x55, 0x57, 0x58, 0x59, 0x5C, 0x5D, 0x5E, 0x5F, 0x60, 0x61, 0x63, 0x64, 0x74, 0x75, 0x77, 0x78, 0x90, 0x93}   # of JPEG 2000 headers
+# of JPEG 2000 headers
+STYLE_MARKS = {0x50, 0x51, 0x52, 0x53, 0x55, 0x57, 0x58, 0x59, 0x5C, 0x5D, 0x5E, 0x5F, 0x60, 0x61, 0x63, 0x64, 0x74,
+               0x75, 0x77, 0x78, 0x90, 0x93}
 
 def coding_styles(
     frame: bytes,   # one JPEG 2000 codestream
@@ -454,8 +526,12 @@ def coding_styles(
         mark, size = struct.unpack('>HH', frame[at:at + 4])
         if mark >> 8 != 0xFF or mark & 255 not in STYLE_MARKS: raise ValueError('a foreign segment')
         body = frame[at + 4:at + 2 + size]
-        if mark == 0xFF52: layers = struct.unpack('>H', body[2:4])[0]; yield layers, body[5:] if body[0] & 1 else body[5:10]
-        if mark == 0xFF53: wide = 1 if frame[40:42] < b'\x01\x01' else 2; yield layers, body[wide + 1:] if body[wide] & 1 else body[wide + 1:wide + 6]
+        if mark == 0xFF52:
+            layers = struct.unpack('>H', body[2:4])[0]
+            yield layers, body[5:] if body[0] & 1 else body[5:10]
+        if mark == 0xFF53:
+            wide = 1 if frame[40:42] < b'\x01\x01' else 2
+            yield layers, body[wide + 1:] if body[wide] & 1 else body[wide + 1:wide + 6]
         if mark == 0xFF90: part, length = at, struct.unpack('>L', frame[at + 6:at + 10])[0]
         at = part + length if mark == 0xFF93 else at + 2 + size
         if mark == 0xFF93 and (not length or frame[at:at + 2] == b'\xff\xd9' or at + 4 > len(frame)): return
@@ -475,7 +551,9 @@ def coded_pieces(
             px, py = (precincts[r] & 15, precincts[r] >> 4) if precincts else (15, 15)
             shrunk, bands, half = levels - r, 3 if r else 1, min(r, 1)
             pieces += layers * (-w >> shrunk + px) * (-h >> shrunk + py)          # rounded up, twice negative
-            pieces += bands * (-w >> shrunk + half + min(cx + 2, px - half)) * (-h >> shrunk + half + min(cy + 2, py - half)) if min(px, py) >= half else 0
+            pieces += (
+                bands * (-w >> shrunk + half + min(cx + 2, px - half)) * (-h >> shrunk + half + min(cy + 2, py - half))
+                if min(px, py) >= half else 0)
         most = max(most, pieces)
     return tiles * (most + 32)
 
@@ -503,24 +581,39 @@ def check_frame(
     "Refuses compressed pixel data that is cut short or another than its header says (this companion's choice)."
     syntax, size = ds.file_meta.TransferSyntaxUID, (ds.Rows, ds.Columns, ds.SamplesPerPixel)
     if coding(ds) == 'plain': return
-    if ds.PixelData.count(b'\xfe\xff\x00\xe0') > MAX_PIECES: raise RadiographError(f'{name}: a picture in more than {MAX_PIECES:,} pieces; leave it out')
+    if ds.PixelData.count(b'\xfe\xff\x00\xe0') > MAX_PIECES:
+        raise RadiographError(f'{name}: a picture in more than {MAX_PIECES:,} pieces; leave it out')
     frame = whole_frame(ds)
-    if syntax == RLELossless: check_density(frame, 'RLE', ds.Rows, ds.Columns, name); return check_runs(frame, ds)
+    if syntax == RLELossless:
+        check_density(frame, 'RLE', ds.Rows, ds.Columns, name)
+        return check_runs(frame, ds)
     rows, columns, bits, channels, mark = coded_header(frame)
-    if not mark: raise RadiographError(f'{name}: the picture inside 0 x 0 pixels is damaged, or no {syntax.name}; copy the file again or leave it out')
-    if (rows, columns, channels) != size: raise HeaderError(f'Rows, Columns and SamplesPerPixel say {ds.Rows} x {ds.Columns} x {size[2]}, the picture inside {rows} x {columns} x {channels}')
-    if not 2 <= bits <= ds.BitsAllocated: raise HeaderError(f'BitsAllocated is {ds.BitsAllocated}, and the picture inside has {bits} bits')
+    if not mark:
+        raise RadiographError(
+            f'{name}: the picture inside 0 x 0 pixels is damaged, or no {syntax.name}; copy the file again or leave'
+            ' it out')
+    if (rows, columns, channels) != size:
+        raise HeaderError(
+            f'Rows, Columns and SamplesPerPixel say {ds.Rows} x {ds.Columns} x {size[2]}, the picture inside {rows} x'
+            f' {columns} x {channels}')
+    if not 2 <= bits <= ds.BitsAllocated:
+        raise HeaderError(f'BitsAllocated is {ds.BitsAllocated}, and the picture inside has {bits} bits')
     check_coding(ds, frame, bits, mark)
-    if not frame.rstrip(b'\x00\xff').endswith(b'\xff\xd9'): raise RadiographError(f'{name}: the compressed picture has no end; copy the file again')
-    if mark == 0x51: check_pieces(frame, rows * columns, name)
-    elif mark != 0xF7: check_density(frame, 'lossless JPEG' if mark == 0xC3 else 'JPEG', rows, columns, name)     # a line of JPEG-LS may take one bit
+    if not frame.rstrip(b'\x00\xff').endswith(b'\xff\xd9'):
+        raise RadiographError(f'{name}: the compressed picture has no end; copy the file again')
+    if mark == 0x51:check_pieces(frame, rows * columns, name)
+    # a line of JPEG-LS may take one bit
+    elif mark != 0xF7: check_density(frame, 'lossless JPEG' if mark == 0xC3 else 'JPEG', rows, columns, name)
 
+# %% ../nbs/api/02_radiograph.ipynb #f248a32ex1
 def whole_frame(
     ds: pydicom.Dataset,  # from `read_header`, compressed
 ) -> bytes:               # its one picture
     "The one compressed picture of a file, put together from its pieces; a second one is refused."
-    pieces = [p[:3] for p in generate_fragments(ds.PixelData)][1:]                        # the first is a table of places
-    many = len(pieces) if ds.file_meta.TransferSyntaxUID == RLELossless else sum(p in (b'\xff\xd8\xff', b'\xff\x4f\xff') for p in pieces)
+    # the first is a table of places
+    pieces = [p[:3] for p in generate_fragments(ds.PixelData)][1:]
+    many = (len(pieces) if ds.file_meta.TransferSyntaxUID == RLELossless
+            else sum(p in (b'\xff\xd8\xff', b'\xff\x4f\xff') for p in pieces))
     if many > 1: raise HeaderError(f'NumberOfFrames is 1, and PixelData holds {many} pictures')
     return get_frame(ds.PixelData, 0, number_of_frames=1)
 
@@ -533,33 +626,45 @@ def check_coding(
 ):                        # nothing
     "Refuses a picture of another coding, sign or depth than its header says (DICOM PS3.5 8.2, A.4.4)."
     syntax = ds.file_meta.TransferSyntaxUID
-    fitting = {'JPEG': (0xC0, 0xC1, 0xC2), 'JPEG 2000': (0x51,), 'lossless': (0xF7,) if syntax in (JPEGLSLossless, JPEGLSNearLossless) else (0xC3,)}[coding(ds)]
-    if mark not in fitting: raise HeaderError(f'TransferSyntaxUID says {syntax.name}, the picture inside is coded otherwise')
-    if mark == 0xC1 and bits > 8: raise HeaderError('TransferSyntaxUID JPEG Extended is not read with 12 bits; convert it to a lossless one')
+    fitting = {'JPEG': (0xC0, 0xC1, 0xC2), 'JPEG 2000': (0x51,),
+               'lossless': (0xF7,) if syntax in (JPEGLSLossless, JPEGLSNearLossless) else (0xC3,)}[coding(ds)]
+    if mark not in fitting:
+        raise HeaderError(f'TransferSyntaxUID says {syntax.name}, the picture inside is coded otherwise')
+    if mark == 0xC1 and bits > 8:
+        raise HeaderError('TransferSyntaxUID JPEG Extended is not read with 12 bits; convert it to a lossless one')
     signed = mark == 0x51 and frame[42] >> 7
     if signed and not ds.PixelRepresentation or not signed and ds.PixelRepresentation and bits < ds.BitsStored:
-        raise HeaderError(f'PixelRepresentation is {ds.PixelRepresentation}, and the picture inside has numbers {"with" if signed else "without"} a sign')
+        raise HeaderError(f'PixelRepresentation is {ds.PixelRepresentation}, and the picture inside has numbers'
+                          f' {"with" if signed else "without"} a sign')
     if mark == 0x51 and ds.SamplesPerPixel == 3:
         mixed, told = frame[frame.find(b'\xff\x52\x00') + 8], ds.PhotometricInterpretation
-        if (told in ('YBR_RCT', 'YBR_ICT')) > mixed or told == 'YBR_FULL' and mixed: raise HeaderError(f'PhotometricInterpretation is {told}, and the picture inside mixes its colours otherwise')
+        if (told in ('YBR_RCT', 'YBR_ICT')) > mixed or told == 'YBR_FULL' and mixed:
+            raise HeaderError(
+                f'PhotometricInterpretation is {told}, and the picture inside mixes its colours otherwise')
 
+# %% ../nbs/api/02_radiograph.ipynb #7a02e6cdx1
 def check_runs(
     frame: bytes,         # run-length coded
     ds: pydicom.Dataset,  # its header
 ):                        # nothing
     "Refuses a frame that would unpack to another size than its header says, before it is unpacked (DICOM PS3.5 G)."
     size, (segments,) = ds.SamplesPerPixel * ds.BitsAllocated // 8, struct.unpack('<L', frame[:4].ljust(4, b'\0'))
-    if segments != size: raise HeaderError(f'SamplesPerPixel and BitsAllocated ask for {size} RLE segments, PixelData holds {segments}')
+    if segments != size:
+        raise HeaderError(f'SamplesPerPixel and BitsAllocated ask for {size} RLE segments, PixelData holds {segments}')
     asked = ds.Rows * ds.Columns * size
     check_surplus(ds, unpacked_length(frame, 2 * asked) - asked, size)
 
+# %% ../nbs/api/02_radiograph.ipynb #7a02e6cdx2
 def check_pieces(
     frame: bytes,   # JPEG 2000
     pixels: int,    # rows * columns
     name: str,      # of the file
 ):                  # nothing
     "Refuses a picture cut smaller than 8 x 8 pixels a piece; a few thousand pieces are always free."
-    if (n := coded_pieces(frame)) > 4096 + pixels // 64: raise RadiographError(f'{name}: a JPEG 2000 picture of {pixels:,} pixels in {n:,} pieces; save it with larger tiles, precincts and code-blocks')
+    if (n := coded_pieces(frame)) > 4096 + pixels // 64:
+        raise RadiographError(
+            f'{name}: a JPEG 2000 picture of {pixels:,} pixels in {n:,} pieces; save it with larger tiles, precincts'
+            ' and code-blocks')
 
 # %% ../nbs/api/02_radiograph.ipynb #cfe8fee8
 def read_lut(
@@ -568,12 +673,14 @@ def read_lut(
     lowest: float=0,            # of the numbers that go in; a first entry is signed where they are
 ) -> tuple[int, np.ndarray]:    # first stored value mapped; the table, float64
     "Reads a look-up table however its entries are packed (DICOM PS3.3 C.11.1.1)."
-    if len(described := numbers(item, 'LUTDescriptor')) != 3: raise HeaderError('LUTDescriptor does not have three values')
+    if len(described := numbers(item, 'LUTDescriptor')) != 3:
+        raise HeaderError('LUTDescriptor does not have three values')
     entries, first, bits = (int(v) for v in described)
     if not 1 <= bits <= 16: raise HeaderError(f'LUTDescriptor speaks of entries of {bits} bits')
     data, entries = item.get('LUTData'), entries % 2**16 or 2**16
     if not data and data != 0: raise HeaderError('LUTData is missing')
-    if isinstance(data, bytes): data = np.frombuffer(data, 'u1' if bits <= 8 and len(data) < 2 * entries else '<u2' if little else '>u2')
+    if isinstance(data, bytes):
+        data = np.frombuffer(data, 'u1' if bits <= 8 and len(data) < 2 * entries else '<u2' if little else '>u2')
     table = np.asarray(np.atleast_1d(data)[:entries], np.float64) % 2**16
     if len(table) < entries: raise HeaderError('LUTData is shorter than LUTDescriptor says')
     return first - 2**16 * (first > 32767 and lowest < 0) + 2**16 * (first < 0 and lowest >= 0), table
@@ -594,7 +701,9 @@ def luts(
     lowest: float,         # of the numbers that go in
 ) -> list:                 # (first, table) of its first item; empty where it has none
     "The first table of a sequence, refused by its name (DICOM PS3.3 C.11)."
-    try: items = ds.get(key) or []; return [read_lut(items[0], ds.original_encoding[1], lowest)] if len(items) else []
+    try:
+        items = ds.get(key) or []
+        return [read_lut(items[0], ds.original_encoding[1], lowest)] if len(items) else []
     except HeaderError as e: raise HeaderError(f'{key}: {e}') from None
     except LIBRARY_ERRORS as e: raise HeaderError(f'{key} cannot be read ({type(e).__name__})') from None
 
@@ -617,7 +726,8 @@ def modality_values(
         return look_up(values, *table[0])
     if slope == 0: raise HeaderError('RescaleSlope is zero')
     values = values * slope + intercept
-    if not np.isfinite(values).all() or np.ptp(values) == 0 < len(values) - 1: raise HeaderError('RescaleSlope and RescaleIntercept leave no number to show')
+    if not np.isfinite(values).all() or np.ptp(values) == 0 < len(values) - 1:
+        raise HeaderError('RescaleSlope and RescaleIntercept leave no number to show')
     return values
 
 # %% ../nbs/api/02_radiograph.ipynb #0d38eebe
@@ -628,8 +738,10 @@ def window(
     shape: str='LINEAR',    # LINEAR, LINEAR_EXACT or SIGMOID
 ) -> np.ndarray:            # float64 in [0, 1]
     "One DICOM window (PS3.3 C.11.2.1)."
-    if shape not in ('LINEAR', 'LINEAR_EXACT', 'SIGMOID'): raise HeaderError(f'VOILUTFunction {shape[:16]} is not defined')
-    if not np.isfinite([centre, width]).all() or width < (shape == 'LINEAR') or width <= 0: raise HeaderError(f'WindowWidth {width:g} around WindowCenter {centre:g} is no {shape} window')
+    if shape not in ('LINEAR', 'LINEAR_EXACT', 'SIGMOID'):
+        raise HeaderError(f'VOILUTFunction {shape[:16]} is not defined')
+    if not np.isfinite([centre, width]).all() or width < (shape == 'LINEAR') or width <= 0:
+        raise HeaderError(f'WindowWidth {width:g} around WindowCenter {centre:g} is no {shape} window')
     if shape == 'SIGMOID': return expit(4 * (values - centre) / width)
     if shape == 'LINEAR': centre, width = centre - .5, width - 1
     return np.clip((values - centre) / max(width, 1e-9) + .5, 0, 1)
@@ -657,9 +769,12 @@ def voi_values(
 ) -> np.ndarray | None:       # float64 in [0, 1]; None where the file names neither table nor window
     "The VOI LUT or window of a file, the first of several (DICOM PS3.3 C.11.2)."
     if table := luts(ds, 'VOILUTSequence', values.min()):
-        return look_up(values, *table[0]) / (2 ** max(int(table[0][1].max()).bit_length(), 1) - 1)       # white of the depth that it uses
+        # white of the depth that it uses
+        return look_up(values, *table[0]) / (2 ** max(int(table[0][1].max()).bit_length(), 1) - 1)
     centre, width = (numbers(ds, k) for k in ('WindowCenter', 'WindowWidth'))
-    if bool(centre) != bool(width): raise HeaderError(f'{"WindowWidth is missing beside WindowCenter" if centre else "WindowCenter is missing beside WindowWidth"}')
+    if bool(centre) != bool(width):
+        there, gone = ('WindowCenter', 'WindowWidth') if centre else ('WindowWidth', 'WindowCenter')
+        raise HeaderError(f'{gone} is missing beside {there}')
     if not centre: return None
     return window(values, centre[0], width[0], *codes(ds, 'VOILUTFunction')[:1])
 
@@ -673,9 +788,14 @@ def padding_range(
     if not found[0]: return None
     turn, half = 2**ds.BitsAllocated, 2**(ds.BitsAllocated - 1)
     ends = [int(one(ds, k)) for k, v in zip(('PixelPaddingValue', 'PixelPaddingRangeLimit'), found) if v]
-    ends = [v - turn if ds.PixelRepresentation and half <= v < turn else v + turn if not ds.PixelRepresentation and -turn < v < 0 else v for v in ends]
+    ends = [
+        (v - turn if ds.PixelRepresentation and half <= v < turn
+         else v + turn if not ds.PixelRepresentation and -turn < v < 0 else v)
+        for v in ends
+    ]
     return min(ends), max(ends)
 
+# %% ../nbs/api/02_radiograph.ipynb #0885eda8x1
 def is_padding(
     ds: pydicom.Dataset,  # from `read_header`
 ) -> np.ndarray:          # bool, one per stored number
@@ -690,13 +810,16 @@ def tone_curve(
 ) -> np.ndarray:          # float32 in [0, 1], one grey per stored number, bone bright
     "All grey value steps of DICOM as one table: modality, VOI, MONOCHROME1, padding (this companion's choice)."
     values, padding = modality_values(ds), is_padding(ds)
-    if counts.any() and not counts[~padding].any(): raise HeaderError('PixelPaddingValue makes the whole picture padding')
+    if counts.any() and not counts[~padding].any():
+        raise HeaderError('PixelPaddingValue makes the whole picture padding')
     counts, shown = np.where(padding, 0, counts), voi_values(ds, values)
     if shown is None:
         low, high = ends(values, counts, ds.BitsStored)
         shown = np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros(len(values))
     elif np.count_nonzero(counts) > 1 and np.ptp(shown[counts > 0]) == 0:
-        raise HeaderError(f'{"VOILUTSequence lies" if ds.get("VOILUTSequence") else "WindowCenter and WindowWidth lie"} beside all of its pixels')
+        raise HeaderError(
+            f'{"VOILUTSequence lies" if ds.get("VOILUTSequence") else "WindowCenter and WindowWidth lie"} beside all of'
+            ' its pixels')
     if ds.PhotometricInterpretation == 'MONOCHROME1': shown = 1 - shown
     return np.where(padding, 0, shown).astype(np.float32)
 
@@ -709,23 +832,33 @@ def in_bands(
     n, step = 2**ds.BitsStored, max(1, 2**20 // words.shape[1])
     for top in range(0, len(words), step):
         part = words[top:top + step].astype(np.intp)
-        yield slice(top, top + step), part, (part >> ds.HighBit + 1 - ds.BitsStored & n - 1) ^ (n // 2 if ds.PixelRepresentation else 0)
+        yield (slice(top, top + step), part,
+               (part >> ds.HighBit + 1 - ds.BitsStored & n - 1) ^ (n // 2 if ds.PixelRepresentation else 0))
 
+# %% ../nbs/api/02_radiograph.ipynb #e85876abx1
 def check_spare(
     ds: pydicom.Dataset,    # a header
     words: np.ndarray,      # intp (h, W), some rows of its pixels, all bits
     at: np.ndarray,         # intp (h, W), their stored numbers, counted from the smallest
-) -> np.ndarray:           # pixels with bits beside; changes of these along rows; changes that are wraps; pixels where they are no sign repeated
+    # pixels with bits beside; changes of these along rows; changes that are wraps; pixels where they are no sign
+    # repeated
+) -> np.ndarray:
     "What the bits beside the stored ones say, summed over some rows."
     low, top = ds.HighBit + 1 - ds.BitsStored, 2**ds.BitsStored
     spare = words & ~(top - 1 << low | sum(1 << b for b in set(overlay_bits(ds))))
     if not spare.any(): return np.zeros(4, np.int64)
-    if low: raise HeaderError(f'HighBit is {ds.HighBit} with {ds.BitsStored} BitsStored, and pixels have bits beside these')
-    if (ends := padding_range(ds)) and ends[0] >= top and ((words >= ends[0]) & (words <= ends[1])).any(): raise HeaderError(f'PixelPaddingValue {ends[0]} does not fit into {ds.BitsStored} BitsStored, and pixels have it')
-    half = 2**(ds.BitsAllocated - 1); full = (words ^ half) - half if ds.PixelRepresentation else words
+    if low:
+        raise HeaderError(f'HighBit is {ds.HighBit} with {ds.BitsStored} BitsStored, and pixels have bits beside these')
+    if (ends := padding_range(ds)) and ends[0] >= top and ((words >= ends[0]) & (words <= ends[1])).any():
+        raise HeaderError(
+            f'PixelPaddingValue {ends[0]} does not fit into {ds.BitsStored} BitsStored, and pixels have it')
+    half = 2**(ds.BitsAllocated - 1)
+    full = (words ^ half) - half if ds.PixelRepresentation else words
     change, jump, fall = (np.abs(np.diff(x, axis=1)) for x in (full >> ds.BitsStored, full, at))
     sign = np.where(words >> ds.HighBit & 1, 2**ds.BitsAllocated - top, 0)
-    return np.array([np.count_nonzero(x) for x in (spare, change, change.astype(bool) & (fall > top // 2) & (jump < top // 2), spare != sign)])
+    return np.array([
+        np.count_nonzero(x)
+        for x in (spare, change, change.astype(bool) & (fall > top // 2) & (jump < top // 2), spare != sign)])
 
 # %% ../nbs/api/02_radiograph.ipynb #cefa8d63
 def grey_values(
@@ -736,17 +869,21 @@ def grey_values(
     words = words.astype(f'u{words.itemsize}', copy=False)
     counts, told = np.zeros(2**ds.BitsStored, np.int64), np.zeros(4, np.int64)
     for _, part, at in in_bands(words, ds):
-        counts += np.bincount(at.ravel(), minlength=len(counts)); told += check_spare(ds, part, at)
+        counts += np.bincount(at.ravel(), minlength=len(counts))
+        told += check_spare(ds, part, at)
     spare, changes, wraps, unlike = told
-    if spare and not unlike and not ds.PixelRepresentation: raise HeaderError('PixelRepresentation is 0, and the numbers carry a sign')
-    if 4 * wraps > changes: raise HeaderError(f'BitsStored is {ds.BitsStored}, and the bits above belong to the picture')
+    if spare and not unlike and not ds.PixelRepresentation:
+        raise HeaderError('PixelRepresentation is 0, and the numbers carry a sign')
+    if 4 * wraps > changes:
+        raise HeaderError(f'BitsStored is {ds.BitsStored}, and the bits above belong to the picture')
     curve, grey = tone_curve(ds, counts), np.empty(words.shape, np.float32)
     for rows, _, at in in_bands(words, ds): np.take(curve, at, out=grey[rows], mode='clip')
     return grey
 
 # %% ../nbs/api/02_radiograph.ipynb #endfun
 _NOISE = hashlib.sha512(b'noise').digest().replace(b'\xff', b'')    # no 0xFF, which would begin a mark
-NOISE = _NOISE + b''.join(bytes((255, mark)) + _NOISE for mark in range(0xD0, 0xD8))    # also behind each of the eight restart marks
+# also behind each of the eight restart marks
+NOISE = _NOISE + b''.join(bytes((255, mark)) + _NOISE for mark in range(0xD0, 0xD8))
 
 CUT = 'PixelData ends before its picture does; copy the file again or leave it out'
 
@@ -754,9 +891,11 @@ def ends_early(
     frame: bytes,  # a JPEG
     corner,        # values of its last pixel, as decoded
 ) -> bool:         # True where the picture does not come to its end
-    "Whether the data of a JPEG end before its picture does, whatever mark stands behind them (this companion's choice)."
+    """Whether the data of a JPEG end before its picture does, whatever mark stands behind them (this companion's
+    choice)."""
     _, _, bits, _, mark = coded_header(frame)
-    if not mark or mark != 0xC2 and np.abs(np.asarray(corner, np.int64) % 2**bits - (2**(bits - 1) - .5)).max() > .5: return False
+    if not mark or mark != 0xC2 and np.abs(np.asarray(corner, np.int64) % 2**bits - (2**(bits - 1) - .5)).max() > .5:
+        return False
     at = 2
     while frame[at + 1] != 0xDA: at += 1 if frame[at + 1] == 0xFF else 2 + struct.unpack('>H', frame[at + 2:at + 4])[0]
     at = frame.index(b'\xff\xd9', at)
@@ -768,10 +907,14 @@ def unpack(
 ):                        # nothing
     "Lossless JPEG and JPEG-LS become plain pixel data, components as they were coded (DICOM PS3.5 A.4.2, A.4.3)."
     decode, grey = LOSSLESS[ds.file_meta.TransferSyntaxUID], ds.SamplesPerPixel == 1
-    asis = {} if grey or decode is imagecodecs.jpegls_decode else dict(colorspace='RGB', outcolorspace='RGB')       # no change of colours
-    frame = get_frame(ds.PixelData, 0, number_of_frames=1); pixels = decode(frame, **asis)
+    # no change of colours
+    asis = {} if grey or decode is imagecodecs.jpegls_decode else dict(colorspace='RGB', outcolorspace='RGB')
+    frame = get_frame(ds.PixelData, 0, number_of_frames=1)
+    pixels = decode(frame, **asis)
     if decode is imagecodecs.jpeg8_decode and ends_early(frame, pixels[-1, -1]): raise HeaderError(CUT)
-    if pixels.shape != ((ds.Rows, ds.Columns) if grey else (ds.Rows, ds.Columns, 3)) or 8 * pixels.itemsize > ds.BitsAllocated: raise ValueError('another size than the header says')
+    if (pixels.shape != ((ds.Rows, ds.Columns) if grey else (ds.Rows, ds.Columns, 3))
+        or 8 * pixels.itemsize > ds.BitsAllocated):
+        raise ValueError('another size than the header says')
     ds.PixelData, ds.PlanarConfiguration = pixels.astype(f'<u{ds.BitsAllocated // 8}').tobytes(), 0
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
 
@@ -781,21 +924,29 @@ def spare_halvings(
     size: int,            # side of the square the picture will be fitted into, pixels; 0: full size is wanted
 ) -> int:                 # how often its decoder may halve it
     "How many doublings of a JPEG 2000 radiograph need not be decoded (ISO 15444-1 A.6.1)."
-    if ds.file_meta.TransferSyntaxUID not in (JPEG2000, JPEG2000Lossless) or not size or 'PixelPaddingValue' in ds: return 0
-    frame, n, (rows, columns, bits, channels) = get_frame(ds.PixelData, 0, number_of_frames=1), 0, (ds.Rows, ds.Columns, ds.BitsStored, ds.SamplesPerPixel)
-    if not (numbers(ds, 'WindowCenter') or ds.get('VOILUTSequence')) or ds.PixelRepresentation or ds.HighBit != bits - 1: return 0
+    if ds.file_meta.TransferSyntaxUID not in (JPEG2000, JPEG2000Lossless) or not size or 'PixelPaddingValue' in ds:
+        return 0
+    frame, n, (rows, columns, bits, channels) = (get_frame(ds.PixelData, 0, number_of_frames=1), 0,
+                                                 (ds.Rows, ds.Columns, ds.BitsStored, ds.SamplesPerPixel))
+    if (not (numbers(ds, 'WindowCenter') or ds.get('VOILUTSequence')) or ds.PixelRepresentation
+        or ds.HighBit != bits - 1):
+        return 0
     if not 8 < bits <= 16 or coded_header(frame)[:4] != (rows, columns, bits, channels): return 0
-    at = frame.find(b'\xff\x52\x00', 0, 4096)              # how it was coded; the tenth byte says how often it was halved
-    while at > 0 and n < frame[at + 9] and max(rows, columns) >> n + 1 >= 2 * size and not (rows | columns) >> n & 1: n += 1
+    # how it was coded; the tenth byte says how often it was halved
+    at = frame.find(b'\xff\x52\x00', 0, 4096)
+    while at > 0 and n < frame[at + 9] and max(rows, columns) >> n + 1 >= 2 * size and not (rows | columns) >> n & 1:
+        n += 1
     return n
 
+# %% ../nbs/api/02_radiograph.ipynb #1d4efce5x1
 def decode_halved(
     ds: pydicom.Dataset,  # a JPEG 2000 radiograph
     halvings: int,        # from `spare_halvings`, at least 1
 ) -> np.ndarray:          # uint16 (H, W) / 2^halvings
     "The coarse part of a JPEG 2000 radiograph, as stored numbers."
     with Image.open(BytesIO(get_frame(ds.PixelData, 0, number_of_frames=1)), formats=('JPEG2000',)) as im:
-        im.reduce = halvings; im.load()
+        im.reduce = halvings
+        im.load()
         return np.asarray(im).astype(np.uint16) >> 16 - ds.BitsStored       # Pillow moves the bits to the top
 
 # %% ../nbs/api/02_radiograph.ipynb #9e69dbd9
@@ -807,22 +958,30 @@ def read_dicom(
     "One DICOM radiograph as grey values; a colour capture becomes its luminance (DICOM PS3.3 C.11)."
     ds = read_header(data, name)
     with refusing(name, 'its pixels cannot be decoded'):
-        check_frame(ds, name); halvings = spare_halvings(ds, size)
+        check_frame(ds, name)
+        halvings = spare_halvings(ds, size)
         if ds.file_meta.TransferSyntaxUID in LOSSLESS: unpack(ds)
         pixels = decode_halved(ds, halvings) if halvings else decoded(ds)
-        if coding(ds) == 'JPEG' and ends_early(get_frame(ds.PixelData, 0, number_of_frames=1), pixels[-1, -1]): raise HeaderError(CUT)
-        if pixels.shape[:2] != (ds.Rows >> halvings, ds.Columns >> halvings): raise ValueError('another size than the header says')
+        if coding(ds) == 'JPEG' and ends_early(get_frame(ds.PixelData, 0, number_of_frames=1), pixels[-1, -1]):
+            raise HeaderError(CUT)
+        if pixels.shape[:2] != (ds.Rows >> halvings, ds.Columns >> halvings):
+            raise ValueError('another size than the header says')
         return grey_values(pixels, ds) if pixels.ndim == 2 else (pixels @ np.float32([.299, .587, .114])) / 255
 
+# %% ../nbs/api/02_radiograph.ipynb #9e69dbd9x1
 def decoded(
     ds: pydicom.Dataset,  # from `read_header`, checked
 ) -> np.ndarray:          # integers (H, W), all bits of each pixel; or uint8 (H, W, 3), red, green and blue
     "The pixels as they are stored; a JPEG in colour by what stands in itself (DICOM PS3.5 8.2.1)."
     if coding(ds) != 'JPEG' or ds.SamplesPerPixel == 1:
-        return pixel_array(ds, index=0, decoding_plugin=DECODERS.get(ds.file_meta.TransferSyntaxUID, ''), correct_unused_bits=False, apply_j2k_sign_correction=False)
+        return pixel_array(ds, index=0, decoding_plugin=DECODERS.get(ds.file_meta.TransferSyntaxUID, ''),
+                           correct_unused_bits=False, apply_j2k_sign_correction=False)
     with Image.open(BytesIO(get_frame(ds.PixelData, 0, number_of_frames=1)), formats=('JPEG',)) as im:
         named = {'jfif', 'adobe'} & set(im.info) or [c[0] for c in im.layer] == [*b'RGB']
-        if ds.PhotometricInterpretation == 'RGB' and not named: im.draft('YCbCr', im.size); return np.asarray(im)      # as it was stored
+        # as it was stored
+        if ds.PhotometricInterpretation == 'RGB' and not named:
+            im.draft('YCbCr', im.size)
+            return np.asarray(im)
         return np.asarray(im.convert('RGB'))
 
 # %% ../nbs/api/02_radiograph.ipynb #093a1e13
@@ -841,26 +1000,36 @@ def check_picture(
     name: str,        # of the file
 ):                    # nothing
     "Refuses a PNG or JPEG that would be read as something else than it is (this companion's choice)."
-    check_size(im.height, im.width, name); check_density(data, im.format if im.format == 'PNG' else 'JPEG', im.height, im.width, name)
-    if im.format == 'PNG' and getattr(im, 'n_frames', 1) != 1: raise RadiographError(f'{name}: a PNG of {im.n_frames} pictures; save the one that is meant')
-    if im.format == 'PNG' and data[24] == 16 and data[25]: raise RadiographError(f'{name}: a PNG of 16 bits in colour or with transparency; save it as grey')
-    if im.mode == 'CMYK' and 'adobe' not in im.info: raise RadiographError(f'{name}: a JPEG in CMYK that does not say whether ink is dark or bright; save it as grey')
-    if im.getexif().get(0x112) in (2, 4, 5, 7): raise RadiographError(f'{name}: its EXIF orientation says that it is mirrored; save it as it shall be seen')
+    check_size(im.height, im.width, name)
+    check_density(data, im.format if im.format == 'PNG' else 'JPEG', im.height, im.width, name)
+    if im.format == 'PNG' and getattr(im, 'n_frames', 1) != 1:
+        raise RadiographError(f'{name}: a PNG of {im.n_frames} pictures; save the one that is meant')
+    if im.format == 'PNG' and data[24] == 16 and data[25]:
+        raise RadiographError(f'{name}: a PNG of 16 bits in colour or with transparency; save it as grey')
+    if im.mode == 'CMYK' and 'adobe' not in im.info:
+        raise RadiographError(
+            f'{name}: a JPEG in CMYK that does not say whether ink is dark or bright; save it as grey')
+    if im.getexif().get(0x112) in (2, 4, 5, 7):
+        raise RadiographError(f'{name}: its EXIF orientation says that it is mirrored; save it as it shall be seen')
 
+# %% ../nbs/api/02_radiograph.ipynb #30daefdex1
 def read_picture(
     data: bytes,   # a PNG or JPEG file
     name: str,     # of the file
 ) -> np.ndarray:   # float32 (H, W) in [0, 1]
     "One PNG or JPEG as grey values, upright; colour becomes its luminance (this companion's choice)."
-    if data.startswith(b'\xff\xd8') and (coded := coded_header(data))[4] not in (0, 0xC0, 0xC1, 0xC2) or data.startswith(b'\xff\xd8') and coded[2] > 8:
+    if (data.startswith(b'\xff\xd8') and (coded := coded_header(data))[4] not in (0, 0xC0, 0xC1, 0xC2)
+        or data.startswith(b'\xff\xd8') and coded[2] > 8):
         raise RadiographError(f'{name}: a JPEG of {coded[2]} bits or of a coding that is not read; save it as PNG')
     with refusing(name, 'cannot be read as PNG or JPEG'), Image.open(CountedFile(data), formats=('PNG', 'JPEG')) as im:
         check_picture(im, data, name)
-        if data.startswith(b'\xff\xd8') and ends_early(data, im.getpixel((im.width - 1, im.height - 1))): raise RadiographError(f'{name}: the JPEG ends before its picture does; copy the file again or leave it out')
+        if data.startswith(b'\xff\xd8') and ends_early(data, im.getpixel((im.width - 1, im.height - 1))):
+            raise RadiographError(f'{name}: the JPEG ends before its picture does; copy the file again or leave it out')
         turn = TURNS.get(im.getexif().get(0x112), 0)
         if im.mode.startswith('I'):
             deep = np.where((grey := np.asarray(im)) == im.info.get('transparency', -1), 0, grey)
-            return np.ascontiguousarray(np.rot90(np.clip(deep.astype(np.float32) / full_scale(int(deep.max())), 0, 1), turn))
+            return np.ascontiguousarray(
+                np.rot90(np.clip(deep.astype(np.float32) / full_scale(int(deep.max())), 0, 1), turn))
         if im.has_transparency_data: im = Image.alpha_composite(Image.new('RGBA', im.size, 'black'), im.convert('RGBA'))
         return np.ascontiguousarray(np.rot90(np.asarray(im.convert('L'), np.float32) / 255, turn))
 
@@ -871,7 +1040,8 @@ def read_radiograph(
 ) -> np.ndarray:        # float32 [1, H, W] in [0, 1], bone bright; full size, or at least twice `size`
     "Reads one radiograph of any supported kind under the image contract (DESIGN of this companion)."
     if size < 0: raise NeuralError(f'a square of {size} pixels; name at least 1, or 0 for full size')
-    path = Path(path); data = read_bytes(path)
+    path = Path(path)
+    data = read_bytes(path)
     if data[128:132] == b'DICM' or data.startswith(NO_PREAMBLE): return read_dicom(data, path.name, size)[None]
     if data.startswith((b'\x89PNG\r\n\x1a\n', b'\xff\xd8\xff')): return read_picture(data, path.name)[None]
     raise RadiographError(f'{path.name}: neither DICOM, PNG nor JPEG; convert it or leave it out')
@@ -882,7 +1052,8 @@ def placement(
     size: int,      # side of the square, pixels
 ) -> tuple[int, int, int, int]:  # top, left, height, width of the radiograph inside the square
     "Where a radiograph lies in its square (this companion's choice)."
-    if size < 1 or min(shape) < 1: raise NeuralError(f'cannot fit {shape[0]} x {shape[1]} pixels into a square of {size}; both must be at least 1')
+    if size < 1 or min(shape) < 1:
+        raise NeuralError(f'cannot fit {shape[0]} x {shape[1]} pixels into a square of {size}; both must be at least 1')
     height, width = (max(1, round(n * size / max(shape))) for n in shape)
     return (size - height) // 2, (size - width) // 2, height, width
 
@@ -896,11 +1067,15 @@ def weights(
     scale, new = n / m, np.arange(m)[:, None]
     if smooth and m > n:
         centre = (new + .5) * scale - .5
-        old = np.floor(centre).astype(int) + np.arange(2); share = 1 - np.abs(centre - old)
+        old = np.floor(centre).astype(int) + np.arange(2)
+        share = 1 - np.abs(centre - old)
     else:
         low, high = new * scale, (new + 1) * scale
-        old = np.floor(low).astype(int) + np.arange(int(np.ceil(scale)) + 1); share = np.clip(np.minimum(old + 1, high) - np.maximum(old, low), 0, None) / scale
-    return csr_array((share.ravel().astype(np.float32), (np.repeat(new[:, 0], old.shape[1]), np.clip(old, 0, n - 1).ravel())), (m, n))
+        old = np.floor(low).astype(int) + np.arange(int(np.ceil(scale)) + 1)
+        share = np.clip(np.minimum(old + 1, high) - np.maximum(old, low), 0, None) / scale
+    return csr_array(
+        (share.ravel().astype(np.float32), (np.repeat(new[:, 0], old.shape[1]), np.clip(old, 0, n - 1).ravel())), (m, n)
+    )
 
 # %% ../nbs/api/02_radiograph.ipynb #633bef96
 def into_square(
@@ -921,7 +1096,8 @@ def fit_square(
     size: int,          # side of the square, pixels
 ) -> np.ndarray:        # float32 [1, size, size]; aspect kept, zeros around
     "Fits a radiograph into a square, centred; averages areas when shrinking (DESIGN of this companion)."
-    if np.ndim(image) != 3 or len(image) != 1: raise NeuralError(f'a radiograph is [1, H, W], got {list(np.shape(image))}; add the channel axis')
+    if np.ndim(image) != 3 or len(image) != 1:
+        raise NeuralError(f'a radiograph is [1, H, W], got {list(np.shape(image))}; add the channel axis')
     return into_square(image[0], size)[None]
 
 # %% ../nbs/api/02_radiograph.ipynb #fb7cdb24
@@ -940,7 +1116,8 @@ def fit_box(
     size: int,          # side of the square
 ) -> tuple[float, float, float, float]:  # x, y, w, h on the fitted radiograph
     "Where a box of the stored radiograph lies after `fit_square`."
-    top, left, height, width = placement(shape, size); sy, sx = height / shape[0], width / shape[1]
+    top, left, height, width = placement(shape, size)
+    sy, sx = height / shape[0], width / shape[1]
     return box.x * sx + left, box.y * sy + top, box.w * sx, box.h * sy
 
 # %% ../nbs/api/02_radiograph.ipynb #6d083379
@@ -963,7 +1140,10 @@ def box_mask(
     mask = np.zeros(shape, bool)
     for b in boxes:
         (x0, x1), (y0, y1) = ((max(0, round(a)), max(0, round(a + n))) for a, n in ((b.x, b.w), (b.y, b.h)))
-        if not mask[y0:y1, x0:x1].size: raise NeuralError(f'box {b.label!r} at ({b.x:g}, {b.y:g}) lies outside the {shape[0]} x {shape[1]} radiograph; correct the boxes file')
+        if not mask[y0:y1, x0:x1].size:
+            raise NeuralError(
+                f'box {b.label!r} at ({b.x:g}, {b.y:g}) lies outside the {shape[0]} x {shape[1]} radiograph; correct'
+                ' the boxes file')
         mask[y0:y1, x0:x1] = True
     return mask
 
@@ -1010,7 +1190,8 @@ def film_key(
     item: tuple,   # (id, path)
     size: int,     # side of the fitted radiograph, pixels
 ) -> str:          # 16 hexadecimal digits
-    "What one cached radiograph depends on: id, path, bytes and time of its file, size, recipe (this companion's choice)."
+    """What one cached radiograph depends on: id, path, bytes and time of its file, size, recipe (this companion's
+    choice)."""
     try: file = os.stat(item[1])
     except (OSError, ValueError): file = None
     return digest([RECIPE, str(item[0]), os.path.abspath(item[1]), size, file and [file.st_size, file.st_mtime_ns]])
@@ -1023,12 +1204,16 @@ def read_about(
     if not (folder/'ids.json').is_file(): return {}
     try:
         about = json.loads((folder/'ids.json').read_text())
-        good = FILMS.fullmatch(about['file']) and len(about['keys']) == len(about['names']) == len(about['reasons']) and about['size'] > 0
+        good = (FILMS.fullmatch(about['file']) and len(about['keys']) == len(about['names']) == len(about['reasons'])
+                and about['size'] > 0)
         good = good and all(isinstance(v, str) for k in ('keys', 'names', 'reasons') for v in about[k])
     except OSError as e: raise NeuralError(f'{folder.name}/ids.json cannot be read, {system_reason(e)}') from None
     except (ValueError, TypeError, KeyError, RecursionError): good = False
     if not good: raise NeuralError(f'{folder.name}/ids.json is damaged; delete the folder, it can be made again')
-    if about.get('recipe', RECIPE) != RECIPE: raise NeuralError(f'{folder.name}: its films were read in another way (recipe {about["recipe"]}, now {RECIPE}); make it again with cache_radiographs')
+    if about.get('recipe', RECIPE) != RECIPE:
+        raise NeuralError(
+            f'{folder.name}: its films were read in another way (recipe {about["recipe"]}, now {RECIPE}); make it again'
+            ' with cache_radiographs')
     return about
 
 # %% ../nbs/api/02_radiograph.ipynb #7d976f0a
@@ -1037,17 +1222,23 @@ class RadiographCache:
     def __init__(self,
         folder: str | Path,  # written by `cache_radiographs`
     ):
-        self.folder = Path(folder); about = read_about(self.folder)
-        if not about: raise NeuralError(f'{self.folder.name}: no cache of radiographs here; make it with cache_radiographs')
+        self.folder = Path(folder)
+        about = read_about(self.folder)
+        if not about:
+            raise NeuralError(f'{self.folder.name}: no cache of radiographs here; make it with cache_radiographs')
         self.size, self.failures = about['size'], [(i, r) for i, r in zip(about['names'], about['reasons']) if r]
         self.keys = about['keys']
         self.row = {i: n for n, (i, r) in enumerate(zip(about['names'], about['reasons'])) if not r}
         self.ids = list(self.row)
         try: self.films = np.load(self.folder/about['file'], mmap_mode='r', allow_pickle=False)
-        except PermissionError as e: raise NeuralError(f'{self.folder.name}: the radiographs cannot be read, {system_reason(e)}') from None
+        except PermissionError as e:
+            raise NeuralError(f'{self.folder.name}: the radiographs cannot be read, {system_reason(e)}') from None
         except (OSError, ValueError, EOFError): self.films = None
-        if self.films is None or self.films.shape != (len(about['names']), self.size, self.size) or self.films.dtype != np.uint8:
-            raise NeuralError(f'{self.folder.name}: the radiographs are damaged or not those of ids.json; delete the folder, it can be made again')
+        if (self.films is None or self.films.shape != (len(about['names']), self.size, self.size)
+            or self.films.dtype != np.uint8):
+            raise NeuralError(
+                f'{self.folder.name}: the radiographs are damaged or not those of ids.json; delete the folder, it can'
+                ' be made again')
     def __len__(self): return len(self.ids)
     def __reduce__(self): return RadiographCache, (self.folder,)     # a worker process maps the file again
 
@@ -1058,7 +1249,10 @@ def batch(self: RadiographCache,
 ) -> np.ndarray:    # float32 [B, 1, S, S] in [0, 1]
     "The radiographs of some studies."
     gone = [i for i in ids if i not in self.row]
-    if gone: raise NeuralError(f'no cached radiograph of {gone[0]!r} ({len(gone)} missing); it failed to decode, or the cache belongs to another manifest')
+    if gone:
+        raise NeuralError(
+            f'no cached radiograph of {gone[0]!r} ({len(gone)} missing); it failed to decode, or the cache belongs to'
+            ' another manifest')
     return self.films[[self.row[i] for i in ids], None].astype(np.float32) / 255
 
 # %% ../nbs/api/02_radiograph.ipynb #2aa49312
@@ -1073,6 +1267,7 @@ def __getitem__(self: RadiographCache,
 class Passing(str):
     "A reason that lies with the machine and not with the film; it is never remembered (this companion's choice)."
 
+# %% ../nbs/api/02_radiograph.ipynb #ce88ae0bx1
 def decode_film(
     path,           # of a DICOM, PNG or JPEG file
     size: int,      # side of the square, pixels
@@ -1113,8 +1308,11 @@ def decode_alone(
     "Radiographs one by one, each in a process that may die."
     for row, path in jobs:
         with open_pool(1) as pool:
-            try: yield from pool.submit(decode_chunk, [(row, path)], size).result()
-            except BrokenProcessPool: yield row, Passing(f'{Path(path).name}: its decoder crashed or ran out of memory; try fewer workers, or leave it out')
+            try:
+                yield from pool.submit(decode_chunk, [(row, path)], size).result()
+            except BrokenProcessPool:
+                yield row, Passing(
+                    f'{Path(path).name}: its decoder crashed or ran out of memory; try fewer workers, or leave it out')
 
 # %% ../nbs/api/02_radiograph.ipynb #900f28ac
 def decode_pooled(
@@ -1130,13 +1328,16 @@ def decode_pooled(
             while True:
                 for chunk in islice(chunks, 3 * workers - len(running)):
                     lost[:] = chunk                                  # until the pool has taken it
-                    running[pool.submit(decode_chunk, chunk, size)] = chunk; lost.clear()
+                    running[pool.submit(decode_chunk, chunk, size)] = chunk
+                    lost.clear()
                 if not running: return
                 for done in wait(running, return_when=FIRST_COMPLETED).done:
-                    results = done.result(); del running[done]
+                    results = done.result()
+                    del running[done]
                     yield from results
         except BrokenProcessPool: lost.extend(job for chunk in running.values() for job in chunk)
 
+# %% ../nbs/api/02_radiograph.ipynb #900f28acx1
 def decode_films(
     jobs: list,     # (row, path) pairs
     size: int,      # side of the square, pixels
@@ -1145,7 +1346,8 @@ def decode_films(
     "Decodes radiographs, in parallel if asked, and survives a decoder that crashes (this companion's choice)."
     if workers < 0: raise NeuralError(f'{workers} workers cannot decode; name 0 for none beside this process, or more')
     chunks, lost = (jobs[n:n + 8] for n in range(0, len(jobs), 8)), [None]
-    while workers and lost:                                          # again after each crash, until the chunks are used up
+    # again after each crash, until the chunks are used up
+    while workers and lost:
         lost.clear()
         yield from decode_pooled(chunks, size, workers, lost)
         yield from decode_alone(lost, size)
@@ -1157,10 +1359,16 @@ def filling(
     folder: Path,  # of a cache
 ):                 # nothing
     "Tells what the system said when a cache cannot be filled."
-    try: yield
-    except Timeout: raise                                            # another process, not the system
-    except OSError as e: raise NeuralError(f'{folder.name}: the cache cannot be filled, {system_reason(e)}; then run again, finished radiographs are kept') from None
+    try:
+        yield
+    except Timeout:
+        raise  # another process, not the system
+    except OSError as e:
+        raise NeuralError(
+            f'{folder.name}: the cache cannot be filled, {system_reason(e)}; then run again, finished radiographs are'
+            ' kept') from None
 
+# %% ../nbs/api/02_radiograph.ipynb #e546bc06x1
 def write_whole(
     file,         # opened without a buffer
     data: bytes,  # to be written at its place
@@ -1169,6 +1377,7 @@ def write_whole(
     left = memoryview(data)
     while left: left = left[file.write(left):]
 
+# %% ../nbs/api/02_radiograph.ipynb #e546bc06x2
 class Draft:
     "A cache being filled, which a later run can carry on (this companion's choice)."
     def __init__(self,
@@ -1178,14 +1387,17 @@ class Draft:
     ):
         self.folder, self.keys, self.size = folder, keys, size
         self.final = folder/f'films-{digest(keys)}.npy'
-        self.part, self.log, shape = self.final.with_suffix('.part'), self.final.with_suffix('.journal'), (len(keys), size, size)
-        if self.log.is_file() and self.final.is_file() and not self.part.exists(): os.replace(self.final, self.part)    # stopped just before the list
-        try: self.films = np.load(self.part, mmap_mode='r', allow_pickle=False)
+        self.part, self.log, shape = (self.final.with_suffix('.part'), self.final.with_suffix('.journal'),
+                                      (len(keys), size, size))
+        # stopped just before the list
+        if self.log.is_file() and self.final.is_file() and not self.part.exists(): os.replace(self.final, self.part)
+        try:self.films = np.load(self.part, mmap_mode='r', allow_pickle=False)
         except (OSError, ValueError, EOFError): self.films = None
         if self.films is None or self.films.shape != shape or self.films.dtype != np.uint8:
             self.log.unlink(missing_ok=True)
             self.films = np.lib.format.open_memmap(self.part, 'w+', np.uint8, shape)
-        self.reasons, self.file, self.journal = {}, open(self.part, 'r+b', 0), open(self.log, 'ab', 0)   # row -> reason, '' is a good radiograph
+        # row -> reason, '' is a good radiograph
+        self.reasons, self.file, self.journal = {}, open(self.part, 'r+b', 0), open(self.log, 'ab', 0)
 
 # %% ../nbs/api/02_radiograph.ipynb #e147fbe4
 @patch
@@ -1208,7 +1420,8 @@ def put(self: Draft,
     if isinstance(film, Passing): return
     data = b'' if reason else np.ascontiguousarray(film).tobytes()
     with filling(self.folder):
-        self.file.seek(self.films.offset + row * self.size**2); write_whole(self.file, data)
+        self.file.seek(self.films.offset + row * self.size**2)
+        write_whole(self.file, data)
         write_whole(self.journal, ('\n' + json.dumps([row, reason, zlib.crc32(data)]) + '\n').encode())
 
 # %% ../nbs/api/02_radiograph.ipynb #2e388e3f
@@ -1217,12 +1430,18 @@ def publish(self: Draft,
     names: list,    # ids, in the order of the keys
 ):
     "Gives the radiographs their final name, then lists them; removes what the list no longer names."
-    os.fsync(self.file.fileno()); self.file.close(); self.journal.close()
+    os.fsync(self.file.fileno())
+    self.file.close()
+    self.journal.close()
     os.replace(self.part, self.final)
     reasons = [self.reasons[n] for n in range(len(names))]
-    keys = ['' if isinstance(r, Passing) else k for k, r in zip(self.keys, reasons)]               # without a key it is tried again
+    # without a key it is tried again
+    keys = ['' if isinstance(r, Passing) else k for k, r in zip(self.keys, reasons)]
     about = dict(file=self.final.name, size=self.size, recipe=RECIPE, names=names, keys=keys, reasons=reasons)
-    with open(self.folder/'ids.part', 'w') as f: json.dump(about, f); f.flush(); os.fsync(f.fileno())
+    with open(self.folder/'ids.part', 'w') as f:
+        json.dump(about, f)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(self.folder/'ids.part', self.folder/'ids.json')
     for old in self.folder.glob('films-*'):
         if old != self.final and FILMS.fullmatch(old.name): old.unlink()
@@ -1235,6 +1454,7 @@ def open_cache(
     try: return RadiographCache(folder)
     except NeuralError: return None
 
+# %% ../nbs/api/02_radiograph.ipynb #5fa9a6aax1
 def check_ours(
     folder: Path,   # perhaps a cache
 ):                  # nothing
@@ -1242,7 +1462,9 @@ def check_ours(
     begin = b'{"file": "films-'
     if not os.path.lexists(folder/'ids.json'): return
     with filling(folder), open(folder/'ids.json', 'rb') as f: found = f.read(len(begin))
-    if not begin.startswith(found): raise NeuralError(f'{folder.name}/ids.json is there already and lists no films; name another folder for the cache')
+    if not begin.startswith(found):
+        raise NeuralError(
+            f'{folder.name}/ids.json is there already and lists no films; name another folder for the cache')
 
 # %% ../nbs/api/02_radiograph.ipynb #f821df5e
 def fill_cache(
@@ -1253,13 +1475,16 @@ def fill_cache(
     workers: int,   # decoding processes
 ):
     "Decodes what neither a draft nor the older cache has, and publishes; a bar on a terminal, silence in a pipe."
-    old = open_cache(folder); draft = Draft(folder, keys, size)
+    old = open_cache(folder)
+    draft = Draft(folder, keys, size)
     draft.recover()
     known, failed = ({key: n for n, key in enumerate(old.keys) if key}, dict(old.failures)) if old else ({}, {})
     for row, key in enumerate(keys):
         if row not in draft.reasons and key in known: draft.put(row, failed.get(items[row][0]) or old.films[known[key]])
     jobs = [(row, path) for row, (_, path) in enumerate(items) if row not in draft.reasons]
-    for row, film in tqdm(decode_films(jobs, size, workers), total=len(items), initial=len(items) - len(jobs), desc='radiographs', unit='film', disable=None): draft.put(row, film)
+    for row, film in tqdm(decode_films(jobs, size, workers), total=len(items), initial=len(items) - len(jobs),
+                          desc='radiographs', unit='film', disable=None):
+        draft.put(row, film)
     draft.publish([i for i, _ in items])
 
 # %% ../nbs/api/02_radiograph.ipynb #8283bb8c
@@ -1272,16 +1497,21 @@ def cache_radiographs(
     "Decodes and fits every radiograph once, in parallel, and can be stopped at any time (this companion's choice)."
     folder, items = Path(folder), list(items)
     if not items: raise NeuralError('no radiographs make no cache; check the manifest')
-    if size < 1 or size % 1: raise NeuralError(f'radiographs of {size} pixels make no cache; name a whole number of at least 1')
+    if size < 1 or size % 1:
+        raise NeuralError(f'radiographs of {size} pixels make no cache; name a whole number of at least 1')
     if workers < 0: raise NeuralError(f'{workers} workers cannot decode; name 0 for none beside this process, or more')
-    if len({i for i, _ in items}) < len(items): raise NeuralError('an id stands twice in the list of films; give each study one film')
+    if len({i for i, _ in items}) < len(items):
+        raise NeuralError('an id stands twice in the list of films; give each study one film')
     keys = [film_key(item, size) for item in items]
-    if (cache := open_cache(folder)) and cache.keys == keys: return cache, cache.failures           # nothing is written, so the place may be read-only
+    # nothing is written, so the place may be read-only
+    if (cache := open_cache(folder)) and cache.keys == keys: return cache, cache.failures
     check_ours(folder)
     try:
         with filling(folder):
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder/'.lock', timeout=0):
-                if (cache := open_cache(folder)) is None or cache.keys != keys: fill_cache(items, keys, folder, size, workers); cache = RadiographCache(folder)
+                if (cache := open_cache(folder)) is None or cache.keys != keys:
+                    fill_cache(items, keys, folder, size, workers)
+                    cache = RadiographCache(folder)
     except Timeout: raise NeuralError(f'{folder.name}: another process is filling this cache; wait for it') from None
     return cache, cache.failures

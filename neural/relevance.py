@@ -24,11 +24,15 @@ def check_attentions(
     layers = () if cross_attentions is None else tuple(cross_attentions)
     if not layers: raise NeuralError("no cross-attention came back: the fast attention kernels do not keep it; "
         "load the model with attn_implementation='eager' and call it with output_attentions=True")
-    if not all(torch.is_tensor(a) and a.ndim == 4 for a in layers): raise NeuralError("cross-attention must be one [B, H, T, N] tensor per "
+    if not all(torch.is_tensor(a) and a.ndim == 4 for a in layers):
+        raise NeuralError("cross-attention must be one [B, H, T, N] tensor per "
         "layer; generate() nests them by step, so run one forward pass over the finished report instead")
     shapes = sorted({tuple(a.shape) for a in layers})
-    if len(shapes) > 1: raise NeuralError(f"the decoder layers disagree in shape: {shapes}; pass the layers of one forward pass")
-    if 0 in shapes[0]: raise NeuralError(f"cross-attention of shape {shapes[0]} is empty along one axis; pass at least one study and one token")
+    if len(shapes) > 1:
+        raise NeuralError(f"the decoder layers disagree in shape: {shapes}; pass the layers of one forward pass")
+    if 0 in shapes[0]:
+        raise NeuralError(
+            f"cross-attention of shape {shapes[0]} is empty along one axis; pass at least one study and one token")
     return shapes[0]
 
 # %% ../nbs/api/14_relevance.ipynb #576b81a3
@@ -38,7 +42,8 @@ def check_rows(
 ) -> torch.Tensor:            # the same values as float32
     "Attention whose rows are distributions over patches, or a refusal (this companion's choice)."
     a = attention.float()
-    if not bool((a >= 0).all()): raise NeuralError("attention holds negative or missing values; check the model for NaN weights")
+    if not bool((a >= 0).all()):
+        raise NeuralError("attention holds negative or missing values; check the model for NaN weights")
     worst = (a.sum(-1) - 1).abs().max().item()
     if worst > tolerance: raise NeuralError(f"attention rows must sum to 1 but one is off by {worst:.2f}: "
         "call model.eval() first, dropout changes the weights")
@@ -53,7 +58,8 @@ def pick_layer(
     check_attentions(cross_attentions)
     if layer == "mean": return check_rows(torch.stack([a.float() for a in cross_attentions]).mean(0))
     if not isinstance(layer, int) or not -len(cross_attentions) <= layer < len(cross_attentions):
-        raise NeuralError(f"layer must be 'mean' or an index into {len(cross_attentions)} decoder layers, got {layer!r}")
+        raise NeuralError(
+            f"layer must be 'mean' or an index into {len(cross_attentions)} decoder layers, got {layer!r}")
     return check_rows(cross_attentions[layer])
 
 # %% ../nbs/api/14_relevance.ipynb #e8b94629
@@ -117,7 +123,9 @@ def one_per_patch(
 ) -> torch.Tensor:         # the same scores
     "Relevance is one number per patch and study; defect A1 of the released code is the lack of this line."
     if tuple(scores.shape) != (studies, patches):
-        raise NeuralError(f"relevance must be one number per patch, [{studies}, {patches}]; got {list(scores.shape)}: average over heads, then over tokens")
+        raise NeuralError(
+            f"relevance must be one number per patch, [{studies}, {patches}]; got {list(scores.shape)}: average over"
+            " heads, then over tokens")
     return scores
 
 # %% ../nbs/api/14_relevance.ipynb #a3c736b6
@@ -131,7 +139,8 @@ def relevance(
     B, _, T, N = check_attentions(cross_attentions)
     attention = join_heads(pick_layer(cross_attentions, layer), heads)       # (B, T, N)
     mask = torch.as_tensor(token_mask, device=attention.device).bool()
-    if tuple(mask.shape) != (B, T): raise NeuralError(f"the token mask must be [{B}, {T}] like the attention, got {list(mask.shape)}")
+    if tuple(mask.shape) != (B, T):
+        raise NeuralError(f"the token mask must be [{B}, {T}] like the attention, got {list(mask.shape)}")
     silent = (~mask.any(1)).nonzero().flatten().tolist()
     if silent: raise NeuralError(f"no token to listen to in studies {silent[:5]} of this batch; see with_fallback")
     scores = torch.einsum("bt,btn->bn", mask.to(attention.dtype), attention)  # (B, N)
@@ -158,11 +167,14 @@ def show_words(
     grid: tuple[int, int]=(12, 12),   # rows, columns of the token grid
     ax: plt.Axes | None=None,         # axes to draw in
 ) -> plt.Axes:                        # the axes
-    "Words against patches, colour on a root scale so that faint looks show; thin lines part the rows of the token grid (this companion's choice)."
+    """Words against patches, colour on a root scale so that faint looks show; thin lines part the rows of the token
+    grid (this companion's choice)."""
     if tuple(attention.shape) != (len(words), grid[0] * grid[1]):
-        raise NeuralError(f"attention must be [{len(words)}, {grid[0] * grid[1]}]: words by patches; got {list(attention.shape)}")
+        raise NeuralError(
+            f"attention must be [{len(words)}, {grid[0] * grid[1]}]: words by patches; got {list(attention.shape)}")
     if ax is None: ax = plt.subplots(figsize=(8, 0.19 * len(words) + 0.6))[1]
-    ax.imshow(attention.detach().cpu(), aspect="auto", cmap="magma", norm=PowerNorm(0.5, vmin=0), interpolation="nearest")
+    ax.imshow(
+        attention.detach().cpu(), aspect="auto", cmap="magma", norm=PowerNorm(0.5, vmin=0), interpolation="nearest")
     ax.set_yticks(range(len(words)), [w.replace("▁", "") or "·" for w in words], fontsize=7)
     edges = np.arange(grid[0]) * grid[1]
     ax.set_xticks(edges, [f"row {i}" for i in range(grid[0])], fontsize=7, ha="left")
@@ -192,7 +204,9 @@ def mention_relevance(
     "Where the words of each mention looked (this companion's choice)."
     spelled = mention_tokens(offsets, mentions).to(attention.device).float()                     # (M, T)
     joined = join_heads(check_rows(attention)[None], heads)[0]                                  # (T, N)
-    if spelled.shape[1] != len(joined): raise NeuralError(f"{spelled.shape[1]} token offsets for {len(joined)} rows of attention; cut both to the report")
+    if spelled.shape[1] != len(joined):
+        raise NeuralError(
+            f"{spelled.shape[1]} token offsets for {len(joined)} rows of attention; cut both to the report")
     return spelled @ joined / spelled.sum(1, keepdim=True).clamp(min=1)
 
 # %% ../nbs/api/14_relevance.ipynb #593d0ec2
@@ -201,7 +215,8 @@ def mean_relevance(
 ) -> torch.Tensor:   # float32 [N], sums to 1
     "What reports look at as a rule: the mean over training studies (this companion's choice)."
     r = torch.as_tensor(relevances).float()
-    if r.ndim != 2 or not len(r): raise NeuralError(f"mean relevance needs [S, N] with at least one study, got {list(r.shape)}")
+    if r.ndim != 2 or not len(r):
+        raise NeuralError(f"mean relevance needs [S, N] with at least one study, got {list(r.shape)}")
     return r.mean(0) / r.mean(0).sum()
 
 # %% ../nbs/api/14_relevance.ipynb #95704953
@@ -212,7 +227,8 @@ def lift(
 ) -> torch.Tensor:       # float32, shape of `relevance`, rows sum to 1
     "What this report looked at more than reports do as a rule (this companion's choice)."
     r, m = torch.as_tensor(relevance).float(), torch.as_tensor(mean).float()
-    if m.ndim != 1 or r.shape[-1] != len(m): raise NeuralError(f"the mean must hold one number per patch, [{r.shape[-1]}], got {list(m.shape)}")
+    if m.ndim != 1 or r.shape[-1] != len(m):
+        raise NeuralError(f"the mean must hold one number per patch, [{r.shape[-1]}], got {list(m.shape)}")
     if not 0 <= smooth <= 1: raise NeuralError(f"smooth must lie in [0, 1], got {smooth}")
     base = (1 - smooth) * m + smooth / len(m)
     if not bool((base > 0).all()): raise NeuralError("the mean relevance is zero at some patch; use smooth > 0")
@@ -226,12 +242,16 @@ def rollout(
 ) -> torch.Tensor:         # float32 [B, 1, T, N], rows sum to 1; takes the place of one cross-attention layer
     "What has reached each word through all layers, residuals included (after Abnar and Zuidema 2020)."
     B, _, T, _ = check_attentions(cross_attentions)
-    if len(self_attentions or ()) != len(cross_attentions) or tuple(self_attentions[0].shape[2:]) != (T, T) or len(self_attentions[0]) != B:
-        raise NeuralError(f"rollout needs one self-attention [B, H, {T}, {T}] per layer of cross-attention; ask the decoder for both in one pass")
+    if (len(self_attentions or ()) != len(cross_attentions) or tuple(self_attentions[0].shape[2:]) != (T, T)
+        or len(self_attentions[0]) != B):
+        raise NeuralError(
+            f"rollout needs one self-attention [B, H, {T}, {T}] per layer of cross-attention; ask the decoder for both"
+            " in one pass")
     reached = 0.0
     for words, looks in zip(self_attentions, cross_attentions):
         mixed = (check_rows(words).mean(1) + torch.eye(T, device=words.device)) / 2      # (B, T, T)
-        reached = (mixed @ reached if torch.is_tensor(reached) else 0.0) / 2 + check_rows(looks).mean(1) / 2  # (B, T, N)
+        # (B, T, N)
+        reached = (mixed @ reached if torch.is_tensor(reached) else 0.0) / 2 + check_rows(looks).mean(1) / 2
     return (reached / reached.sum(-1, keepdim=True))[:, None]
 
 # %% ../nbs/api/14_relevance.ipynb #efdcee3d
@@ -240,10 +260,13 @@ def times_gradient(
     gradient: torch.Tensor,   # [B, H, T, N] derivative of a log-likelihood by that attention
 ) -> torch.Tensor:            # float32 [B, 1, T, N], non-negative, rows sum to 1; a row without help is uniform
     "Attention weighted by how much it helped (after Chefer et al. 2021; this companion's choice)."
-    if attention.shape != gradient.shape or attention.ndim != 4: raise NeuralError(f"attention {list(attention.shape)} and its gradient {list(gradient.shape)} must both be [B, H, T, N]")
+    if attention.shape != gradient.shape or attention.ndim != 4:
+        raise NeuralError(
+            f"attention {list(attention.shape)} and its gradient {list(gradient.shape)} must both be [B, H, T, N]")
     helped = (attention.float() * gradient.float()).clamp(min=0).mean(1)                  # (B, T, N)
     total = helped.sum(-1, keepdim=True)
-    return torch.where(total > 0, helped / total.clamp(min=1e-20), torch.full_like(helped, 1 / helped.shape[-1]))[:, None]
+    return torch.where(total > 0, helped / total.clamp(min=1e-20), torch.full_like(helped, 1 / helped.shape[-1]))[
+        :, None]
 
 # %% ../nbs/api/14_relevance.ipynb #ec2b665e
 def contrast(
@@ -253,7 +276,8 @@ def contrast(
 ) -> torch.Tensor:       # float32 [B, N], rows sum to 1
     "What abnormal phrases look at more than normal ones do, study by study (this companion's choice)."
     a, b = torch.as_tensor(found).float(), torch.as_tensor(denied).float()
-    if a.shape != b.shape or a.ndim != 2: raise NeuralError(f"contrast takes two maps of one shape, [B, N]; got {list(a.shape)} and {list(b.shape)}")
+    if a.shape != b.shape or a.ndim != 2:
+        raise NeuralError(f"contrast takes two maps of one shape, [B, N]; got {list(a.shape)} and {list(b.shape)}")
     return torch.stack([lift(x, y, smooth) for x, y in zip(a, b)]) if len(a) else a
 
 # %% ../nbs/api/14_relevance.ipynb #6198dcbd
@@ -265,7 +289,8 @@ def mixture(
 ) -> torch.Tensor:        # float32 [B, N], rows sum to 1
     "Weighted geometric mean of two relevance maps (this companion's choice)."
     a, b = torch.as_tensor(a).float(), torch.as_tensor(b).float()
-    if a.shape != b.shape: raise NeuralError(f"a mixture takes two maps of one shape; got {list(a.shape)} and {list(b.shape)}")
+    if a.shape != b.shape:
+        raise NeuralError(f"a mixture takes two maps of one shape; got {list(a.shape)} and {list(b.shape)}")
     if not 0 <= share <= 1: raise NeuralError(f"share must lie in [0, 1], got {share}")
     logs = [((1 - smooth) * x + smooth / x.shape[-1]).log() for x in (a, b)]
     return ((1 - share) * logs[0] + share * logs[1]).softmax(-1)

@@ -44,21 +44,30 @@ def _header_pattern() -> re.Pattern: # the header in one of the groups: mark, al
     "Finds everything that may be a header: known names (the lexicon's) in any dress, and capitals before a colon."
     lexicon = load_lexicon()
     names = sorted({n for many in lexicon["sections"].values() for n in many}, key=len, reverse=True)
-    letters = {n[0]: [re.escape(m[1:]).replace(r"\ ", r"[ \t]+") for m in names if m[0] == n[0]] for n in names}    # by first letter: one look instead of a hundred
+    # by first letter: one look instead of a hundred
+    letters = {n[0]: [re.escape(m[1:]).replace(r"\ ", r"[ \t]+") for m in names if m[0] == n[0]] for n in names}
     either = "(?:" + "|".join(f"{letter}(?:{'|'.join(rest)})" for letter, rest in letters.items()) + ")"
     told = r"(?=(?:finding|impression|conclusion|interpretation|opinion|observation|result|comment|diagnos|summar))"
-    name = rf"(?:(?:(?:{'|'.join(lexicon['header_qualifiers'])})[ \t]+){{1,2}}{told})?{either}(?:[ \t]*(?:/|&|\+|,|[ \t]and[ \t])[ \t]*{either})*(?:[ \t]+#?\d{{1,2}}\b)?"
+    name = (rf"(?:(?:(?:{'|'.join(lexicon['header_qualifiers'])})[ \t]+){{1,2}}{told})?{either}(?:[ \t]*(?:/|&|\+|,|["
+            rf" \t]and[ \t])[ \t]*{either})*(?:[ \t]+#?\d{{1,2}}\b)?")
     capitals = re.sub(r"(?<!\\)[a-z]", lambda m: m[0].upper(), name)
     lead = r"(?:^|\n)[ \t>#*_=~|\[•·-]*(?:[(\[]?(?:\d{1,2}|[ivxIVX]{1,4}|[a-hA-H])[.)\]:][ \t]*)?[*_\[]*"
     tail, sentence = r"(?:[ \t]*\([^()\n]{0,60}\))?[ \t*_\]]*", r"(?<=[.!?]\s)[ \t]*"
-    return re.compile(r"(?:^|(?=\n)|(?<=[\s.])(?=[A-Z*_]{2})|(?<=[.!?]\s))(?:" + "|".join([
-        rf"{lead}(?P<mark>(?i:{name})){tail}(?::+[*_\]]*|(?<=[*_\]])|;|(?<=[ \t])[-–—=]+(?=\s)|[–—]+|-+(?=[ \t])|\.\.+|…)",
-        rf"{lead}(?P<alone>(?i:{name})){tail}[.#=~-]*(?=\n|$)(?:\n[ \t]*[-=_*~]{{3,}}[ \t]*(?=\n|$))?",
-        rf"(?:{lead}|(?<!\S))(?P<end>END OF (?:THE )?(?:{capitals}|DICTATION|TEXT))[ \t]*[.:]*",
-        rf"{lead}(?P<line>[A-Z][A-Z ()/,&-]*[A-Z)])[ \t*_]*:[*_]*(?=\s|$)",
-        rf"(?<![^\s.])[*_]*(?P<known>{capitals}){tail}(?::+[*_]*|(?<=[ \t])[-–—]+(?=[ \t]))",
-        rf"{sentence}(?P<title>(?i:{name})){tail}:[*_]*", rf"(?:{lead}|{sentence})(?P<bare>{capitals})[ \t]+(?=[A-Z][a-z]|A [a-z]|\d{{1,2}}[.)])",
-        rf"{lead}(?P<gap>(?i:{name}))(?:\t|[ \t]{{2,}}|[ \t](?=1[.)]))[ \t]*(?=\S)"]) + ")")
+    return re.compile(
+        r"(?:^|(?=\n)|(?<=[\s.])(?=[A-Z*_]{2})|(?<=[.!?]\s))(?:"
+        + "|".join([
+            (rf"{lead}(?P<mark>(?i:{name})){tail}(?::+[*_\]]*|(?<=[*_\]])|;|(?<=[ \t])[-–—=]+(?=\s)|[–—]+|-+(?=["
+             r" \t])|\.\.+|…)"),
+            rf"{lead}(?P<alone>(?i:{name})){tail}[.#=~-]*(?=\n|$)(?:\n[ \t]*[-=_*~]{{3,}}[ \t]*(?=\n|$))?",
+            rf"(?:{lead}|(?<!\S))(?P<end>END OF (?:THE )?(?:{capitals}|DICTATION|TEXT))[ \t]*[.:]*",
+            rf"{lead}(?P<line>[A-Z][A-Z ()/,&-]*[A-Z)])[ \t*_]*:[*_]*(?=\s|$)",
+            rf"(?<![^\s.])[*_]*(?P<known>{capitals}){tail}(?::+[*_]*|(?<=[ \t])[-–—]+(?=[ \t]))",
+            rf"{sentence}(?P<title>(?i:{name})){tail}:[*_]*",
+            rf"(?:{lead}|{sentence})(?P<bare>{capitals})[ \t]+(?=[A-Z][a-z]|A [a-z]|\d{{1,2}}[.)])",
+            rf"{lead}(?P<gap>(?i:{name}))(?:\t|[ \t]{{2,}}|[ \t](?=1[.)]))[ \t]*(?=\S)",
+        ])
+        + ")"
+    )
 
 # %% ../nbs/api/04_report.ipynb #rhead001
 def _is_header(
@@ -88,19 +97,23 @@ _ASKED, _SEEN = ("indication", "history", "comparison"), ("findings", "impressio
 @functools.cache
 def _body_phrases() -> frozenset: # every finding and place of the lexicon, as words parted by one space
     lexicon = load_lexicon()
-    phrases = [w for e in lexicon["observations"].values() for w in e["words"]] + [w for words in lexicon["anatomy"].values() for w in words]
+    phrases = [w for e in lexicon["observations"].values() for w in e["words"]] + [
+        w for words in lexicon["anatomy"].values() for w in words]
     return frozenset(" ".join(re.findall(r"\w+", p.lower())) for w in phrases for p in expand_braces(str(w)))
 
+# %% ../nbs/api/04_report.ipynb #4b0f90c7x1
 def _names_body(header: str) -> bool:
     "Whether a header names a finding or a place of the lexicon ('PLEURAL EFFUSION', 'RIGHT LUNG')."
     words = re.findall(r"\w+", header)
-    return any(" ".join(words[i:j]) in _body_phrases() for i in range(len(words)) for j in range(i + 1, min(i + 5, len(words)) + 1))
+    return any(" ".join(words[i:j]) in _body_phrases() for i in range(len(words))
+               for j in range(i + 1, min(i + 5, len(words)) + 1))
 
 # %% ../nbs/api/04_report.ipynb #rhead002
 @functools.cache
 def _synonyms() -> dict[str, str]: # header in lower case -> canonical name
     return {n: section for section, many in load_lexicon()["sections"].items() for n in many}
 
+# %% ../nbs/api/04_report.ipynb #rhead002x1
 def _section_name(
     header: str,   # as matched, any case
     current: str,  # section that is open
@@ -111,11 +124,13 @@ def _section_name(
     for name in (header, bare):
         if name in names: return None if names[name] == current == "preamble" else names[name]
     parts = {names.get(p) for p in re.split(r"\s*(?:/|&|\+|,|\band\b)\s*", bare)} - {None}
-    if parts and "end of" not in header: return next((s for s in (*_ASKED, "impression", "findings") if s in parts), sorted(parts)[0])
+    if parts and "end of" not in header:
+        return next((s for s in (*_ASKED, "impression", "findings") if s in parts), sorted(parts)[0])
     if "addendum" in header: return "addendum"
     words = set(re.split(r"[ ,()]+", header)) - {""}
     view = words <= set(lexicon["view_headers"]) and words & {"chest", "view", "views"}
-    inside = header in lexicon["sub_headers"] or view and current == "findings" or not view and (_names_body(header) or current in _SEEN and words & {"note", "comment", "other"})
+    inside = (header in lexicon["sub_headers"] or view and current == "findings" or not view
+              and (_names_body(header) or current in _SEEN and words & {"note", "comment", "other"}))
     if inside: return None if current in (*_SEEN, "indication", "history") else "findings"
     return "view" if view else header
 
@@ -130,8 +145,10 @@ def _is_code(
     return bool(words) and words <= set(load_lexicon()["code_words"]) and not rest.strip(" .\n")
 
 # %% ../nbs/api/04_report.ipynb #rhead009
-_STORY = re.compile(r"\?|^\W*(?:\d+[.)]|please|evaluat|eval\b|assess|rule[ -]out|r/o|question|concern|check|follow|reason|clinical|history|patient|pt\b|status post|s/p|\d+[- ]?(?:year|y)|"
-                    r"(?:fe)?male\b|(?:wo)?man\b|no prior|none)|\b(?:years?[- ]old|presents? with|presenting with|complain)", re.I)
+_STORY = re.compile(
+    r"\?|^\W*(?:\d+[.)]|please|evaluat|eval\b|assess|rule["
+    r" -]out|r/o|question|concern|check|follow|reason|clinical|history|patient|pt\b|status post|s/p|\d+[- ]?(?:year|y)|"
+    r"(?:fe)?male\b|(?:wo)?man\b|no prior|none)|\b(?:years?[- ]old|presents? with|presenting with|complain)", re.I,)
 
 def _unheaded(
     body: str,   # raw text of one section, with its line breaks
@@ -148,7 +165,8 @@ _PLAIN = str.maketrans({"\ufeff": " ", "\u200b": " ", "\u00a0": " ", "\u2028": "
 def _joined(
     parts: list[tuple[str, str, str]], # section, its header, raw text; in the order of the report
 ) -> dict[str, dict[str, str]]:        # section -> header -> text
-    "Gathers the texts of each section: the last of a header, an addendum's own findings and impression with the addendum."
+    """Gathers the texts of each section: the last of a header, an addendum's own findings and impression with the
+    addendum."""
     found, late = {}, False
     for section, header, body in parts:
         late = (late or section == "addendum") and section != "preamble"
@@ -166,12 +184,15 @@ def _settled(
 ) -> dict[str, str]:                   # section -> its text
     "One text per section; where neither findings nor impression were headed, what else tells what was seen."
     found = {section: "\n\n".join(texts.values()) for section, texts in _joined(parts).items()}
-    if any(s in found for s in _SEEN): return {s: t for s, t in found.items() if s != "view"} if "findings" in found else _viewed(found)
+    if any(s in found for s in _SEEN):
+        return {s: t for s, t in found.items() if s != "view"} if "findings" in found else _viewed(found)
     if "view" in found: return _viewed(found)
     for section, _, body in reversed(parts):
-        seen = section in (*_ASKED, "preamble", "examination", "technique", "wet read") and _unheaded(body, section in ("preamble", "wet read"))
+        seen = section in (*_ASKED, "preamble", "examination", "technique", "wet read") and _unheaded(
+            body, section in ("preamble", "wet read"))
         if seen: return found | {section: _tidy(body.replace(seen, "")) or section, "findings": _tidy(seen)}
-    other = next((found[s] for s in ("narrative", "wet read") if len(found.get(s, "").split()) > 3 and "." in found[s]), "")
+    other = next(
+        (found[s] for s in ("narrative", "wet read") if len(found.get(s, "").split()) > 3 and "." in found[s]), "")
     return found | ({"findings": other} if other else {})
 
 # %% ../nbs/api/04_report.ipynb #rhead013
@@ -182,11 +203,15 @@ def _viewed(found: dict) -> dict: # the text under a header that names the view,
 def split_sections(
     text: str,          # a whole report, as in its file
 ) -> dict[str, str]:    # section name in lower case -> its text; only sections that are there
-    "Splits a report by its headers; of one header the last text stands, texts of different headers of one section are joined."
-    if not isinstance(text, str) or len(text) > 200_000: raise NeuralError("a report must be text of at most 200,000 characters; check the report's file")
+    """Splits a report by its headers; of one header the last text stands, texts of different headers of one section are
+    joined."""
+    if not isinstance(text, str) or len(text) > 200_000:
+        raise NeuralError("a report must be text of at most 200,000 characters; check the report's file")
     text = text.replace("\r\n", "\n").translate(_PLAIN)
-    if "<" in text: text = re.sub(r"(?i)<(?:br|/?p)\s*/?>", "\n", re.sub(r"(?i)</?(?:b|strong|u|em|h[1-6])\s*>", "", text))
-    seen = text.upper() if text == text.lower() and len(text.upper()) == len(text) else text   # small letters alone: read as capitals
+    if "<" in text:
+        text = re.sub(r"(?i)<(?:br|/?p)\s*/?>", "\n", re.sub(r"(?i)</?(?:b|strong|u|em|h[1-6])\s*>", "", text))
+    # small letters alone: read as capitals
+    seen = text.upper() if text == text.lower() and len(text.upper()) == len(text) else text
     parts, current, begin = [], ("preamble", ""), 0
     for match in itertools.chain(_header_pattern().finditer(seen), [None]):
         if match and not _is_header(seen, match): continue
@@ -201,10 +226,14 @@ def split_sections(
 def evidence(
     sections: dict[str, str],                                    # from `split_sections`
     use: tuple[str, ...]=("findings", "impression", "addendum"), # sections the model may see, in this order
-) -> str:                                                        # their text, a blank line between; '' where the report has none of them
+    # their text, a blank line between; '' where the report has none of them
+) -> str:
     "The text a model may see: never the indication, the history or the comparison (against NEURAL's defect A9)."
     barred = [s for s in use if s in _ASKED]
-    if barred: raise NeuralError(f"section {barred[0]!r} is no evidence: it says what was asked, not what was seen; use findings or impression")
+    if barred:
+        raise NeuralError(
+            f"section {barred[0]!r} is no evidence: it says what was asked, not what was seen; use findings or"
+            " impression")
     return "\n\n".join(sections[s] for s in use if sections.get(s))
 
 # %% ../nbs/api/04_report.ipynb #rev0002
@@ -256,14 +285,16 @@ def ruler_patterns(
     groups = {"finding": {c: e["words"] for c, e in lexicon["observations"].items()}, "place": lexicon["anatomy"],
               "side": lexicon["sides"], "modifier": lexicon["modifiers"],
               "suggests": {"suggests": lexicon["suggests"]}, "either": {"either": lexicon["either"]},
-              "doubt": {"doubt": lexicon["assertion"]["uncertain"]["after"]}, "denial": {"denial": lexicon["assertion"]["absent"]["after"]}}
-    rows = {phrase: {"label": group, "id": concept, "pattern": phrase}
-            for group, concepts in groups.items() for concept, words in concepts.items() for w in words for phrase in expand_braces(str(w))}
+              "doubt": {"doubt": lexicon["assertion"]["uncertain"]["after"]},
+              "denial": {"denial": lexicon["assertion"]["absent"]["after"]}}
+    rows = {phrase: {"label": group, "id": concept, "pattern": phrase} for group, concepts in groups.items()
+            for concept, words in concepts.items() for w in words for phrase in expand_braces(str(w))}
     return list(rows.values())
 
 # %% ../nbs/api/04_report.ipynb #rshort02
 @functools.cache
-def _short_forms() -> dict[str, str]: # short form as written (pna, Pna, PNA, PNAs) -> the full word; L and R in capitals only
+# short form as written (pna, Pna, PNA, PNAs) -> the full word; L and R in capitals only
+def _short_forms() -> dict[str, str]:
     "The short forms of the lexicon, in every case they are written in."
     forms = load_lexicon()["short_forms"]
     return {w: full for short, full in (forms["before a noun"] | forms["noun"]).items()
@@ -272,22 +303,26 @@ def _short_forms() -> dict[str, str]: # short form as written (pna, Pna, PNA, PN
 # %% ../nbs/api/04_report.ipynb #rends002
 _CARRY_ON = {"or", "and", "nor", "but", "in", "on", "at", "with", "without", "is", "are", "has", "have"}
 _BARE_ANSWERS = {"no", "none", "not", "nil", "absent", "negative", "yes", "present", "n", "n.", "y", "y."}
-_UNENDED = re.compile(r"[?;]|[A-Za-z]\. [a-z]|[:=?-] ?[NY]\.")   # where a mark, a semicolon or a stop may end no sentence, or 'N.' ends one
+# where a mark, a semicolon or a stop may end no sentence, or 'N.' ends one
+_UNENDED = re.compile(r"[?;]|[A-Za-z]\. [a-z]|[:=?-] ?[NY]\.")
 
 
 # %% ../nbs/api/04_report.ipynb #rends003
 @Language.component("sentence_ends")
 def _sentence_ends(doc: Doc) -> Doc:
-    "Takes back the sentence ends that are none: 'pl. effusion', '?pneumonia', 'Pneumothorax? No.'; ends one after 'Edema: N.'"
+    """Takes back the sentence ends that are none: 'pl. effusion', '?pneumonia', 'Pneumothorax? No.'; ends one after
+    'Edema: N.'"""
     if not _UNENDED.search(doc.text): return doc
     forms = load_lexicon()["short_forms"]
     for i in range(1, len(doc)):
         mark, t = doc[i - 1], doc[i]
-        if mark.text in ("N.", "Y.") and i > 1 and doc[i - 2].text[-1] in ":=?-" and not t.text[0].islower(): t.is_sent_start = True
+        if mark.text in ("N.", "Y.") and i > 1 and doc[i - 2].text[-1] in ":=?-" and not t.text[0].islower():
+            t.is_sent_start = True
         if not t.is_sent_start: continue
         asks = mark.text == "?" and (i == 1 or doc[i - 2].whitespace_ or not mark.whitespace_)
         bare = t.lower_ in _BARE_ANSWERS and (t.lower_ == "none" or i + 1 == len(doc) or doc[i + 1].is_punct)
-        last = doc[i - 2].lower_ if mark.text == "." and i > 1 and not doc[i - 2].whitespace_ and t.text[0].islower() else ""
+        last = (doc[i - 2].lower_ if mark.text == "." and i > 1 and not doc[i - 2].whitespace_ and t.text[0].islower()
+                else "")
         short = last in forms["before a noun"] or last in forms["noun"] and t.lower_ in _CARRY_ON
         if asks or short or bare and mark.text in ("?", ";"): t.is_sent_start = False
     return doc
@@ -300,8 +335,10 @@ def cue_terms(
     "The cue lists of one assertion in negspacy's own layout; what acts backwards is left to this chapter's own rule."
     cues = lexicon["assertion"]
     before = cues[assertion]["before"]
-    behind = {p for kind in ("absent", "uncertain") for w in cues[kind]["after"] for p in expand_braces(w)} - set(before)
-    return {"preceding_negations": before, "following_negations": [], "pseudo_negations": cues[assertion]["not"] + sorted(behind),
+    behind = {p for kind in ("absent", "uncertain") for w in cues[kind]["after"] for p in expand_braces(w)} - set(
+        before)
+    return {"preceding_negations": before, "following_negations": [],
+            "pseudo_negations": cues[assertion]["not"] + sorted(behind),
             "termination": cues["ends"] + cues[f"ends_{assertion}"]}
 
 # %% ../nbs/api/04_report.ipynb #cb5aa241
@@ -315,7 +352,8 @@ def build_pipeline(
     nlp.add_pipe("sentence_ends")
     nlp.add_pipe("entity_ruler", config={"phrase_matcher_attr": "NORM"}).add_patterns(ruler_patterns(lexicon))
     for assertion in ("absent", "uncertain"):
-        nlp.add_pipe("negex", name=assertion, config={"neg_termset": cue_terms(lexicon, assertion), "extension_name": assertion})
+        nlp.add_pipe(
+            "negex", name=assertion, config={"neg_termset": cue_terms(lexicon, assertion), "extension_name": assertion})
     return nlp
 
 # %% ../nbs/api/04_report.ipynb #1203f340
@@ -328,7 +366,8 @@ def squeeze(
     for m in re.finditer(r"\S+|\s+", text):
         gap = m[0].isspace()
         word = (" \n " if m[0].count("\n") > 1 else " ") if gap else m[0]
-        new.append(word); old.extend([m.start()] * len(word) if gap else range(m.start(), m.end()))
+        new.append(word)
+        old.extend([m.start()] * len(word) if gap else range(m.start(), m.end()))
     return "".join(new), old
 
 # %% ../nbs/api/04_report.ipynb #cb6cf0e7
@@ -354,7 +393,11 @@ class _Gaps:
         hard, verb, stop, where = [0], [0], [0], [0]
         for t in doc:
             low, free = t.lower_, t.ent_iob_ == "O"
-            hard.append(hard[-1] + (free and low not in glue and not (low == "no" and t.i + 1 < len(doc) and doc[t.i + 1].lower_ == "longer")))
+            hard.append(
+                hard[-1]
+                + (free and low not in glue
+                   and not (low == "no" and t.i + 1 < len(doc) and doc[t.i + 1].lower_ == "longer"))
+            )
             verb.append(verb[-1] + (free and low in copulas))
             stop.append(stop[-1] + (free and low in _JOINS))
             where.append(where[-1] + (free and low in _WHERE))
@@ -363,18 +406,21 @@ class _Gaps:
         i, j = a.span.end, b.span.start
         return self.hard[j] - self.hard[i], self.verb[j] - self.verb[i], self.stop[j] - self.stop[i]
     def places(self, a: _Item, b: _Item) -> bool:
-        "Whether what stands between says that `a` is at `b`: a word of place, or no verb at all ('is seen in the', 'of the')."
+        """Whether what stands between says that `a` is at `b`: a word of place, or no verb at all ('is seen in the',
+        'of the')."""
         i, j = a.span.end, b.span.start
         return self.verb[j] == self.verb[i] or self.where[j] > self.where[i]
 
 # %% ../nbs/api/04_report.ipynb #697ffd9a
 class ReportReader:
-    "Finds mentions with assertion and relations by rules: spaCy's entity ruler, negspacy twice, and the lexicon's readings."
+    """Finds mentions with assertion and relations by rules: spaCy's entity ruler, negspacy twice, and the lexicon's
+    readings."""
     def __init__(self):
         self.lexicon = load_lexicon()
         self.nlp = build_pipeline(self.lexicon)
         self.glue, self.copulas = set(self.lexicon["glue"]), set(self.lexicon["copulas"])
-        self.readings = {(place, word): rule for rule in self.lexicon["readings"] for place in rule["of"] for word in rule["says"]}
+        self.readings = {
+            (place, word): rule for rule in self.lexicon["readings"] for place in rule["of"] for word in rule["says"]}
         self.reading_words = {word for _, word in self.readings}
         self.hedges, self._kind = tuple(self.lexicon["uncertain_words"]), self.kinds
         self.told = {}  # which shapes a word may fill
@@ -406,13 +452,16 @@ def version(self: ReportReader) -> str: # 'lexicon version - first 12 hex digits
 def _starts(doc: Doc) -> list[int]: # number of the first token of each sentence
     return [i for i, mark in enumerate(doc.to_array("SENT_START").tolist()) if mark == 1 or not i]
 
+# %% ../nbs/api/04_report.ipynb #b3c6cd37x1
 @patch
 def _items(self: ReportReader, doc: Doc) -> list[_Item]:
     "The entities of one text, each with the sentence it stands in and what the cues say of it."
-    starts, number, items, denied = _starts(doc), 0, [], [w for w in self.lexicon["denied_words"] if w in doc.text.lower()]
+    starts, number, items, denied = (_starts(doc), 0, [],
+                                     [w for w in self.lexicon["denied_words"] if w in doc.text.lower()])
     for ent in doc.ents:
         while number + 1 < len(starts) and starts[number + 1] <= ent.start: number += 1
-        assertion = "absent" if ent._.absent or denied and ent.text.lower() in denied else "uncertain" if ent._.uncertain else "present"
+        assertion = ("absent" if ent._.absent or denied and ent.text.lower() in denied
+                     else "uncertain" if ent._.uncertain else "present")
         items.append(_Item(ent, ent.label_, ent.ent_id_, assertion, number))
     return items
 
@@ -446,7 +495,9 @@ def _subjects(
 ) -> list[_Item]:       # the places it is said of
     "The places a word speaks about: 'heart and hila are normal' to the left, 'normal heart and hila' to the right."
     tries = ((-1, 1, 0), (1, 0, 0), (-1, 1, 9))  # step, verbs, stops allowed
-    step, found = next(((s, [i]) for s, v, k in tries if (i := _reach(items, at, s, gaps, "place", verbs=v, stops=k)) is not None), (0, []))
+    step, found = next(
+        ((s, [i]) for s, v, k in tries if (i := _reach(items, at, s, gaps, "place", verbs=v, stops=k)) is not None),
+        (0, []))
     while found:
         i = _reach(items, found[-1], step, gaps, "place", over=("side",), stops=2)
         if i is None: break
@@ -462,7 +513,8 @@ def _has_verb(items: list[_Item], at: int, gaps: _Gaps) -> bool:
 _COURSE = ("stable", "improved", "worse")
 
 # %% ../nbs/api/04_report.ipynb #fe94b9c0
-_PARTS, _NOT = {",", ":", ";", "=", "-", "--", "–", "—", "and"}, {"no", "not", "nor", "n't", "cannot", "without", "never", "neither", "of", "for", "or"}
+_PARTS, _NOT = {",", ":", ";", "=", "-", "--", "–", "—", "and"}, {
+    "no", "not", "nor", "n't", "cannot", "without", "never", "neither", "of", "for", "or"}
 
 def _beyond(place: _Item, word: _Item, parts: set) -> bool:
     "Whether a colon, dash, comma or 'and' parts these words from a 'no' before them ('no effusion: angles sharp')."
@@ -470,14 +522,18 @@ def _beyond(place: _Item, word: _Item, parts: set) -> bool:
     if any(t.lower_ in _NOT for t in doc[first:last]): return False
     near = next((t for t in reversed(doc[max(0, first - 8):first]) if t.lower_ in parts | _NOT), None)
     if near is None or near.lower_ in _NOT or not near.i: return False
-    opens = doc[near.i - 1].lower_ in _NOT | {"following", "evidence"}          # 'no evidence of: ...', a list of what is denied
+    # 'no evidence of: ...', a list of what is denied
+    opens = doc[near.i - 1].lower_ in _NOT | {"following", "evidence"}
     return not opens or near.i > 1 and doc[near.i - 1].lower_ == "no" and doc[near.i - 2].lower_ in _PARTS
 
+# %% ../nbs/api/04_report.ipynb #fe94b9c0x1
 def _own_clause(items: list[_Item], subject: int, word: int, gaps: _Gaps) -> bool:
     "Whether subject and word make a clause of their own after a comma or a join: a 'no' before it does not reach in."
     if subject > word or not gaps.between(items[subject], items[word])[1]: return False
     first = subject
-    while first and items[first - 1].group in ("modifier", "side", "place") and not gaps.between(items[first - 1], items[first])[2]: first -= 1
+    while (first and items[first - 1].group in ("modifier", "side", "place")
+           and not gaps.between(items[first - 1], items[first])[2]):
+        first -= 1
     return first > 0 and gaps.between(items[first - 1], items[first])[2] > 0
 
 # %% ../nbs/api/04_report.ipynb #14cd52ed
@@ -497,33 +553,45 @@ def _read_places(self: ReportReader, items: list[_Item], gaps: _Gaps) -> None:
     for at, item in enumerate(items):
         if item.group != "modifier" or item.concept not in self.reading_words: continue
         follower = items[at + 1] if at + 1 < len(items) else None
-        if item.concept == "borderline" and follower and follower.concept in self.reading_words and follower.group == "modifier": continue
+        if (item.concept == "borderline" and follower and follower.concept in self.reading_words
+            and follower.group == "modifier"):
+            continue
         places = defaultdict(list)
         for place in _subjects(items, at, gaps):
             rule = self.readings.get((place.concept, item.concept))
             if rule: places[rule["finding"], rule["assertion"]].append(place)
         near = [p for there in places.values() for p in there][:1]
-        told = bool(near) and item.assertion == "absent" and _beyond(near[0], item, _PARTS if item.concept in self.lexicon["normality"] else {":"})
-        own = bool(near) and near[0].assertion == item.assertion == "absent" and _own_clause(items, items.index(near[0]), at, gaps)
+        told = (bool(near) and item.assertion == "absent"
+                and _beyond(near[0], item, _PARTS if item.concept in self.lexicon["normality"] else {":"}))
+        own = (bool(near) and near[0].assertion == item.assertion == "absent"
+               and _own_clause(items, items.index(near[0]), at, gaps))
         said = "present" if told or own else item.assertion
         hedged = any(h in item.span.text.lower() for h in self.hedges) or item.concept == "borderline"
-        item.also = [replace(item, group="finding", concept=finding, assertion=_read(affirmed, said, hedged), heads=[(p, "located_at") for p in there], also=[])
-                     for (finding, affirmed), there in places.items()]
+        item.also = [
+            replace(item, group="finding", concept=finding, assertion=_read(affirmed, said, hedged),
+                    heads=[(p, "located_at") for p in there], also=[])
+            for (finding, affirmed), there in places.items()
+        ]
         if item.also: item.group = "finding"
 
 # %% ../nbs/api/04_report.ipynb #4f2464ef
 def _locate(items: list[_Item], at: int, gaps: _Gaps) -> None:
-    "Ties a finding to the places right before and right after it: 'right lower lobe opacity', 'opacity is seen in the lingula'."
+    """Ties a finding to the places right before and right after it: 'right lower lobe opacity', 'opacity is seen in the
+    lingula'."""
     for step in (-1, 1):
         i = _reach(items, at, step, gaps, "place", verbs=1)
-        if i is not None and not (step > 0 and (_has_verb(items, i, gaps) or not gaps.places(items[at], items[i]))): items[at].heads.append((items[i], "located_at"))
+        if i is not None and not (step > 0 and (_has_verb(items, i, gaps) or not gaps.places(items[at], items[i]))):
+            items[at].heads.append((items[i], "located_at"))
 
 # %% ../nbs/api/04_report.ipynb #3d3f86ad
 def _side(items: list[_Item], at: int, gaps: _Gaps) -> None:
     "Ties 'left' to the anatomy it narrows, else ties the finding to the side."
     place = _reach(items, at, 1, gaps, "place")
-    if place is not None: items[at].heads.append((items[place], "modify")); return
-    tries = ((step, _reach(items, at, step, gaps, "finding", over=("modifier", "side", "place"), verbs=int(step < 0))) for step in (1, -1))
+    if place is not None:
+        items[at].heads.append((items[place], "modify"))
+        return
+    tries = ((step, _reach(items, at, step, gaps, "finding", over=("modifier", "side", "place"), verbs=int(step < 0)))
+             for step in (1, -1))
     finding = next((i for step, i in tries if i is not None and (step > 0 or gaps.places(items[i], items[at]))), None)
     if finding is not None: items[finding].heads.append((items[at], "located_at"))
 
@@ -532,14 +600,16 @@ def _modify(items: list[_Item], at: int, gaps: _Gaps) -> None:
     "Ties 'small' to its finding ('small effusion', 'the effusion is small'), else to the anatomy it speaks of."
     over, word = ("modifier", "side", "place"), items[at]
     if word.concept == "normal" and (i := _reach(items, at, -1, gaps, "finding", ("side",), 1)) is not None:
-        items[i].assertion = "absent"; return  # 'the congestion is within normal limits'
+        items[i].assertion = "absent"
+        return  # 'the congestion is within normal limits'
     tries = ((1, 0, 0), (-1, 1, 0), (-1, 0, 1))
     found = next((i for s, v, k in tries if (i := _reach(items, at, s, gaps, "finding", over, v, k)) is not None), None)
     if found is not None:
         word.heads.append((items[found], "modify"))
         for finding in items[found].also or [items[found]]:
             if word.concept == "borderline" and finding.assertion == "present": finding.assertion = "uncertain"
-        if word.concept in _COURSE and items[found].assertion == "absent" and _own_clause(items, found, at, gaps): items[found].assertion = "present"
+        if word.concept in _COURSE and items[found].assertion == "absent" and _own_clause(items, found, at, gaps):
+            items[found].assertion = "present"
         word.assertion = items[found].assertion
     else: word.heads += [(p, "located_at") for p in _subjects(items, at, gaps)[:1]]
 
@@ -554,28 +624,34 @@ def _suggest(items: list[_Item], at: int, gaps: _Gaps) -> None:
 
 # %% ../nbs/api/04_report.ipynb #ccb512de
 def _spoken_of(items: list[_Item], at: int, gaps: _Gaps) -> list[int]:
-    "The findings a cue reaches back to: the nearest one, and those listed with it ('effusion or pneumothorax is not seen')."
+    """The findings a cue reaches back to: the nearest one, and those listed with it ('effusion or pneumothorax is not
+    seen')."""
     first = next((i for i in range(at - 1, -1, -1) if items[i].group == "finding"), None)
     found, joined = [], False
     while first is not None:
         found.append(first)
         over = _reach(items, first, -1, gaps, "finding", ("modifier", "side", "place"), stops=3)
         if over is None: break
-        joined |= any(t.lower_ in ("and", "or", "nor") for t in items[first].span.doc[items[over].span.end:items[first].span.start])
+        joined |= any(t.lower_ in ("and", "or", "nor")
+                      for t in items[first].span.doc[items[over].span.end : items[first].span.start])
         first = over if joined else None
     return found
 
 # %% ../nbs/api/04_report.ipynb #d14771fa
 def _deny(items: list[_Item], at: int, gaps: _Gaps) -> None:
-    "Makes absent what stands before 'is not seen' or 'has resolved'; where nothing does, what follows ('there is no longer an effusion')."
+    """Makes absent what stands before 'is not seen' or 'has resolved'; where nothing does, what follows ('there is no
+    longer an effusion')."""
     ahead = _reach(items, at, 1, gaps, "finding", ("modifier", "side", "place"))
     for i in _spoken_of(items, at, gaps) or ([] if ahead is None else [ahead]): items[i].assertion = "absent"
 
 # %% ../nbs/api/04_report.ipynb #750b7c19
 def _doubt(items: list[_Item], at: int, gaps: _Gaps) -> None:
-    "Makes uncertain what stands before 'cannot be excluded', unless the words open what follows ('less likely pneumonia')."
+    """Makes uncertain what stands before 'cannot be excluded', unless the words open what follows ('less likely
+    pneumonia')."""
     follower = items[at + 1] if at + 1 < len(items) else None
-    if follower and follower.group == "suggests" and follower.span.doc[items[at].span.end:follower.span.start].text == "to": return
+    if (follower and follower.group == "suggests"
+        and follower.span.doc[items[at].span.end : follower.span.start].text == "to"):
+        return
     if _reach(items, at, 1, gaps, "finding") is not None: return
     for i in _spoken_of(items, at, gaps): items[i].assertion = "uncertain"
 
@@ -588,14 +664,19 @@ def _either(items: list[_Item], at: int, gaps: _Gaps) -> None:
 
 # %% ../nbs/api/04_report.ipynb #rshape02
 @functools.cache
-def _compiled() -> list[tuple[list[re.Pattern], list[re.Pattern]]]: # per row: what words it needs (each fits one), its shapes
+# per row: what words it needs (each fits one), its shapes
+def _compiled() -> list[tuple[list[re.Pattern], list[re.Pattern]]]:
     "Writes out the parts of the lexicon's shapes."
     lexicon, many = load_lexicon()["shapes"], itertools.count()
-    words = r"(?: (?!(?:is|are|was|were|has|have|had|no|not|nor|without|but|with|if|than|over|to|by|and|or|for)\b)(?:[a-z0-9'./-]+|S|P)){0,5}?"
+    not_these = "is|are|was|were|has|have|had|no|not|nor|without|but|with|if|than|over|to|by|and|or|for"
+    words = rf"(?: (?!(?:{not_these})\b)(?:[a-z0-9'./-]+|S|P)){{0,5}}?"
     where = r"(?:(?: (?:in|at|on|of|within|over|along|behind|near|involving|the|both|an?|either))* [PS])*"
     one = f"{words} F{where}"
     findings = rf"{one}(?:(?:(?: ,){one})*(?: ,)?(?: (?:and|or|nor|/|&|and / or)){one})?"
-    def written(m): return findings if m[1] == "any" else rf"(?P<{m[1]}_{next(many)}>{findings})" if m[1] in (*ASSERTIONS, "again") else lexicon["parts"][m[1]]
+    def written(m):
+        return (
+            findings if m[1] == "any"
+            else rf"(?P<{m[1]}_{next(many)}>{findings})" if m[1] in (*ASSERTIONS, "again") else lexicon["parts"][m[1]])
     def whole(shape):
         while (new := re.sub(r"\{([a-z]+)\}", written, shape)) != shape: shape = new
         return re.compile(shape + r"(?![^ ])")
@@ -603,7 +684,8 @@ def _compiled() -> list[tuple[list[re.Pattern], list[re.Pattern]]]: # per row: w
     return [(needs(row), [whole(shape) for shape in row["is"]]) for row in lexicon["list"]]
 
 # %% ../nbs/api/04_report.ipynb #rshape03
-def _skeleton(items: list[_Item], start: int, end: int) -> tuple[str, dict[int, _Item]]: # the line, and which item each of its letters stands for
+# the line, and which item each of its letters stands for
+def _skeleton(items: list[_Item], start: int, end: int) -> tuple[str, dict[int, _Item]]:
     "Writes one sentence, its tokens from `start` to `end`, as its words and the letters F, P, S and N."
     letters, normality = {"place": "P", "side": "S", "finding": "F"}, load_lexicon()["normality"]
     line, at, n, doc = " ", {}, start, items[0].span.doc
@@ -620,7 +702,8 @@ _TOKEN = re.compile(r"[a-z]+|[:=(?>]|--|[-–—…0]|\.\.\.")
 
 @patch
 def _tells(self: ReportReader, words: Iterable[str]) -> list[int]: # rows of the lexicon's shapes, in order
-    "Which shapes these words can fill; each word is looked up once in a reader's life, and kept as bits, one for each row."
+    """Which shapes these words can fill; each word is looked up once in a reader's life, and kept as bits, one for each
+    row."""
     first = second = 0
     for w in set(words):
         if w not in self.told:
@@ -633,7 +716,8 @@ def _tells(self: ReportReader, words: Iterable[str]) -> list[int]: # rows of the
 # %% ../nbs/api/04_report.ipynb #rshape08
 def _same(match: re.Match, at: dict[int, _Item]) -> bool:
     "Whether {again}, where a shape has it, names a finding that the shape named before ('edema: no acute edema')."
-    named = [{at[i].concept for i in range(*match.span(g)) if i in at and match.string[i] == "F"} for g in sorted(match.groupdict(), key=lambda g: g.startswith("again"))]
+    named = [{at[i].concept for i in range(*match.span(g)) if i in at and match.string[i] == "F"}
+             for g in sorted(match.groupdict(), key=lambda g: g.startswith("again"))]
     return not any(g.startswith("again") for g in match.groupdict()) or bool(named[-1] & set().union(*named[:-1]))
 
 # %% ../nbs/api/04_report.ipynb #rshape06
@@ -645,7 +729,8 @@ def _shape(self: ReportReader, items: list[_Item], start: int, end: int) -> None
     line, at = _skeleton(items, start, end)
     found = (m for r in rows for shape in _compiled()[r][1] for m in shape.finditer(line) if _same(m, at))
     done = set()
-    for said, (first, last) in ((name.split("_")[0], m.span(name)) for m in found for name in m.groupdict() if m[name] and not name.startswith("again")):
+    for said, (first, last) in ((name.split("_")[0], m.span(name)) for m in found for name in m.groupdict()
+                                if m[name] and not name.startswith("again")):
         for i in range(first, last):
             if line[i] != "F" or i not in at or i in done: continue
             done.add(i)
@@ -657,14 +742,16 @@ def _shape(self: ReportReader, items: list[_Item], start: int, end: int) -> None
 def _annotate(self: ReportReader, doc: Doc, text: str, old: list[int] | None) -> Annotation:
     "Reads one processed text: entities, readings of places, relations."
     gaps, everything = _Gaps(doc, self.glue, self.copulas), self._items(doc)
-    steps = {"denial": _deny, "doubt": _doubt, "either": _either, "finding": _locate, "side": _side, "modifier": _modify, "suggests": _suggest}
+    steps = {"denial": _deny, "doubt": _doubt, "either": _either, "finding": _locate, "side": _side,
+             "modifier": _modify, "suggests": _suggest}
     shaped = self._tells(_TOKEN.findall(doc.text.lower()))
     starts = _starts(doc) if shaped else []
     for _, group in itertools.groupby(everything, key=lambda i: i.sentence):
         items = list(group)
         self._read_places(items, gaps)
         for wanted, step in steps.items():
-            if wanted == "finding" and shaped: self._shape(items, *(*starts, len(doc))[items[0].sentence:items[0].sentence + 2])
+            if wanted == "finding" and shaped:
+                self._shape(items, *(*starts, len(doc))[items[0].sentence:items[0].sentence + 2])
             for at, item in enumerate(items):
                 if item.group == wanted and not item.also: step(items, at, gaps)
     return _assemble(everything, text, old, self._kind)
@@ -682,7 +769,8 @@ def _assemble(items: list[_Item], text: str, old: list[int] | None, kinds: dict)
         start, end = m.span.start_char, m.span.end_char
         if old: start, end = old[start], old[end - 1] + 1
         kind = kinds[m.concept]
-        mentions.append(Mention(start, end, text[start:end], m.concept, kind, m.assertion if kind == "Observation" else "present"))
+        mentions.append(
+            Mention(start, end, text[start:end], m.concept, kind, m.assertion if kind == "Observation" else "present"))
     for item in items:
         for m in item.also or [item]:
             for head, type_ in m.heads + (item.heads if m is not item else []):
@@ -705,7 +793,8 @@ def pipe(
 # %% ../nbs/api/04_report.ipynb #7e321200
 def _readable(text: str) -> str:
     "Refuses what is no report."
-    if not isinstance(text, str): raise NeuralError(f"a report must be text, got {type(text).__name__}; pass '' where there is none")
+    if not isinstance(text, str):
+        raise NeuralError(f"a report must be text, got {type(text).__name__}; pass '' where there is none")
     if len(text) > 200_000: raise NeuralError(f"a text of {len(text):,} characters is no report; the limit is 200,000")
     return text
 
@@ -718,24 +807,30 @@ def show_annotation(
     ax: plt.Axes=None,      # axes to draw on; new ones by default
     width: int=78,          # characters in a line
 ) -> plt.Axes:              # the axes
-    "Draws a text with its mentions marked: orange present, yellow uncertain, green absent, grey anatomy (this companion's choice)."
+    """Draws a text with its mentions marked: orange present, yellow uncertain, green absent, grey anatomy (this
+    companion's choice)."""
     ax = ax or plt.subplots(figsize=(7.5, 1.4))[1]
-    paint = {i: _COLOURS["Anatomy" if m.kind == "Anatomy" else m.assertion] for m in annotation.mentions for i in range(m.start, m.end)}
+    paint = {i: _COLOURS["Anatomy" if m.kind == "Anatomy" else m.assertion] for m in annotation.mentions
+             for i in range(m.start, m.end)}
     x = y = 0
     for word in re.finditer(r"\S+\s*", annotation.text):
         if x + len(word[0].rstrip()) > width: x, y = 0, y + 1
         for i, letter in enumerate(word[0], word.start()):
-            ax.text(x, -y, letter if letter.isprintable() else " ", family="monospace", fontsize=9, ha="center", va="center")
+            ax.text(
+                x, -y, letter if letter.isprintable() else " ", family="monospace", fontsize=9, ha="center", va="center"
+            )
             if i in paint: ax.add_patch(plt.Rectangle((x - .5, -y - .42), 1, .84, color=paint[i], lw=0, zorder=0))
             x += 1
-    ax.set(xlim=(-1, width + 1), ylim=(-y - .8, .8)); ax.axis("off")
+    ax.set(xlim=(-1, width + 1), ylim=(-y - .8, .8))
+    ax.axis("off")
     return ax
 
 # %% ../nbs/api/04_report.ipynb #d5aac956
 def labels_of(
     annotation: Annotation, # of one study's evidence
 ) -> dict[str, float | None]: # label -> 1 present, -1 uncertain, 0 absent, None not spoken of
-    "The fourteen CheXpert labels: present beats uncertain beats absent; silence stays unknown (the CheXpert labeler's order)."
+    """The fourteen CheXpert labels: present beats uncertain beats absent; silence stays unknown (the CheXpert labeler's
+    order)."""
     known, value = load_lexicon()["observations"], {"present": 1.0, "uncertain": -1.0, "absent": 0.0}
     said = defaultdict(set)
     for m in annotation.mentions:
@@ -757,11 +852,13 @@ def _no_finding(annotation: Annotation, labels: dict, known: dict) -> float | No
     raised = [labels[l] for l in LABELS[1:-1]]
     if 1.0 in raised: return 0.0
     doubt = -1.0 in raised
-    denied = any(m.concept in known and m.assertion == "absent" and known[m.concept].get("label") != "Support Devices" for m in annotation.mentions)
+    denied = any(m.concept in known and m.assertion == "absent" and known[m.concept].get("label") != "Support Devices"
+                 for m in annotation.mentions)
     return 1.0 if denied and not doubt else None
 
 # %% ../nbs/api/04_report.ipynb #a63e69a2
-_RADGRAPH = {"present": ("DP", "definitely present"), "uncertain": ("U", "uncertain"), "absent": ("DA", "definitely absent")}
+_RADGRAPH = {"present": ("DP", "definitely present"), "uncertain": ("U", "uncertain"),
+             "absent": ("DA", "definitely absent")}
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 # %% ../nbs/api/04_report.ipynb #e7aa74a2
@@ -789,8 +886,10 @@ def to_radgraph(
     for n, m in enumerate(self.mentions):
         there = [i for i, t in enumerate(tokens) if t.start() < m.end and t.end() > m.start]
         said = flip[m.assertion] if _says_normal(m.text, m.concept) else m.assertion
-        label = f"{m.kind}::{_RADGRAPH[said][1]}" if long else f"{'ANAT' if m.kind == 'Anatomy' else 'OBS'}-{_RADGRAPH[said][0]}"
-        entity = {"tokens": " ".join(tokens[i][0] for i in there), "label": label, "start_ix": there[0], "end_ix": there[-1], "relations": []}
+        label = (f"{m.kind}::{_RADGRAPH[said][1]}" if long
+                 else f"{'ANAT' if m.kind == 'Anatomy' else 'OBS'}-{_RADGRAPH[said][0]}")
+        entity = {"tokens": " ".join(tokens[i][0] for i in there), "label": label, "start_ix": there[0],
+                  "end_ix": there[-1], "relations": []}
         ids[n] = next((k for k, e in entities.items() if {**e, "relations": []} == entity), str(len(entities) + 1))
         entities.setdefault(ids[n], entity)
     for r in self.relations:
@@ -807,7 +906,9 @@ def _radgraph_label(
     parts = label.split("::") if isinstance(label, str) and "::" in label else str(label).rsplit("-", 1)
     kind = {"ANAT": "Anatomy", "OBS": "Observation"}.get(parts[0], parts[0])
     said = {word: a for a, words in _RADGRAPH.items() for word in words}.get(parts[-1])
-    if kind not in KINDS or said is None: raise NeuralError(f"{where}: label {str(label)[:40]!r} is not RadGraph's; expected for instance OBS-DP or ANAT-DP")
+    if kind not in KINDS or said is None:
+        raise NeuralError(
+            f"{where}: label {str(label)[:40]!r} is not RadGraph's; expected for instance OBS-DP or ANAT-DP")
     return kind, "present" if kind == "Anatomy" else said
 
 # %% ../nbs/api/04_report.ipynb #266fa153
@@ -823,21 +924,28 @@ def _radgraph_entity(
     first, last, ties = entity.get("start_ix"), entity.get("end_ix"), entity.get("relations")
     if not all(type(i) is int for i in (first, last)) or not 0 <= first <= last < words:
         raise NeuralError(f"{where}: tokens {first!r:.20} to {last!r:.20} do not lie in a text of {words} tokens")
-    if not isinstance(ties, list) or not all(isinstance(t, list) and len(t) == 2 and all(isinstance(x, str) for x in t) for t in ties):
+    if not isinstance(ties, list) or not all(
+        isinstance(t, list) and len(t) == 2 and all(isinstance(x, str) for x in t) for t in ties):
         raise NeuralError(f"{where}: relations must be a list of [type, entity id] pairs")
     for type_, other in ties:
-        if type_ not in RELATIONS: raise NeuralError(f"{where}: relation {type_[:30]!r} is not one of {', '.join(RELATIONS)}")
-        if other not in ids or other == key: raise NeuralError(f"{where}: relation points to entity {other[:20]!r}, which is not another entity of this text")
+        if type_ not in RELATIONS:
+            raise NeuralError(f"{where}: relation {type_[:30]!r} is not one of {', '.join(RELATIONS)}")
+        if other not in ids or other == key:
+            raise NeuralError(
+                f"{where}: relation points to entity {other[:20]!r}, which is not another entity of this text")
     return *_radgraph_label(entity.get("label"), where), first, last, ties
 
 # %% ../nbs/api/04_report.ipynb #94ce45bb
 def _checked(data: dict) -> tuple[list[str], dict]: # tokens, and id -> checked entity
     "Checks a RadGraph object from a foreign file."
-    if not isinstance(data, dict) or not isinstance(data.get("text"), str) or not isinstance(data.get("entities"), dict):
-        raise NeuralError("a RadGraph annotation is an object with a 'text' and an object of 'entities'; check the file")
+    if (not isinstance(data, dict) or not isinstance(data.get("text"), str)
+        or not isinstance(data.get("entities"), dict)):
+        raise NeuralError(
+            "a RadGraph annotation is an object with a 'text' and an object of 'entities'; check the file")
     tokens = data["text"].split()
     if len(tokens) > 20_000 or len(data["entities"]) > 5_000:
-        raise NeuralError(f"RadGraph annotation of {len(tokens)} tokens and {len(data['entities'])} entities: that is no report")
+        raise NeuralError(
+            f"RadGraph annotation of {len(tokens)} tokens and {len(data['entities'])} entities: that is no report")
     ids = set(data["entities"])
     return tokens, {k: _radgraph_entity(k, e, len(tokens), ids) for k, e in data["entities"].items()}
 
@@ -853,10 +961,13 @@ def _meanings(
     read = defaultdict(list)
     for rule in lexicon["readings"]:
         for key, place in places:
-            if place in rule["of"] and concept in rule["says"]: read[rule["finding"], _read(rule["assertion"], said, concept == "borderline")].append(key)
+            if place in rule["of"] and concept in rule["says"]:
+                read[rule["finding"], _read(rule["assertion"], said, concept == "borderline")].append(key)
     order = {key: n for n, (key, _) in enumerate(places)}
-    if kind == "Observation" and read: return sorted(((f, a, keys) for (f, a), keys in read.items()), key=lambda r: order[r[2][0]])
-    known = lexicon["anatomy"].keys() | lexicon["sides"].keys() if kind == "Anatomy" else lexicon["observations"].keys() | lexicon["modifiers"].keys()
+    if kind == "Observation" and read:
+        return sorted(((f, a, keys) for (f, a), keys in read.items()), key=lambda r: order[r[2][0]])
+    known = (lexicon["anatomy"].keys() | lexicon["sides"].keys() if kind == "Anatomy"
+             else lexicon["observations"].keys() | lexicon["modifiers"].keys())
     return [(concept if concept in known else words.lower(), said, None)]
 
 # %% ../nbs/api/04_report.ipynb #e0beb9c2
@@ -864,33 +975,40 @@ def _meanings(
 def from_radgraph(
     cls: Annotation,
     data: dict,        # RadGraph's JSON of one text, as shipped with MIMIC-CXR or CheXpert Plus
-) -> Annotation:       # over the tokenised text; concepts by the lexicon's names, unknown words as written in lower case
+    # over the tokenised text; concepts by the lexicon's names, unknown words as written in lower case
+) -> Annotation:
     "Reads a RadGraph annotation; anything malformed is refused."
-    if isinstance(data, dict) and len(data) == 1 and "text" not in data: data, = data.values()   # {"0": ...}, as CheXpert Plus ships each report
+    # {"0": ...}, as CheXpert Plus ships each report
+    if isinstance(data, dict) and len(data) == 1 and "text" not in data: data, = data.values()
     tokens, entities = _checked(data)
     text, starts = " ".join(tokens), list(itertools.accumulate((len(t) + 1 for t in tokens), initial=0))
     ends = [s + len(t) for s, t in zip(starts, tokens)]
     words = {k: text[starts[e[2]]:ends[e[3]]] for k, e in entities.items()}
     concept = {k: _meanings(words[k], e[0], e[1], [])[0][0] for k, e in entities.items()}
-    mentions, own, numbers = [], [], defaultdict(list)  # own: entity and places of each mention; numbers: mentions of each entity
+    # own: entity and places of each mention; numbers: mentions of each entity
+    mentions, own, numbers = [], [], defaultdict(list)
     for key in sorted(entities, key=lambda k: entities[k][2:4]):
         kind, said, first, last, ties = entities[key]
-        for name, assertion, rests in _meanings(words[key], kind, said, [(other, concept[other]) for t, other in ties if t == "located_at"]):
-            numbers[key].append(len(mentions)); own.append((key, rests))
+        for name, assertion, rests in _meanings(
+            words[key], kind, said, [(other, concept[other]) for t, other in ties if t == "located_at"]):
+            numbers[key].append(len(mentions))
+            own.append((key, rests))
             mentions.append(Mention(starts[first], ends[last], words[key], name, kind, assertion))
     return cls(text, tuple(mentions), tuple(_radgraph_relations(entities, own, numbers)))
 
 # %% ../nbs/api/04_report.ipynb #84f687b3
 def _radgraph_relations(
     entities: dict,  # id -> checked entity
-    own: list,       # for each mention its entity's id, and the ids of the places its reading rests on (None: no reading)
+    # for each mention its entity's id, and the ids of the places its reading rests on (None: no reading)
+    own: list,
     numbers: dict,   # entity id -> its mentions
 ) -> Iterator[Relation]:
     "Ties mentions as their entities were tied; of two readings of one word, each keeps its own places."
     for n, (key, rests) in enumerate(own):
         elsewhere = {p for k, r in own if k == key and r and r is not rests for p in r}
         for type_, other in entities[key][4]:
-            if other not in elsewhere or other in (rests or ()): yield from (Relation(n, tail, type_) for tail in numbers[other])
+            if other not in elsewhere or other in (rests or ()):
+                yield from (Relation(n, tail, type_) for tail in numbers[other])
 
 # %% ../nbs/api/04_report.ipynb #rwell002
 def pattern_scores(
@@ -917,14 +1035,17 @@ def openi_scores(
     for finding, entry in load_lexicon()["openi"].items():
         coded = [any(h.startswith(tuple(entry["codes"])) for h in text.split(";")) for text in headings]
         said = [{m.assertion for m in a.mentions if m.concept in entry["concepts"]} for a in annotations]
-        (p, r, f), (_, _, blind) = _agreement(coded, ["present" in s for s in said]), _agreement(coded, [bool(s) for s in said])
+        (p, r, f), (_, _, blind) = _agreement(coded, ["present" in s for s in said]), _agreement(
+            coded, [bool(s) for s in said])
         rows.append({"finding": finding, "n": sum(coded), "precision": p, "recall": r, "f1": f, "f1_blind": blind})
     return rows
 
 # %% ../nbs/api/04_report.ipynb #0a6b7719
-def _agreement(truth: list[bool], found: list[bool]) -> tuple[float, float, float]: # precision, recall, F1; nan where undefined
+# precision, recall, F1; nan where undefined
+def _agreement(truth: list[bool], found: list[bool]) -> tuple[float, float, float]:
     hit, n, k = sum(t and f for t, f in zip(truth, found)), sum(truth), sum(found)
-    return (hit / k if k else float("nan"), hit / n if n else float("nan"), 2 * hit / (n + k) if n + k else float("nan"))
+    return (hit / k if k else float("nan"), hit / n if n else float("nan"),
+            2 * hit / (n + k) if n + k else float("nan"))
 
 # %% ../nbs/api/04_report.ipynb #34991d71
 def _steady(
@@ -935,7 +1056,8 @@ def _steady(
     low, last = set(), letters[0][0] if letters else 0.0
     for score, piece in letters:
         if score - last > 1.5e-4: break
-        low.add(piece); last = score
+        low.add(piece)
+        last = score
     rest = [(p, round(letters[0][0] if p in low else s, 6)) for p, s in vocab[3:]]
     return [tuple(v) for v in vocab[:3]] + sorted(rest, key=lambda v: (-v[1], v[0]))
 
@@ -958,23 +1080,33 @@ def train_tokenizer(
 ) -> T5Tokenizer:          # pad 0, end 1, unknown 2; case kept as written
     "Trains a Unigram vocabulary on the training reports (this companion's choice where no T5 vocabulary is at hand)."
     texts = [t for t in texts if t and t.strip()]
-    if not texts: raise NeuralError("no text to train a tokenizer on: give the training reports' findings and impressions")
+    if not texts:
+        raise NeuralError("no text to train a tokenizer on: give the training reports' findings and impressions")
     if vocab_size < 64: raise NeuralError(f"vocab_size must be at least 64, got {vocab_size}")
     model = Tokenizer(models.Unigram())
-    model.pre_tokenizer = pre_tokenizers.Sequence([T5Tokenizer(extra_ids=0).backend_tokenizer.pre_tokenizer, pre_tokenizers.Punctuation()])
-    model.train_from_iterator(texts, trainers.UnigramTrainer(
-        vocab_size=max(64, vocab_size // 2), special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False))
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [T5Tokenizer(extra_ids=0).backend_tokenizer.pre_tokenizer, pre_tokenizers.Punctuation()])
+    model.train_from_iterator(
+        texts,
+        trainers.UnigramTrainer(vocab_size=max(64, vocab_size // 2), special_tokens=["<pad>", "</s>", "<unk>"],
+                                unk_token="<unk>", show_progress=False),
+    )
     vocab = json.loads(model.to_str())["model"]["vocab"]
     words = _whole_words(texts, model.pre_tokenizer.pre_tokenize_str, {p for p, _ in vocab}, vocab_size - len(vocab))
     return T5Tokenizer(vocab=_steady(vocab + words), extra_ids=0)
 
 # %% ../nbs/api/04_report.ipynb #119ce09d
 _ABBREVIATED = "UL|LL|ML|UZ|MZ|LZ|IJ|SC|UE|PA|V|VH"
-_NEXT_TO_LETTER = "lung|base|basilar|apex|apical|upper|mid|middle|lower|pleural|effusion|sided?|hemithorax|hilum|hilar|rib|PICC|IJ"
-_SIDED = re.compile(rf"""(?P<lobe>(?:\b(?:left|right)\s+)?\b(?:lingular?|middle\ lobes?)\b)
+_NEXT_TO_LETTER = (
+    "lung|base|basilar|apex|apical|upper|mid|middle|lower|pleural|effusion|sided?|hemithorax|hilum|hilar|rib|PICC|IJ")
+_SIDED = re.compile(
+    rf"""(?P<lobe>(?:\b(?:left|right)\s+)?\b(?:lingular?|middle\ lobes?)\b)
     | \b(?P<word>left|right)(?=$|[^a-z]|ward|most|side) | \b(?P<curve>levo|dextro)(?=-?[a-z])
     | \b(?P<letter>(?-i:[LR](?=(?:{_ABBREVIATED})\b)
-        |[lr](?=(?:ul|ll|ml)\b)|[LR](?=[ -](?:{_NEXT_TO_LETTER})\b)|[LR](?=\s?[<>])|(?<=[<>])[LR]\b|(?<=[<>]\s)[LR]\b))""", re.I | re.X)
+        |[lr](?=(?:ul|ll|ml)\b)|[LR](?=[ -](?:{_NEXT_TO_LETTER})\b)
+        |[LR](?=\s?[<>])|(?<=[<>])[LR]\b|(?<=[<>]\s)[LR]\b))""",
+    re.I | re.X,
+)
 _MIRROR = {"left": "right", "right": "left", "levo": "dextro", "dextro": "levo", "l": "r", "r": "l"}
 
 # %% ../nbs/api/04_report.ipynb #a383d0fd
@@ -986,7 +1118,8 @@ def _like(word: str, new: str) -> str:
 def _mirror_lobe(
     words: str, # 'lingula', 'right middle lobe' and the like, with the side where it is named
 ) -> str:       # the same place on a mirrored film
-    "Mirrors a lobe that only one lung has: the lingula is on the left and the middle lobe on the right unless a side is named."
+    """Mirrors a lobe that only one lung has: the lingula is on the left and the middle lobe on the right unless a side
+    is named."""
     side, gap, lobe = re.fullmatch(r"(?:(left|right)(\s+))?(.*)", words, re.I | re.S).groups()
     lingula = lobe.lower().startswith("lingula")
     new = _MIRROR[(side or ("left" if lingula else "right")).lower()]
@@ -996,8 +1129,11 @@ def _mirror_lobe(
 # %% ../nbs/api/04_report.ipynb #5590fba8
 def swap_laterality(
     text: str,  # any report text
-) -> str:       # the same text, left and right exchanged, case kept; twice gives the text back (but for an implied or doubled side, see prose)
-    "Mirrors the words of a report, to go with a mirrored image (the released training flips images and leaves the words alone)."
+    # the same text, left and right exchanged, case kept; twice gives the text back (but for an implied or doubled side,
+    # see prose)
+) -> str:
+    """Mirrors the words of a report, to go with a mirrored image (the released training flips images and leaves the
+    words alone)."""
     def turn(m):
         if m["lobe"]: return _mirror_lobe(m["lobe"])
         return _like(m[0], _MIRROR[m[0].lower()])

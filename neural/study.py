@@ -51,7 +51,8 @@ def label_value(
     if text in ('', 'nan', 'null', 'none'): return None
     try: value = float(text)
     except ValueError: value = math.nan
-    if value not in LABEL_VALUES: raise NeuralError(f'{where}: label value {text!r} is outside 1, 0, -1, blank; correct it'.lstrip(': '))
+    if value not in LABEL_VALUES:
+        raise NeuralError(f'{where}: label value {text!r} is outside 1, 0, -1, blank; correct it'.lstrip(': '))
     return value
 
 # %% ../nbs/api/00_study.ipynb #b0fcc476
@@ -60,7 +61,8 @@ def apply_policy(
     policy: str='ones',  # what uncertain becomes: 'ones', 'zeros' or 'ignore' (unknown)
 ) -> float:              # 1.0, 0.0 or nan (unknown)
     "The target of one label under a policy (CheXpert's U-Ones, U-Zeros, U-Ignore)."
-    if policy not in POLICIES: raise NeuralError(f'label policy {policy!r} is not known; use one of {", ".join(POLICIES)}')
+    if policy not in POLICIES:
+        raise NeuralError(f'label policy {policy!r} is not known; use one of {", ".join(POLICIES)}')
     value = label_value(value)
     if value is None: return math.nan
     return value if value >= 0 else {'ones': 1., 'zeros': 0., 'ignore': math.nan}[policy]
@@ -76,7 +78,8 @@ class Box:
     h: float    # height, pixels, positive
     def __post_init__(self):
         if not all(map(math.isfinite, (self.x, self.y, self.w, self.h))) or min(self.w, self.h) <= 0:
-            raise NeuralError(f'box {self.label!r}: needs finite numbers, width and height above 0; correct the boxes file')
+            raise NeuralError(
+                f'box {self.label!r}: needs finite numbers, width and height above 0; correct the boxes file')
 
 # %% ../nbs/api/00_study.ipynb #edcacc26
 @dataclass(frozen=True, slots=True)
@@ -126,7 +129,9 @@ def targets(
     "The target of every study for one label, after the policy (answers defect A12)."
     studies = list(studies)
     for s in studies:
-        if label not in s.labels: raise NeuralError(f'study {s.study_id}: has no label {label!r}; choose one of {", ".join(s.labels) or "none"}')
+        if label not in s.labels:
+            raise NeuralError(
+                f'study {s.study_id}: has no label {label!r}; choose one of {", ".join(s.labels) or "none"}')
     return np.array([apply_policy(s.labels[label], policy) for s in studies], dtype=np.float32)
 
 # %% ../nbs/api/00_study.ipynb #af81c599
@@ -174,10 +179,13 @@ def check(self: Exclusions,
 ) -> float:             # the share that is missing, in [0, 1]
     "Stops when more than `limit` of the studies are left out (this companion's choice)."
     if not 0 <= limit <= 1: raise NeuralError(f'limit {limit!r}: the largest share that may be missing lies in [0, 1]')
-    lost = len({r[0] for r in self.rows}); share = lost / total if total else 0.
+    lost = len({r[0] for r in self.rows})
+    share = lost / total if total else 0.
     if share > limit:
         why = ', '.join(f'{k} {v}' for k, v in self.counts().items())
-        raise NeuralError(f'{lost} of {total} studies left out ({share:.1%}, limit {limit:.1%}: {why}); mend the data, or raise the limit on purpose')
+        raise NeuralError(
+            f'{lost} of {total} studies left out ({share:.1%}, limit {limit:.1%}: {why}); mend the data, or raise the'
+            ' limit on purpose')
     return share
 
 # %% ../nbs/api/00_study.ipynb #advice1
@@ -212,9 +220,11 @@ def told_code(
 ) -> str:         # such as 'UTF-16'
     "The most likely name of a text's code."
     if data[:4] in (b'\xff\xfe\0\0', b'\0\0\xfe\xff'): return 'UTF-32'
-    if data[:2] in (b'\xff\xfe', b'\xfe\xff') or (len(data) > 1 and data[:64].count(0) >= len(data[:64]) // 3): return 'UTF-16'
+    if data[:2] in (b'\xff\xfe', b'\xfe\xff') or (len(data) > 1 and data[:64].count(0) >= len(data[:64]) // 3):
+        return 'UTF-16'
     return 'no text' if b'\0' in data else 'Windows-1252'
 
+# %% ../nbs/api/00_study.ipynb #encfunx1
 def not_utf8(
     name: str,    # of the file
     data: bytes,  # what cannot be read as UTF-8
@@ -224,8 +234,10 @@ def not_utf8(
     "What a file is instead of UTF-8, and what to do."
     code = told_code(data[:64] if at < 4 and line < 2 else data[at:].lstrip(b'\xff\xfe') + b'?')
     where = f' (line {line})' if line else ''
-    if code == 'no text': return f'{name}: cannot be read{where}, it is no text but something binary; name a table in UTF-8'
-    return f'{name}: cannot be read as UTF-8{where}, most likely it is {code}; save it as "CSV UTF-8" (or by `iconv -f {code.upper()} -t UTF-8`)'
+    if code == 'no text':
+        return f'{name}: cannot be read{where}, it is no text but something binary; name a table in UTF-8'
+    return (f'{name}: cannot be read as UTF-8{where}, most likely it is {code}; save it as "CSV UTF-8" (or by `iconv -f'
+            f' {code.upper()} -t UTF-8`)')
 
 # %% ../nbs/api/00_study.ipynb #245bdccd
 @contextmanager
@@ -233,13 +245,20 @@ def readable(
     name: str,  # file name to put in the message
 ):
     "Turns the ways in which a file can be unreadable into one `NeuralError`."
-    try: yield
-    except UnicodeDecodeError as e: raise NeuralError(not_utf8(name, e.object, e.start)) from e
-    except csv.Error as e: raise NeuralError(f'{name}: cannot be read as a table ({e}); look at the file') from e
+    try:
+        yield
+    except UnicodeDecodeError as e:
+        raise NeuralError(not_utf8(name, e.object, e.start)) from e
+    except csv.Error as e:
+        raise NeuralError(f'{name}: cannot be read as a table ({e}); look at the file') from e
     except (gzip.BadGzipFile, json.JSONDecodeError, UnicodeError, EOFError, zlib.error, tarfile.TarError) as e:
-        raise NeuralError(f'{name}: cannot be read, it is damaged or something else ({type(e).__name__}); fetch it again and compare its checksum') from e
-    except FileNotFoundError as e: raise NeuralError(f'{name}: cannot be read, there is no such file; {ADVICE[errno.ENOENT]}') from e
-    except OSError as e: raise NeuralError(f'{name}: cannot be read, {system_reason(e)}') from e
+        raise NeuralError(
+            f'{name}: cannot be read, it is damaged or something else ({type(e).__name__}); fetch it again and compare'
+            ' its checksum') from e
+    except FileNotFoundError as e:
+        raise NeuralError(f'{name}: cannot be read, there is no such file; {ADVICE[errno.ENOENT]}') from e
+    except OSError as e:
+        raise NeuralError(f'{name}: cannot be read, {system_reason(e)}') from e
 
 # %% ../nbs/api/00_study.ipynb #2774cadc
 def bounded(
@@ -249,7 +268,8 @@ def bounded(
 ) -> Iterator[str]: # its lines
     "The lines of a text file, none longer than `max_line`."
     for line in iter(lambda: f.readline(max_line), ''):
-        if len(line) >= max_line: raise NeuralError(f'{name}: a line of more than {max_line} characters; this is not a table')
+        if len(line) >= max_line:
+            raise NeuralError(f'{name}: a line of more than {max_line} characters; this is not a table')
         yield line
 
 # %% ../nbs/api/00_study.ipynb #colfun
@@ -266,7 +286,9 @@ def check_columns(
     gone = next((c for c in need if c not in names), None)
     if gone is None: return names
     mark = next((m for m in ';\t|' if len(names) == 1 and m in names[0]), None)
-    if mark: raise NeuralError(f'{name}: column {gone!r} is missing; the columns are parted by {mark!r}, save the table with commas')
+    if mark:
+        raise NeuralError(
+            f'{name}: column {gone!r} is missing; the columns are parted by {mark!r}, save the table with commas')
     raise NeuralError(f'{name}: column {gone!r} is missing; found {", ".join(names) or "nothing"}')
 
 # %% ../nbs/api/00_study.ipynb #46b971ac
@@ -276,13 +298,17 @@ def read_table(
     max_line: int=2**20,      # characters; a longer line is refused before it fills memory
 ) -> Iterator[dict]:          # column -> cell, all text
     "The rows of a table, one at a time; a cut or ragged row is refused, a row of blanks is passed over."
-    path = Path(path); rows = None
-    with readable(path.name), (gzip.open if path.suffix == '.gz' else open)(path, 'rt', newline='', encoding='utf-8-sig') as f:
+    path = Path(path)
+    rows = None
+    with (readable(path.name),
+          (gzip.open if path.suffix == '.gz' else open)(path, 'rt', newline='', encoding='utf-8-sig') as f):
         try:
             rows = csv.DictReader(bounded(f, path.name, max_line))
             rows.fieldnames = check_columns(rows.fieldnames or [], need, path.name)
             for row in rows:
-                if None in row or None in row.values(): raise NeuralError(f'{path.name} line {rows.line_num}: not as many cells as the header; mend the row')
+                if None in row or None in row.values():
+                    raise NeuralError(
+                        f'{path.name} line {rows.line_num}: not as many cells as the header; mend the row')
                 if any(row.values()): yield row
         except UnicodeDecodeError as e:
             line = rows.reader.line_num + 1 + e.object[:e.start].count(b'\n')
@@ -294,8 +320,11 @@ def check_relative(
     where: str='',  # named if it is refused
 ) -> str:           # the same path
     "Refuses a path that is empty, absolute, goes up, or holds control characters."
-    if not path or path[0] == '/' or '..' in path.split('/') or '\\' in path or path[1:2] == ':' or not path.isprintable():
-        raise NeuralError(f'{where}: path {path!r} leaves the root or is not a plain relative path; write it relative to the root, with forward slashes'.lstrip(': '))
+    if (not path or path[0] == '/' or '..' in path.split('/') or '\\' in path or path[1:2] == ':'
+        or not path.isprintable()):
+        raise NeuralError(
+            f'{where}: path {path!r} leaves the root or is not a plain relative path; write it relative to the root,'
+            ' with forward slashes'.lstrip(': '))
     return path
 
 # %% ../nbs/api/00_study.ipynb #86d11d12
@@ -306,10 +335,14 @@ def inside(
 ) -> Path:             # absolute, links resolved
     "Resolves a path and keeps it under its root, or under another folder that was named."
     check_relative(path)
-    try: base = Path(root).resolve(); real = (base/path).resolve()
-    except (RuntimeError, OSError) as e: raise NeuralError(f'path {path!r}: its links lead in a circle; remove them') from e
+    try:
+        base = Path(root).resolve()
+        real = (base/path).resolve()
+    except (RuntimeError, OSError) as e:
+        raise NeuralError(f'path {path!r}: its links lead in a circle; remove them') from e
     if not real.is_relative_to(base) and not any(real.is_relative_to(Path(a).resolve()) for a in also):
-        raise NeuralError(f'path {path!r}: a link leads it out of the root; copy the file, or name its real folder with --images')
+        raise NeuralError(
+            f'path {path!r}: a link leads it out of the root; copy the file, or name its real folder with --images')
     return real
 
 # %% ../nbs/api/00_study.ipynb #f98bf056
@@ -318,16 +351,20 @@ def check_study(
 ):
     "Refuses one study that breaks the contract on its own."
     where = f'study {s.study_id}'
-    if not s.study_id or not s.patient_id: raise NeuralError(f'{where}: blank study or patient id; every study needs both')
-    if s.split not in SPLITS: raise NeuralError(f'{where}: split {s.split!r} is not known; use one of {", ".join(SPLITS)}')
+    if not s.study_id or not s.patient_id:
+        raise NeuralError(f'{where}: blank study or patient id; every study needs both')
+    if s.split not in SPLITS:
+        raise NeuralError(f'{where}: split {s.split!r} is not known; use one of {", ".join(SPLITS)}')
     if not s.views: raise NeuralError(f'{where}: has no radiograph; leave it out')
     for v in s.views:
         for p in (v.image, *v.masks): check_relative(p, where)
-        if v.view not in ('frontal', 'lateral', ''): raise NeuralError(f'{where}: view {v.view!r} is not known; use frontal, lateral or blank')
+        if v.view not in ('frontal', 'lateral', ''):
+            raise NeuralError(f'{where}: view {v.view!r} is not known; use frontal, lateral or blank')
     if s.report: check_relative(s.report.partition('#')[0], where)
     for label, value in s.labels.items():
         if not str(label).strip(): raise NeuralError(f'{where}: a label without a name; name it, or remove the column')
-        if value not in LABEL_VALUES: raise NeuralError(f'{where}: label {label!r} is {value!r}, outside 1, 0, -1, blank; correct it')
+        if value not in LABEL_VALUES:
+            raise NeuralError(f'{where}: label {label!r} is {value!r}, outside 1, 0, -1, blank; correct it')
 
 # %% ../nbs/api/00_study.ipynb #6ecbb530
 def check_studies(
@@ -341,14 +378,19 @@ def check_studies(
             check_study(s)
             if s.study_id in ids: raise NeuralError(f'study {s.study_id}: the id appears twice; one study, one id')
             if patients.setdefault(s.patient_id, s.split) != s.split:
-                raise NeuralError(f'study {s.study_id}: its patient is in two splits, {patients[s.patient_id]} and {s.split}; give a patient one split')
+                raise NeuralError(
+                    f'study {s.study_id}: its patient is in two splits, {patients[s.patient_id]} and {s.split}; give a'
+                    ' patient one split')
             for v in s.views:
-                if v.image in images: raise NeuralError(f'study {s.study_id}: radiograph {v.image!r} is used twice; keep one row')
+                if v.image in images:
+                    raise NeuralError(f'study {s.study_id}: radiograph {v.image!r} is used twice; keep one row')
                 images.add(v.image)
             names = names or tuple(s.labels)
             if tuple(s.labels) != names:
-                raise NeuralError(f'study {s.study_id}: its labels differ from the first study; name the same labels everywhere')
-        except NeuralError as e: raise NeuralError(f'{name(i)}{e}') from None
+                raise NeuralError(
+                    f'study {s.study_id}: its labels differ from the first study; name the same labels everywhere')
+        except NeuralError as e:
+            raise NeuralError(f'{name(i)}{e}') from None
         ids.add(s.study_id)
 
 # %% ../nbs/api/00_study.ipynb #42c6605e
@@ -370,14 +412,20 @@ class Manifest:
 # %% ../nbs/api/00_study.ipynb #c82c04e6
 @patch
 def __len__(self: Manifest): return len(self.studies)
+
+# %% ../nbs/api/00_study.ipynb #c82c04e6x1
 @patch
 def __iter__(self: Manifest): return iter(self.studies)
+
+# %% ../nbs/api/00_study.ipynb #c82c04e6x2
 @patch
 def __getitem__(self: Manifest,
     study_id: str,  # as in the manifest
 ) -> Study:         # that study
     "The study with this id."
-    if study_id not in self._by_id: raise NeuralError(f'study {study_id}: not in this manifest of {len(self)} studies; look the id up in its first column')
+    if study_id not in self._by_id:
+        raise NeuralError(
+            f'study {study_id}: not in this manifest of {len(self)} studies; look the id up in its first column')
     return self._by_id[study_id]
 
 # %% ../nbs/api/00_study.ipynb #1c21404d
@@ -419,23 +467,27 @@ def to_rows(
 ) -> Iterator[list]:   # one row of cells per radiograph: COLUMNS, then the labels
     "The manifest rows of a study."
     for v in study.views:
-        if any(';' in p for p in v.masks): raise NeuralError(f'study {study.study_id}: a mask name holds ";"; rename the file')
+        if any(';' in p for p in v.masks):
+            raise NeuralError(f'study {study.study_id}: a mask name holds ";"; rename the file')
         boxes = json.dumps([list(astuple(b)) for b in v.boxes]) if v.boxes else ''
         labels = ['' if x is None else f'{x:g}' for x in study.labels.values()]
-        yield [study.study_id, study.patient_id, study.split, study.report, v.image, v.view, v.sha256, ';'.join(v.masks), boxes, *labels]
+        yield [study.study_id, study.patient_id, study.split, study.report, v.image, v.view, v.sha256,
+               ';'.join(v.masks), boxes, *labels]
 
 # %% ../nbs/api/00_study.ipynb #78e36455
 @patch
 def counts(self: Manifest) -> dict:  # studies, radiographs, patients; per split; per label 1, 0, -1, unknown
     "What is in the manifest, in numbers."
     tally = lambda label: Counter('unknown' if s.labels[label] is None else f'{s.labels[label]:g}' for s in self)
-    return dict(studies=len(self), radiographs=sum(len(s.views) for s in self), patients=len({s.patient_id for s in self}),
-                splits={n: len(self.of(n)) for n in SPLITS}, labels={n: dict(tally(n)) for n in self.label_names})
+    return dict(studies=len(self), radiographs=sum(len(s.views) for s in self),
+                patients=len({s.patient_id for s in self}), splits={n: len(self.of(n)) for n in SPLITS},
+                labels={n: dict(tally(n)) for n in self.label_names})
 
 # %% ../nbs/api/00_study.ipynb #umask1
 def umask() -> int:  # permission bits that new files do not get
     "The process's mask for new files, which Python can only read by setting it."
-    mask = os.umask(0o077); os.umask(mask)
+    mask = os.umask(0o077)
+    os.umask(mask)
     return mask
 
 # %% ../nbs/api/00_study.ipynb #6720d4e7
@@ -444,12 +496,15 @@ def publish(
     path: str|Path,  # file to write
 ):
     "A text file that appears whole or not at all; a draft that cannot be finished is taken away."
-    path = Path(path); part = None
+    path = Path(path)
+    part = None
     try:
-        with tempfile.NamedTemporaryFile('w', newline='', encoding='utf-8', dir=path.parent, prefix=f'.{path.name[:60]}.', suffix='.part', delete=False) as f:
+        with tempfile.NamedTemporaryFile('w', newline='', encoding='utf-8', dir=path.parent,
+                                         prefix=f'.{path.name[:60]}.', suffix='.part', delete=False) as f:
             part = Path(f.name)
             yield f
-            f.flush(); os.fsync(f.fileno())
+            f.flush()
+            os.fsync(f.fileno())
         part.chmod(0o666 & ~umask())
         os.replace(part, path)
     except OSError as e: raise NeuralError(f'{path.name}: cannot be written, {system_reason(e)}') from e
@@ -473,18 +528,21 @@ def refuse_overwrite(
     force: bool=False,      # True: replace a file of ours
     flag: str='--force',    # how the user says so, for the message
 ) -> Path:                  # the same path
-    "Refuses to write over an input, a folder, or a file that this software did not make; one of ours asks for a flag (this companion's choice)."
+    """Refuses to write over an input, a folder, or a file that this software did not make; one of ours asks for a flag
+    (this companion's choice)."""
     path = Path(path)
     if path.is_dir(): raise NeuralError(f'{path}: is a folder; name a file to write')
     if not os.path.lexists(path): return path
     if any(os.path.exists(i) and path.exists() and os.path.samefile(i, path) for i in inputs):
         raise NeuralError(f'{path}: is read here, and writing would destroy it; name another file to write')
-    if not (ours and path.is_file() and ours(path)): raise NeuralError(f'{path}: is there already and was not made by this command; name another file to write')
+    if not (ours and path.is_file() and ours(path)):
+        raise NeuralError(f'{path}: is there already and was not made by this command; name another file to write')
     if not force: raise NeuralError(f'{path}: is there already; name another file to write, or replace it with {flag}')
     return path
 
 # %% ../nbs/api/00_study.ipynb #oursfun
-STARTS = (','.join(COLUMNS).encode(), b'{\n "root": ', b'study_id,reason,detail')   # a manifest, the JSON beside it, exclusions
+# a manifest, the JSON beside it, exclusions
+STARTS = (','.join(COLUMNS).encode(), b'{\n "root": ', b'study_id,reason,detail')
 
 def made_here(
     path: str|Path,  # an existing file
@@ -510,7 +568,8 @@ def load(cls: Exclusions,
 ) -> Exclusions:     # the same rows
     "Reads what `save` wrote."
     new = cls()
-    for r in read_table(path, ('study_id', 'reason', 'detail')): new.add(r['study_id'], r['reason'], r['detail'], r.get('what', 'study'))
+    for r in read_table(path, ('study_id', 'reason', 'detail')):
+        new.add(r['study_id'], r['reason'], r['detail'], r.get('what', 'study'))
     return new
 
 # %% ../nbs/api/00_study.ipynb #sidefun
@@ -518,18 +577,22 @@ def read_side(
     path: str|Path,  # a manifest
 ) -> dict:           # root, layout, label_source, notes, ...; {} where no JSON lies beside it
     "What the JSON beside a manifest says of these rows; where its writing was cut short, what it said before."
-    path = Path(path); beside = path.with_suffix('.json')
+    path = Path(path)
+    beside = path.with_suffix('.json')
     if not beside.is_file(): return {}
     with readable(beside.name):
-        if beside.stat().st_size > 2**24: raise NeuralError(f'{beside.name}: too large for what lies beside a manifest; look at the file')
+        if beside.stat().st_size > 2**24:
+            raise NeuralError(f'{beside.name}: too large for what lies beside a manifest; look at the file')
         side = json.loads(beside.read_text(encoding='utf-8-sig'))
     before = side.pop('before', None) if isinstance(side, dict) else None
     if before and path.is_file() and digest_of(path) == before.get('sha256'): side = before.get('side')
     texts = ('root', 'image_root', 'layout', 'label_source')
-    if not isinstance(side, dict) or not all(isinstance(side.get(k, ''), str) for k in texts) or not isinstance(side.get('notes', {}), dict):
+    if (not isinstance(side, dict) or not all(isinstance(side.get(k, ''), str) for k in texts)
+        or not isinstance(side.get('notes', {}), dict)):
         raise NeuralError(f'{beside.name}: not what lies beside a manifest; index the data set again, or remove it')
     return side
 
+# %% ../nbs/api/00_study.ipynb #sidefunx1
 def digest_of(
     path: str|Path,  # a file
 ) -> str:            # 64 hexadecimal characters
@@ -544,15 +607,18 @@ def at_least(
 ):
     "Refuses a number below `least`, and what is no number, by its name (this companion's choice)."
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not least <= value < math.inf: raise NeuralError(f'{name} must be {least} or more, got {value!r}')
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not least <= value < math.inf:
+            raise NeuralError(f'{name} must be {least} or more, got {value!r}')
 
+# %% ../nbs/api/00_study.ipynb #2fb34fd4x1
 def above(
     limit: float,    # itself refused
     **values,        # name -> value
 ):
     "Refuses a number that is not above `limit`, and what is no number, by its name (this companion's choice)."
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not limit < value < math.inf: raise NeuralError(f'{name} must be above {limit}, got {value!r}')
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not limit < value < math.inf:
+            raise NeuralError(f'{name} must be above {limit}, got {value!r}')
 
 # %% ../nbs/api/00_study.ipynb #52b6203d
 @patch
@@ -560,22 +626,27 @@ def save(self: Manifest,
     path: str|Path,  # CSV file to write; a .json of the same name goes beside it
     **beside,        # more for the JSON
 ):
-    "Writes the manifest, and beside it where its files are and who made its labels; never over a file of somebody else."
-    path = Path(path); other = path.with_suffix('.json')
+    """Writes the manifest, and beside it where its files are and who made its labels; never over a file of somebody
+    else."""
+    path = Path(path)
+    other = path.with_suffix('.json')
     if path.suffix != '.csv': raise NeuralError(f'{path.name}: a manifest is a CSV; name a file that ends in .csv')
     for p in (path, other): refuse_overwrite(p, ours=made_here, force=True)
-    side = dict(root=str(self.root.resolve()), layout=self.layout, label_source=self.label_source, notes=self.notes, counts=self.counts(), **beside)
+    side = dict(root=str(self.root.resolve()), layout=self.layout, label_source=self.label_source, notes=self.notes,
+                counts=self.counts(), **beside)
     if self.image_root != self.root: side['image_root'] = str(self.image_root.resolve())
     before = dict(before=dict(sha256=digest_of(path), side=read_side(path))) if path.is_file() else {}
     with publish(path) as f:
         out = csv.writer(f, lineterminator='\n')
         out.writerow((*COLUMNS, *self.label_names))
         for study in self: out.writerows(to_rows(study))
-        f.flush(); os.fsync(f.fileno())                               # a full disk is told before anything is replaced
+        f.flush()
+        os.fsync(f.fileno())                               # a full disk is told before anything is replaced
         side['sha256'] = digest_of(f.name)
         write_side(other, side | before)
     if before: write_side(other, side)
 
+# %% ../nbs/api/00_study.ipynb #52b6203dx1
 def write_side(
     beside: Path,  # the JSON
     side: dict,    # what it says
@@ -583,6 +654,7 @@ def write_side(
     "Writes the JSON beside a manifest."
     with publish(beside) as f: f.write(side_text(side))
 
+# %% ../nbs/api/00_study.ipynb #52b6203dx2
 def side_text(
     side: dict,  # what the JSON says
 ) -> str:        # its text
@@ -598,14 +670,21 @@ def from_rows(
     studies, lines, at = [], [], {}
     for n, row in enumerate(rows, 2):
         where = f'{name} row {n}'
-        if '' in row: raise NeuralError(f'{name}: a column without a name; remove it (in pandas: to_csv(..., index=False))')
+        if '' in row:
+            raise NeuralError(f'{name}: a column without a name; remove it (in pandas: to_csv(..., index=False))')
         labels = {k: label_value(v, f'{where}: {k}') for k, v in row.items() if k not in COLUMNS}
-        view = View(row['image'], row['view'], row['sha256'], tuple(filter(None, row['masks'].split(';'))), read_boxes(row['boxes'], where))
+        view = View(row['image'], row['view'], row['sha256'], tuple(filter(None, row['masks'].split(';'))),
+                    read_boxes(row['boxes'], where))
         s = Study(row['study_id'], row['patient_id'], row['split'], (view,), row['report'], labels)
         i = at.setdefault(s.study_id, len(studies))
-        if i == len(studies): studies.append(s); lines.append(n); continue
+        if i == len(studies):
+            studies.append(s)
+            lines.append(n)
+            continue
         if replace(s, views=()) != replace(studies[i], views=()):
-            raise NeuralError(f'{where}: study {s.study_id} appears twice with another patient, split, report or label; make its rows agree')
+            raise NeuralError(
+                f'{where}: study {s.study_id} appears twice with another patient, split, report or label; make its rows'
+                ' agree')
         studies[i] = replace(studies[i], views=(*studies[i].views, view))
     return studies, lines
 
@@ -616,9 +695,11 @@ def read_boxes(
 ) -> tuple[Box, ...]:      # the boxes
     "Reads the boxes cell of a manifest row."
     if not cell: return ()
-    try: return tuple(Box(str(label), *map(float, xywh)) for label, *xywh in json.loads(cell))
+    try:
+        return tuple(Box(str(label), *map(float, xywh)) for label, *xywh in json.loads(cell))
     except (TypeError, ValueError, RecursionError) as e:
-        raise NeuralError(f'{where}: boxes are not a list of [label, x, y, w, h] with positive sizes; correct the cell') from e
+        raise NeuralError(
+            f'{where}: boxes are not a list of [label, x, y, w, h] with positive sizes; correct the cell') from e
 
 # %% ../nbs/api/00_study.ipynb #c1c7f8b4
 def as_folder(
@@ -627,7 +708,8 @@ def as_folder(
     advice: str='name the folder that holds the data',  # what to do where it is none
 ) -> Path:           # absolute
     "Refuses what is not a folder."
-    if not str(path).strip() or not Path(path).is_dir(): raise NeuralError(f'{name} {Path(path).name!r}: not a folder here; {advice}')
+    if not str(path).strip() or not Path(path).is_dir():
+        raise NeuralError(f'{name} {Path(path).name!r}: not a folder here; {advice}')
     return Path(path).resolve()
 
 # %% ../nbs/api/00_study.ipynb #a3e44439
@@ -652,7 +734,8 @@ def load(cls: Manifest,
     image_root: str|Path=None,    # None: as the JSON says, else the root
 ) -> Manifest:                    # checked: ids, patients, paths, links, labels
     "Reads a manifest and refuses one that breaks the contract, naming the row."
-    path = Path(path); side = read_side(path)
+    path = Path(path)
+    side = read_side(path)
     moved = ('if the data set has moved, give its new place (--root or --images; in Python root= or image_root=), '
              f'or write it into {path.with_suffix(".json").name}')
     if image_root is None: image_root = side.get('image_root')
@@ -663,7 +746,9 @@ def load(cls: Manifest,
     check_studies(studies, lambda i: f'{path.name} row {lines[i]}: ')
     m = cls(studies, root, side.get('layout', ''), side.get('label_source', ''), image_root, side.get('notes'))
     refuse_links(m.image_root, (v.image for s in m for v in s.views), (m.root,))
-    refuse_links(m.root, (p for s in m for p in (s.report.partition('#')[0], *(x for v in s.views for x in v.masks)) if p), (m.image_root,))
+    refuse_links(m.root,
+                 (p for s in m for p in (s.report.partition('#')[0], *(x for v in s.views for x in v.masks)) if p),
+                 (m.image_root,))
     return m
 
 # %% ../nbs/api/00_study.ipynb #movedhere
@@ -676,8 +761,9 @@ def refuse_missing(
     paths = list(dict.fromkeys(paths))
     gone = [p for p in paths if not any((root/q).is_file() for q in (p, p.partition('#')[0]))]
     if 2 * len(gone) <= len(paths): return
-    raise NeuralError(f'{root.name!r} holds {len(paths) - len(gone)} of {len(paths)} {what}; not there: {", ".join(gone[:3])}; '
-                      'name the folder that the paths of the manifest start from (--root, or --images where the films lie apart)')
+    raise NeuralError(
+        f'{root.name!r} holds {len(paths) - len(gone)} of {len(paths)} {what}; not there: {", ".join(gone[:3])}; '
+        'name the folder that the paths of the manifest start from (--root, or --images where the films lie apart)')
 
 # %% ../nbs/api/00_study.ipynb #movedside
 def moved_side(
@@ -692,6 +778,7 @@ def moved_side(
     apart = {'image_root': str(m.image_root)} if m.image_root != m.root else {}
     return {'root': str(m.root)} | {k: v for k, v in side.items() if k not in ('root', 'image_root')} | apart
 
+# %% ../nbs/api/00_study.ipynb #movedsidex1
 @patch(cls_method=True)
 def reroot(cls: Manifest,
     path: str|Path,               # a manifest
@@ -709,7 +796,8 @@ def read_xml(
     name: str,           # named if it is refused
 ) -> plain_xml.Element:  # its root element
     "Parses XML without entities, outside references or surprises of size."
-    if len(data) > MAX_REPORT: raise NeuralError(f'{name}: {len(data)} bytes are too many for a report; look at the file')
+    if len(data) > MAX_REPORT:
+        raise NeuralError(f'{name}: {len(data)} bytes are too many for a report; look at the file')
     try: return safe_xml.fromstring(data, forbid_dtd=True)
     except (plain_xml.ParseError, defusedxml.DefusedXmlException, ValueError) as e:
         raise NeuralError(f'{name}: not XML that can be read safely ({type(e).__name__}); fetch it again') from e
@@ -730,7 +818,8 @@ def tar_xml(
     with readable(Path(path).name), tarfile.open(path, 'r|gz') as tar:
         for member in tar:
             if not member.isfile() or not member.name.lower().endswith('.xml'): continue
-            if member.size > MAX_REPORT: raise NeuralError(f'{Path(path).name}: {member.name!r} is too large for a report; look at the archive')
+            if member.size > MAX_REPORT:
+                raise NeuralError(f'{Path(path).name}: {member.name!r} is too large for a report; look at the archive')
             yield member.name, tar.extractfile(member).read()
 
 # %% ../nbs/api/00_study.ipynb #decfun
@@ -750,7 +839,8 @@ def row_starts(
     "Where each row of a table begins, so that one report can be read without the rest."
     with readable(Path(path).name), open(path, 'rb') as f:
         rows = csv.reader(raw.decode('utf-8-sig') for raw in iter(lambda: f.readline(2**20), b''))
-        header = [c.strip() for c in next(rows, [])]; starts, at = {}, f.tell()
+        header = [c.strip() for c in next(rows, [])]
+        starts, at = {}, f.tell()
         if key not in header: raise NeuralError(f'{Path(path).name}: column {key!r} is missing; it names the rows')
         for row in rows:
             if len(row) > header.index(key): starts.setdefault(row[header.index(key)], at)
@@ -766,7 +856,8 @@ def read_row(
     with readable(Path(path).name), open(path, newline='', encoding='utf-8') as f:
         header = [c.strip() for c in next(csv.reader([f.readline().lstrip('\ufeff')]))]
     with readable(Path(path).name), open(path, 'rb') as f:
-        f.seek(start); return dict(zip(header, next(csv.reader(raw.decode('utf-8') for raw in f))))
+        f.seek(start)
+        return dict(zip(header, next(csv.reader(raw.decode('utf-8') for raw in f))))
 
 # %% ../nbs/api/00_study.ipynb #4d18fc05
 TABLE_KEYS = {'chexpert-plus': 'path_to_image', 'folder': 'image'}
@@ -786,10 +877,13 @@ def said(
 def whole_report(
     text: str,  # of the column `report`
 ) -> str:       # without code, remainder and identifier
-    "A whole report, less the sections that are not handed on either where a table keeps them apart; a summary in words stays."
+    """A whole report, less the sections that are not handed on either where a table keeps them apart; a summary in
+    words stays."""
     parts = re.split(r'(?m)^(?=[ \t]*[A-Z][A-Z /]+:)', text)
     name = lambda part: part.partition(':')[0].strip().lower().replace(' ', '_')
-    return ''.join(p for p in parts if name(p) not in NOT_HANDED_ON or (name(p) == 'summary' and said(p.partition(':')[2]))).strip()
+    return ''.join(
+        p for p in parts if name(p) not in NOT_HANDED_ON or (name(p) == 'summary' and said(p.partition(':')[2]))
+    ).strip()
 
 # %% ../nbs/api/00_study.ipynb #rowfun
 def row_text(
@@ -809,12 +903,14 @@ def report_text(
 ) -> str:                # sections with headers as in the file; '' if the study has no report
     "The report of a study, read from its place under the root."
     where, _, key = study.report.partition('#')
-    if key and (manifest.root/study.report).is_file(): where, key = study.report, ''         # a file whose own name holds the mark
+    # a file whose own name holds the mark
+    if key and (manifest.root/study.report).is_file(): where, key = study.report, ''
     if not where: return ''
     path = inside(manifest.root, where, (manifest.image_root,))
     if key: return archived(manifest, path, where, key)
     with readable(where):
-        if path.stat().st_size > MAX_REPORT: raise NeuralError(f'{where}: {path.stat().st_size} bytes are too many for a report; look at the file')
+        if path.stat().st_size > MAX_REPORT:
+            raise NeuralError(f'{where}: {path.stat().st_size} bytes are too many for a report; look at the file')
         data = path.read_bytes()
     return xml_sections(read_xml(data, where)) if path.suffix == '.xml' else plain_text(data).strip()
 

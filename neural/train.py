@@ -142,6 +142,7 @@ def rank(
     "An epoch by what chooses it."
     return tuple(-row[name[1:]] if name.startswith("-") else row[name] for name in self.best)
 
+# %% ../nbs/api/03_train.ipynb #train19ax1
 @patch
 def over(
     self: Training,
@@ -251,6 +252,7 @@ def _plain(value, what):
     if told == _lists(value): return told
     raise NeuralError(f"{what} is more than plain numbers and texts; a checkpoint cannot keep it: train without resume")
 
+# %% ../nbs/api/03_train.ipynb #train39x1
 def _lists(value):
     "A value with lists for tuples."
     if isinstance(value, dict): return {name: _lists(part) for name, part in value.items()}
@@ -361,6 +363,7 @@ def save(
     make_folder(self.path.parent)
     with publish(self.path) as f: f.buffer.write(data)
 
+# %% ../nbs/api/03_train.ipynb #train49bx1
 @patch
 def remove(self: Checkpoint):
     "Takes the file away, where there is one."

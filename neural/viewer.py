@@ -34,8 +34,10 @@ def concept_words(
 ) -> tuple[str, str]:  # name, assertion; not escaped
     "One concept node in words; a number the vocabulary does not know stays a number."
     c = int(asset.concepts[i])
-    return vocabulary[c] if vocabulary is not None and c < len(vocabulary) else f'concept {c}', ASSERTIONS[asset.assertions[i]]
+    return vocabulary[c] if vocabulary is not None and c < len(vocabulary) else f'concept {c}', ASSERTIONS[
+        asset.assertions[i]]
 
+# %% ../nbs/api/25_viewer.ipynb #f383ed36x1
 def sureness_words(
     asset: StudyAsset,
     i: int,            # concept node
@@ -63,6 +65,7 @@ def places(
     for node, p in enumerate(asset.patches.tolist()): out.setdefault(p, []).append(node)
     return out
 
+# %% ../nbs/api/25_viewer.ipynb #efd6e279x1
 def tie_weights(
     asset: StudyAsset,
 ) -> dict[tuple[int, int], float]:   # (concept node, patch index) -> weight, strongest first
@@ -83,7 +86,8 @@ def patch_words(
 ) -> str:
     "One retained patch in words: where it is and what it weighs."
     kept = f', kept {len(nodes)} times' if len(nodes) > 1 else ''
-    return f'patch {p} (row {p//asset.grid[1]}, column {p%asset.grid[1]}), relevance {asset.relevance[nodes].max():.4f}{kept}'
+    return (f'patch {p} (row {p//asset.grid[1]}, column {p%asset.grid[1]}), relevance'
+            f' {asset.relevance[nodes].max():.4f}{kept}')
 
 # %% ../nbs/api/25_viewer.ipynb #a274e34a
 def _patch(asset, p, nodes, tile, ties, says):
@@ -92,10 +96,13 @@ def _patch(asset, p, nodes, tile, ties, says):
     w, high, words = SIDE/cols, SIDE/rows, patch_words(asset, p, nodes)
     box = f'x="{p%cols*w:.2f}" y="{p//cols*high:.2f}" width="{w:.2f}" height="{high:.2f}"'
     share = float(asset.relevance[nodes].max())/top
-    pixels = f'<svg {box} viewBox="0 {nodes[0]*tile} {tile} {tile}" preserveAspectRatio="none"><use href="#strip"/></svg>' if tile else ''
+    pixels = (
+        f'<svg {box} viewBox="0 {nodes[0]*tile} {tile} {tile}" preserveAspectRatio="none"><use href="#strip"/></svg>'
+        if tile else '')
     shade = .22*share if tile else .2 + .65*share
-    return (f'<g class="patch" id="p{p}" data-ties="{ties}" data-say="{safe(words + "; " + says)}" aria-label="{safe(words)}"><title>{safe(words)}</title>{pixels}'
-            f'<rect class="shade" {box} fill-opacity="{shade:.2f}"/><rect class="ring" {box}/></g>')
+    return (f'<g class="patch" id="p{p}" data-ties="{ties}" data-say="{safe(words + "; " + says)}"'
+            f' aria-label="{safe(words)}"><title>{safe(words)}</title>{pixels}<rect class="shade" {box}'
+            f' fill-opacity="{shade:.2f}"/><rect class="ring" {box}/></g>')
 
 # %% ../nbs/api/25_viewer.ipynb #e1900953
 def film_svg(
@@ -108,18 +115,26 @@ def film_svg(
     most, cells = max(weights.values(), default=0) or 1, []
     for p, nodes in places(asset).items():
         mine = [(c, w) for (c, at), w in weights.items() if at == p]
-        says = listed([f'{safe_name(asset, c, vocabulary)} ({w:.2f})' for c, w in mine], 'tied to ', 'tied to no concept')
+        says = listed(
+            [f'{safe_name(asset, c, vocabulary)} ({w:.2f})' for c, w in mine], 'tied to ', 'tied to no concept')
         cells.append(_patch(asset, p, nodes, tile, ' '.join(f'c{c}:{w/most:.3f}' for c, w in mine), says))
-    grid = ''.join(f'M{i*SIDE/cols:.1f} 0V{SIDE}' for i in range(1, cols)) + ''.join(f'M0 {i*SIDE/rows:.1f}H{SIDE}' for i in range(1, rows))
-    strip = f'<defs><image id="strip" width="{tile}" height="{tile*len(asset.patches)}" href="{picture_uri(asset.pixels)}"/></defs>' if tile else ''
-    return (f'<svg class="film{" seen" if thumb else ""}" viewBox="-2 -2 {SIDE+4} {SIDE+4}" role="group" aria-label="The film: {len(cells)} of {rows*cols} patches are retained">{strip}'
-            + (f'<image width="{SIDE}" height="{SIDE}" preserveAspectRatio="none" href="{thumb}"/>' if thumb else '')
-            + f'<path class="grid" d="{grid}"/><rect class="frame" width="{SIDE}" height="{SIDE}"/>{"".join(cells)}</svg>')
+    grid = ''.join(f'M{i*SIDE/cols:.1f} 0V{SIDE}' for i in range(1, cols)) + ''.join(
+        f'M0 {i*SIDE/rows:.1f}H{SIDE}' for i in range(1, rows))
+    strip = (f'<defs><image id="strip" width="{tile}" height="{tile*len(asset.patches)}"'
+             f' href="{picture_uri(asset.pixels)}"/></defs>' if tile else '')
+    return (
+        f'<svg class="film{" seen" if thumb else ""}" viewBox="-2 -2 {SIDE+4} {SIDE+4}" role="group" aria-label="The'
+        f' film: {len(cells)} of {rows*cols} patches are retained">{strip}'
+        + (f'<image width="{SIDE}" height="{SIDE}" preserveAspectRatio="none" href="{thumb}"/>' if thumb else '')
+        + f'<path class="grid" d="{grid}"/><rect class="frame" width="{SIDE}" height="{SIDE}"/>{"".join(cells)}</svg>')
 
+# %% ../nbs/api/25_viewer.ipynb #e1900953x1
 def listed(words, before, none, most=8):
     "Some words in a row, the rest counted."
-    return before + '; '.join(words[:most]) + (f'; and {len(words)-most} more' if len(words) > most else '') if words else none
+    return (before + '; '.join(words[:most]) + (f'; and {len(words)-most} more' if len(words) > most else '') if words
+            else none)
 
+# %% ../nbs/api/25_viewer.ipynb #e1900953x2
 def safe_name(asset, i, vocabulary):
     "A concept with its assertion where that is not simply present; not escaped."
     name, said = concept_words(asset, i, vocabulary)
@@ -169,7 +184,8 @@ def _ports(spans, lane):
 def relation_svg(
     asset: StudyAsset,
 ) -> str:             # an SVG element as high as the rows; '' without relations
-    "Draws relations as brackets beside the rows of the concepts; words for the ear are in the list (this companion's choice)."
+    """Draws relations as brackets beside the rows of the concepts; words for the ear are in the list (this companion's
+    choice)."""
     rows = concept_rows(asset)
     at = {node: n for n, node in enumerate(rows) if node not in ASSERTIONS}
     relations = asset.relations[:MOST].tolist()
@@ -182,9 +198,11 @@ def relation_svg(
         s = r if b > a else -r
         path = f'M1 {a:.1f}H{x-r:.1f}Q{x:.1f} {a:.1f} {x:.1f} {a+s:.1f}V{b-s:.1f}Q{x:.1f} {b:.1f} {x-r:.1f} {b:.1f}H5'
         head, tail, kind = relations[i]
-        return f'<g class="rel" data-ends="c{head} c{tail}"><path d="{path}" stroke-dasharray="{DASH[RELATIONS[kind]]}"/><path class="tip" d="M0 {b:.1f}l6 -3v6z"/></g>'
+        return (f'<g class="rel" data-ends="c{head} c{tail}"><path d="{path}"'
+                f' stroke-dasharray="{DASH[RELATIONS[kind]]}"/><path class="tip" d="M0 {b:.1f}l6 -3v6z"/></g>')
     wide, high = 20 + max(lane)*gap, len(rows)*ROW
-    return f'<svg class="rels" aria-hidden="true" preserveAspectRatio="none" viewBox="0 0 {wide:.0f} {high}" width="{wide/16:.3f}rem" height="{high/16:.3f}rem">{"".join(map(bracket, range(len(spans))))}</svg>'
+    return (f'<svg class="rels" aria-hidden="true" preserveAspectRatio="none" viewBox="0 0 {wide:.0f} {high}"'
+            f' width="{wide/16:.3f}rem" height="{high/16:.3f}rem">{"".join(map(bracket, range(len(spans))))}</svg>')
 
 # %% ../nbs/api/25_viewer.ipynb #4159c49a
 GLYPHS = dict(present='●', uncertain='◐', absent='○')   # told apart without colour
@@ -197,13 +215,21 @@ def concept_html(
     weights, out = tie_weights(asset), []
     most, rows = max(weights.values(), default=0) or 1, concept_rows(asset)
     for n, row in enumerate(rows):
-        if row in ASSERTIONS: out.append(f'{"</ul>" if n else ""}<h3 class="{row}">{row.capitalize()} <small>{int((asset.assertions == ASSERTIONS.index(row)).sum())}</small></h3><ul>'); continue
-        (name, said), mine = concept_words(asset, row, vocabulary), [(p, w) for (c, p), w in weights.items() if c == row]
+        if row in ASSERTIONS:
+            out.append(f'{"</ul>" if n else ""}<h3 class="{row}">{row.capitalize()}'
+                       f' <small>{int((asset.assertions == ASSERTIONS.index(row)).sum())}</small></h3><ul>')
+            continue
+        (name, said), mine = concept_words(asset, row, vocabulary), [
+            (p, w) for (c, p), w in weights.items() if c == row]
         sure = sureness_words(asset, row)
-        words = f'{name}, {said}; ' + (f'present with probability {sure}; ' if sure else '') + listed([f'patch {p} ({w:.2f})' for p, w in mine], 'tied to ', 'tied to no patch')
+        words = (f'{name}, {said}; ' + (f'present with probability {sure}; ' if sure else '')
+                 + listed([f'patch {p} ({w:.2f})' for p, w in mine], 'tied to ', 'tied to no patch'))
         count = f'<small>{len(mine)}<span> patch{"es" if len(mine) > 1 else ""}</span></small>' if mine else ''
-        out.append(f'<li><span class="chip {said}" id="c{row}" data-ties="{" ".join(f"p{p}:{w/most:.3f}" for p, w in mine)}" data-say="{safe(words)}" aria-label="{safe(name)}, {said}" title="{safe(name)}">'
-                   f'<i aria-hidden="true">{GLYPHS[said]}</i><bdi>{safe(name)}</bdi>{f"<small>{sure}</small>" if sure else ""}{count}</span></li>')
+        out.append(
+            f'<li><span class="chip {said}" id="c{row}" data-ties="{" ".join(f"p{p}:{w/most:.3f}" for p, w in mine)}"'
+            f' data-say="{safe(words)}" aria-label="{safe(name)}, {said}" title="{safe(name)}">'
+            f'<i aria-hidden="true">{GLYPHS[said]}</i><bdi>{safe(name)}</bdi>{f"<small>{sure}</small>" if sure else ""}{count}</span></li>'
+        )
     return ''.join(out) + '</ul>' if rows else '<p class="soft">This asset holds no concepts.</p>'
 
 # %% ../nbs/api/25_viewer.ipynb #b177794e
@@ -211,13 +237,16 @@ def asset_sizes(
     asset: StudyAsset,
 ) -> dict[str, int]:    # part -> bytes; they add up to len(asset.to_bytes())
     "Where the bytes of an asset go (answers defect A8)."
-    known = {'header': _HEADER.size, 'key': len(asset.study_id.encode()), 'features': encode(asset.features, asset.codec, asset.book).nbytes + 8*(asset.book is not None),
+    known = {'header': _HEADER.size, 'key': len(asset.study_id.encode()),
+             'features': encode(asset.features, asset.codec, asset.book).nbytes + 8 * (asset.book is not None),
              'thumbnail': len(asset.thumbnail), 'pixels': len(asset.pixels), 'checksum': 8}
     k, m, r, g = len(asset.patches), len(asset.concepts), len(asset.relations), len(asset.grounding)
     wide = lambda below: 1 if below <= 256 else 2
-    known['graph'] = k*(wide(asset.grid[0]*asset.grid[1]) + 2) + 3*m + r*(2*wide(m) + 1) + g*(wide(m) + wide(k) + 2) + len(asset.certainty)
+    known['graph'] = (k * (wide(asset.grid[0] * asset.grid[1]) + 2) + 3 * m + r * (2 * wide(m) + 1)
+                      + g * (wide(m) + wide(k) + 2) + len(asset.certainty))
     known['provenance'] = len(asset.to_bytes()) - sum(known.values())
-    return {part: known[part] for part in ('header', 'key', 'provenance', 'features', 'graph', 'thumbnail', 'pixels', 'checksum')}
+    return {part: known[part]
+            for part in ('header', 'key', 'provenance', 'features', 'graph', 'thumbnail', 'pixels', 'checksum')}
 
 # %% ../nbs/api/25_viewer.ipynb #35277a03
 def tables_html(
@@ -226,28 +255,52 @@ def tables_html(
     "Sizes and provenance of an asset (DESIGN of this companion, sec. 4)."
     sizes = asset_sizes(asset)
     total = sum(sizes.values())
-    bar = lambda n: f'<svg class="bar" aria-hidden="true" viewBox="0 0 100 8" preserveAspectRatio="none"><rect width="{100*n/total:.2f}" height="8"/></svg>'
-    rows = ''.join(f'<tr><th scope="row">{part}</th><td>{n:,}</td><td class="share">{bar(n)}</td></tr>' for part, n in sizes.items())
-    facts = dict(track=f'{asset.track} ({"the report guided the pruning" if asset.track == "image+report" else "the report was generated from the film"})', codec=f'{asset.codec}, {asset.features.shape[1]} numbers per patch',
-                 grid=f'{asset.grid[0]} x {asset.grid[1]} patches', **{k.replace('_', ' '): f'{v:.3g}' if isinstance(v, float) else v for k, v in asset.provenance.items()})
-    return (f'<section><h2>Size</h2><table><thead><tr><th scope="col">part</th><th scope="col">bytes</th><th scope="col" class="share">share</th></tr></thead><tbody>{rows}</tbody>'
-            f'<tfoot><tr><th scope="row">total</th><td>{total:,}</td><td class="share"></td></tr></tfoot></table></section>'
-            f'<section><h2>Provenance</h2><dl>{"".join(f"<dt>{safe(k)}</dt><dd>{safe(v)}</dd>" for k, v in facts.items())}</dl></section>')
+    bar = lambda n: ('<svg class="bar" aria-hidden="true" viewBox="0 0 100 8" preserveAspectRatio="none"><rect'
+                     f' width="{100*n/total:.2f}" height="8"/></svg>')
+    rows = ''.join(f'<tr><th scope="row">{part}</th><td>{n:,}</td><td class="share">{bar(n)}</td></tr>'
+                   for part, n in sizes.items())
+    facts = dict(
+        track=(
+            f'{asset.track}'
+            f' ({"the report guided the pruning" if asset.track == "image+report" else "the report was generated from the film"})'
+        ),
+        codec=f'{asset.codec}, {asset.features.shape[1]} numbers per patch',
+        grid=f'{asset.grid[0]} x {asset.grid[1]} patches',
+        **{k.replace('_', ' '): f'{v:.3g}' if isinstance(v, float) else v for k, v in asset.provenance.items()},
+    )
+    return (
+        '<section><h2>Size</h2><table><thead><tr><th scope="col">part</th><th scope="col">bytes</th><th scope="col"'
+        f' class="share">share</th></tr></thead><tbody>{rows}</tbody>'
+        f'<tfoot><tr><th scope="row">total</th><td>{total:,}</td><td class="share"></td></tr></tfoot></table></section>'
+        f'<section><h2>Provenance</h2><dl>{"".join(f"<dt>{safe(k)}</dt><dd>{safe(v)}</dd>" for k, v in facts.items())}</dl></section>'
+    )
 
 # %% ../nbs/api/25_viewer.ipynb #85d42489
 def lists_html(
     asset: StudyAsset,
     vocabulary=None,   # concept names in order
 ) -> str:              # relations as sentences, ties as a table
-    "Relations and ties in words, for readers without a mouse, without sight or without scripts (this companion's choice)."
+    """Relations and ties in words, for readers without a mouse, without sight or without scripts (this companion's
+    choice)."""
     name = lambda i: f'<bdi>{safe(safe_name(asset, i, vocabulary))}</bdi>'
     more = lambda n: f'<p class="soft">and {n-MOST:,} more</p>' if n > MOST else ''
     relations, ties = asset.relations.tolist(), list(tie_weights(asset).items())
-    key = ''.join(f'<span><svg aria-hidden="true" viewBox="0 0 28 8" class="rels"><path d="M1 4H27" stroke-dasharray="{DASH[r]}"/></svg>{said}</span>' for r, said in LINKS.items())
-    said = ''.join(f'<li data-ends="c{a} c{b}">{name(a)} <em>{LINKS[RELATIONS[t]]}</em> {name(b)}</li>' for a, b, t in relations[:MOST])
+    key = ''.join('<span><svg aria-hidden="true" viewBox="0 0 28 8" class="rels"><path d="M1 4H27"'
+                  f' stroke-dasharray="{DASH[r]}"/></svg>{said}</span>' for r, said in LINKS.items())
+    said = ''.join(f'<li data-ends="c{a} c{b}">{name(a)} <em>{LINKS[RELATIONS[t]]}</em> {name(b)}</li>'
+                   for a, b, t in relations[:MOST])
     rows = ''.join(f'<tr><th scope="row">{name(c)}</th><td>{p}</td><td>{w:.3f}</td></tr>' for (c, p), w in ties[:MOST])
-    return ('<section><h2>Relations</h2>' + (f'<p class="key">{key}</p><ul class="said">{said}</ul>{more(len(relations))}' if relations else '<p class="soft">None.</p>') + '</section>'
-            '<section><h2>Ties</h2>' + (f'<details><summary>{len(ties):,} concept–patch weights</summary><table><thead><tr><th scope="col">concept</th><th scope="col">patch</th><th scope="col">weight</th></tr></thead><tbody>{rows}</tbody></table>{more(len(ties))}</details>' if ties else '<p class="soft">None: no concept is tied to a patch.</p>') + '</section>')
+    return (
+        '<section><h2>Relations</h2>'
+        + (f'<p class="key">{key}</p><ul class="said">{said}</ul>{more(len(relations))}' if relations
+           else '<p class="soft">None.</p>')
+        + '</section><section><h2>Ties</h2>'
+        + (f'<details><summary>{len(ties):,} concept–patch weights</summary><table><thead><tr><th'
+           ' scope="col">concept</th><th scope="col">patch</th><th'
+           f' scope="col">weight</th></tr></thead><tbody>{rows}</tbody></table>{more(len(ties))}</details>' if ties
+           else '<p class="soft">None: no concept is tied to a patch.</p>')
+        + '</section>'
+    )
 
 # %% ../nbs/api/25_viewer.ipynb #1fdd947c
 STYLE = """
@@ -364,7 +417,8 @@ def policy(
 ) -> str:          # of a Content-Security-Policy
     "Forbids a page everything but its own style, its own script and pictures inside it (this companion's choice)."
     sha = lambda text: f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-    return f"default-src 'none'; img-src data:; style-src {sha(style)}; script-src {sha(script)}; base-uri 'none'; form-action 'none'"
+    return (f"default-src 'none'; img-src data:; style-src {sha(style)}; script-src {sha(script)}; base-uri 'none';"
+            " form-action 'none'")
 
 # %% ../nbs/api/25_viewer.ipynb #9e4485a6
 MARK = '<meta name="generator" content="neural inspect">'     # by which we know a page of ours
@@ -376,7 +430,8 @@ def asset_page(
 ) -> str:              # a whole HTML page that refers to nothing outside it
     "One asset as a page to look at, to point at and to file (NEURAL, fig. 1; this companion's choice)."
     heading = safe(title if title is not None else f'Study {asset.study_id}')
-    lead = f'{len(places(asset))} of {asset.grid[0]*asset.grid[1]} patches, {len(asset.concepts)} concepts, {len(asset.relations)} relations in {len(asset.to_bytes()):,} bytes'
+    lead = (f'{len(places(asset))} of {asset.grid[0]*asset.grid[1]} patches, {len(asset.concepts)} concepts,'
+            f' {len(asset.relations)} relations in {len(asset.to_bytes()):,} bytes')
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy(STYLE, SCRIPT)}">
