@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Iterator
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq
 from fastcore.basics import patch
-from .codec import CODECS, FITTED, MAX_BOOK, Codebook, book_bytes, book_from, canonical, check_codec, decode, dequantise, encode, quantise, read_book
-from .graph import ASSERTIONS, RELATIONS, UNKNOWN, KnowledgeGraph, UnifiedGraph, VisualGraph, certainty_share, fuse, grounding_links, knowledge_from, visual_graph
+from .codec import (CODECS, FITTED, MAX_BOOK, Codebook, book_bytes, book_from, canonical, check_codec, decode,
+                          dequantise, encode, quantise, read_book)
+from .graph import (ASSERTIONS, RELATIONS, UNKNOWN, KnowledgeGraph, UnifiedGraph, VisualGraph, certainty_share,
+                          fuse, grounding_links, knowledge_from, visual_graph)
 from .picture import picture_shape
 from .study import NeuralError, system_reason
 
@@ -35,8 +37,10 @@ def check_key(
 ) -> str:            # the same key
     "Refuses a key that is no short printable text, or that is a DICOM UID (this companion's choice)."
     if not isinstance(study_id, str) or not 0 < len(study_id) <= 128 or not study_id.isprintable():
-        raise AssetError(f"a study id must be 1 to 128 printable characters, got {type(study_id).__name__} {str(study_id)[:20]!r}")
-    if re.fullmatch(r'[0-2](\.\d+){4,}', study_id): raise AssetError("a study id that is a DICOM UID identifies the exam: use a key of your own")
+        raise AssetError(
+            f"a study id must be 1 to 128 printable characters, got {type(study_id).__name__} {str(study_id)[:20]!r}")
+    if re.fullmatch(r'[0-2](\.\d+){4,}', study_id):
+        raise AssetError("a study id that is a DICOM UID identifies the exam: use a key of your own")
     return study_id
 
 # %% ../nbs/api/20_asset.ipynb #467973e0
@@ -44,9 +48,13 @@ def check_secret(
     secret: bytes,   # at least 16 bytes; an empty one is no key, and is not taken for "no key wanted"
 ) -> bytes:          # the same
     "Refuses a secret that could be guessed (this companion's choice)."
-    if not isinstance(secret, bytes) or len(secret) < 16: raise AssetError(f"the secret of keyed study ids must be at least 16 bytes, such as 32 random ones in a file that stays with the sender; got {f'{len(secret)} bytes' if isinstance(secret, bytes) else type(secret).__name__}")
+    if not isinstance(secret, bytes) or len(secret) < 16:
+        raise AssetError(
+            "the secret of keyed study ids must be at least 16 bytes, such as 32 random ones in a file that stays with"
+            f" the sender; got {f'{len(secret)} bytes' if isinstance(secret, bytes) else type(secret).__name__}")
     return secret
 
+# %% ../nbs/api/20_asset.ipynb #467973e0x1
 def keyed_id(
     study_id: str,   # the hospital's key
     secret: bytes,   # at least 16 bytes that stay with the sender
@@ -62,6 +70,7 @@ def key_check(
     "What a store keeps of its key (this companion's choice)."
     return 'none' if secret is None else hmac.new(check_secret(secret), b'\0which key', 'sha256').hexdigest()[:16]
 
+# %% ../nbs/api/20_asset.ipynb #2aeea264x1
 def is_keyed(
     study_id: str,   # of an asset
 ) -> bool:           # True if it has the form of `keyed_id`
@@ -73,15 +82,20 @@ _HASH, _NAME = re.compile(r'[0-9a-f]{8,64}'), re.compile(r'[a-z][a-z0-9_-]{0,31}
 PROVENANCE = {'model_hash': _HASH, 'vocabulary_hash': _HASH, 'keep_ratio': float, 'selection': _NAME, 'fusion': _NAME}
 
 def check_provenance(
-    provenance: dict,   # any of: model_hash, vocabulary_hash (hex), keep_ratio (0, 1], selection, fusion (short lower-case names)
+    # any of: model_hash, vocabulary_hash (hex), keep_ratio (0, 1], selection, fusion (short lower-case names)
+    provenance: dict,
 ) -> dict:              # the same, keys in a fixed order
     "Refuses a provenance field that is not on the list or not of its form (this companion's choice)."
-    if foreign := set(provenance) - set(PROVENANCE): raise AssetError(f"provenance may hold only {', '.join(PROVENANCE)}; not {', '.join(sorted(map(str, foreign)))[:60]}")
+    if foreign := set(provenance) - set(PROVENANCE):
+        raise AssetError(
+            f"provenance may hold only {', '.join(PROVENANCE)}; not {', '.join(sorted(map(str, foreign)))[:60]}")
     for key, value in provenance.items():
         form = PROVENANCE[key]
-        if form is float: ok = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+        if form is float:ok = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
         else: ok = isinstance(value, str) and form.fullmatch(value)
-        if not ok: raise AssetError(f"provenance {key} must be " + ("a number in (0, 1]" if form is float else f"text like {form.pattern}"))
+        if not ok:
+            raise AssetError(
+                f"provenance {key} must be " + ("a number in (0, 1]" if form is float else f"text like {form.pattern}"))
     return {k: float(provenance[k]) if k == 'keep_ratio' else provenance[k] for k in PROVENANCE if k in provenance}
 
 # %% ../nbs/api/20_asset.ipynb #8817fcf8
@@ -93,59 +107,92 @@ def vocabulary_hash(
 
 # %% ../nbs/api/20_asset.ipynb #2ab0d71c
 _DATASET = re.compile(r'[a-z][a-z0-9-]{0,31} [0-9a-f]{8}')
-SETTINGS = dict(   # what was set when a store was begun, and the form of it
-    key=re.compile(r'none|[0-9a-f]{16}'), keep=range(1, 65536), thumbnail=range(65536), pixels=bool, hidden=[range(65536)], guide=_NAME, tokens=_NAME, heads=_NAME,
-    layer=re.compile(r'-?[0-9a-z]{1,16}'), lift=bool, places=bool, writer=_NAME, habit=re.compile(r'none|[0-9a-f]{16}'), longest=range(1, 65536), precision=_NAME, datasets=[_DATASET],
-    score=re.compile(r'[a-z][a-z0-9 ,+]{0,47}'), share=re.compile(r'[01]|0\.[0-9]{1,6}'), draw=range(2**31))     # of a scorer that was asked for by name
+SETTINGS = dict(  # what was set when a store was begun, and the form of it
+    key=re.compile(r'none|[0-9a-f]{16}'),
+    keep=range(1, 65536),
+    thumbnail=range(65536),
+    pixels=bool,
+    hidden=[range(65536)],
+    guide=_NAME,
+    tokens=_NAME,
+    heads=_NAME,
+    layer=re.compile(r'-?[0-9a-z]{1,16}'),
+    lift=bool,
+    places=bool,
+    writer=_NAME,
+    habit=re.compile(r'none|[0-9a-f]{16}'),
+    longest=range(1, 65536),
+    precision=_NAME,
+    datasets=[_DATASET],
+    # of a scorer that was asked for by name
+    score=re.compile(r'[a-z][a-z0-9 ,+]{0,47}'),
+    share=re.compile(r'[01]|0\.[0-9]{1,6}'),
+    draw=range(2**31),
+)
 
 def _fits(value, form):
     "Whether a value has its form: true or false, a whole number of a range, a list, or text of a pattern."
     if form is bool: return type(value) is bool
     if isinstance(form, range): return type(value) is int and value in form
-    if isinstance(form, list): return type(value) is list and len(value) < 65536 and all(_fits(v, form[0]) for v in value)
+    if isinstance(form, list):
+        return type(value) is list and len(value) < 65536 and all(_fits(v, form[0]) for v in value)
     return isinstance(value, str) and form.fullmatch(value) is not None
 
+# %% ../nbs/api/20_asset.ipynb #2ab0d71cx1
 def check_settings(
     settings: dict,   # any of SETTINGS
 ) -> dict:            # the same, in a fixed order
     "Refuses a setting that is not on the list or not of its form (this companion's choice)."
-    if foreign := set(settings) - set(SETTINGS): raise AssetError(f"settings may hold only {', '.join(SETTINGS)}; not {', '.join(sorted(map(str, foreign)))[:60]}")
+    if foreign := set(settings) - set(SETTINGS):
+        raise AssetError(
+            f"settings may hold only {', '.join(SETTINGS)}; not {', '.join(sorted(map(str, foreign)))[:60]}")
     for name, value in settings.items():
-        if not _fits(value, SETTINGS[name]): raise AssetError(f"setting {name} must be {_form(SETTINGS[name])}, got {str(value)[:40]!r}")
+        if not _fits(value, SETTINGS[name]):
+            raise AssetError(f"setting {name} must be {_form(SETTINGS[name])}, got {str(value)[:40]!r}")
     return {name: settings[name] for name in SETTINGS if name in settings}
 
+# %% ../nbs/api/20_asset.ipynb #2ab0d71cx2
 def _form(form):
     "A form in words."
     if form is bool: return 'true or false'
     if isinstance(form, list): return f"a list, each {_form(form[0])}"
-    return f"a whole number from {form.start} to {form.stop - 1}" if isinstance(form, range) else f"text like {form.pattern}"
+    return (f"a whole number from {form.start} to {form.stop - 1}" if isinstance(form, range)
+            else f"text like {form.pattern}")
 
 # %% ../nbs/api/20_asset.ipynb #8cfadc63
 def _whole(name, values, below, dtype, shape):
-    "Whole numbers of `shape` (None: any length) in [0, below) as a read-only little-endian array, or an AssetError that names the field."
+    """Whole numbers of `shape` (None: any length) in [0, below) as a read-only little-endian array, or an AssetError
+    that names the field."""
     try: v = np.asarray(values)
     except ValueError: raise AssetError(f"{name} must be a regular array of whole numbers") from None
     if not v.size and 0 in (none := [n or 0 for n in shape]): v = np.zeros(none, np.int64)
-    if v.ndim != len(shape) or any(n is not None and n != m for n, m in zip(shape, v.shape)): raise AssetError(f"{name} has shape {v.shape}, expected {shape}")
+    if v.ndim != len(shape) or any(n is not None and n != m for n, m in zip(shape, v.shape)):
+        raise AssetError(f"{name} has shape {v.shape}, expected {shape}")
     if v.dtype.kind not in 'iu': raise AssetError(f"{name} must be whole numbers, got {v.dtype}")
-    if v.size and (v.min() < 0 or v.max() >= below): raise AssetError(f"{name} must lie in 0..{below-1}, got {v.min()} to {v.max()}")
+    if v.size and (v.min() < 0 or v.max() >= below):
+        raise AssetError(f"{name} must lie in 0..{below-1}, got {v.min()} to {v.max()}")
     return _frozen(v.astype(dtype))
 
 # %% ../nbs/api/20_asset.ipynb #f2bb50df
 def _share(name, values, n):
     "Finite numbers >= 0, shape (n,), rounded to float16 as they will be stored."
     v = np.asarray(values, np.float64)
-    if v.shape != (n,) or not np.isfinite(v).all() or (v.size and (v.min() < 0 or v.max() > 65000)): raise AssetError(f"{name} must be {n} finite numbers from 0 to 65000, got shape {v.shape}")
+    if v.shape != (n,) or not np.isfinite(v).all() or (v.size and (v.min() < 0 or v.max() > 65000)):
+        raise AssetError(f"{name} must be {n} finite numbers from 0 to 65000, got shape {v.shape}")
     return _frozen(v.astype('<f2'))
 
+# %% ../nbs/api/20_asset.ipynb #f2bb50dfx1
 def _frozen(a):
     "The array, contiguous and read-only."
-    a = np.ascontiguousarray(a); a.setflags(write=False); return a
+    a = np.ascontiguousarray(a)
+    a.setflags(write=False)
+    return a
 
 # %% ../nbs/api/20_asset.ipynb #3dafbc10
 @dataclass(frozen=True, eq=False, repr=False)
 class StudyAsset:
-    "One study, pruned: a few patches, the report's concepts, and the edges between them (NEURAL, fig. 1; layout of this companion)."
+    """One study, pruned: a few patches, the report's concepts, and the edges between them (NEURAL, fig. 1; layout of
+    this companion)."""
     study_id: str                # the caller's key, never a patient id or a UID
     track: str                   # what is known at inference: 'image+report' | 'image-only'
     grid: tuple[int, int]        # rows, columns of the token grid
@@ -161,13 +208,18 @@ class StudyAsset:
     codec: str = 'int8'          # how features are written, chapter 19
     book: Codebook = None        # of a fitted codec ('pca', 'pq')
     thumbnail: bytes = b''       # the whole film as a small square picture, at most 65,535 bytes
-    pixels: bytes = b''          # the retained patches at full resolution, lossless, one strip of k tiles, at most 16 MB
-    certainty: np.ndarray = ()   # of each concept, round(254 p) that it is present, 255 unknown, [m]; image-only alone, () where nothing is known
+    # the retained patches at full resolution, lossless, one strip of k tiles, at most 16 MB
+    pixels: bytes = b''
+    # of each concept, round(254 p) that it is present, 255 unknown, [m]; image-only alone, () where nothing is known
+    certainty: np.ndarray = ()
     def __post_init__(self):
         for name, value in _checked(self).items(): object.__setattr__(self, name, value)
     def __eq__(self, other): return isinstance(other, StudyAsset) and self.to_bytes() == other.to_bytes()
     def __hash__(self): return hash(self.to_bytes())
-    def __repr__(self): return f"StudyAsset({self.study_id!r}, {self.track}, {len(self.patches)} of {self.grid[0]*self.grid[1]} patches, {len(self.concepts)} concepts, {len(self.relations)} relations, {len(self.grounding)} ties)"
+    def __repr__(self):
+        return (
+            f"StudyAsset({self.study_id!r}, {self.track}, {len(self.patches)} of {self.grid[0]*self.grid[1]} patches,"
+            f" {len(self.concepts)} concepts, {len(self.relations)} relations, {len(self.grounding)} ties)")
 
 # %% ../nbs/api/20_asset.ipynb #ce5396d9
 def _checked(a):
@@ -177,24 +229,37 @@ def _checked(a):
     patches = _whole('patches', a.patches, rows*cols, '<u2', (None,))
     k, m = len(patches), len(a.concepts)
     once = a.provenance.get('selection') != 'released'       # the released code repeats patches (defect A1)
-    if not k or (np.diff(patches.astype(int)) < once).any(): raise AssetError(f"patches must be at least one index, ascending, each once; got {k}")
+    if not k or (np.diff(patches.astype(int)) < once).any():
+        raise AssetError(f"patches must be at least one index, ascending, each once; got {k}")
     codes, features = _coded(a, k)
     relations = _whole('relations', a.relations, 65536, '<u2', (None, 3))
     grounding = _whole('grounding', a.grounding, 65536, '<u2', (None, 2))
-    for name, values, below in (('relation ends', relations[:, :2], m), ('relation types', relations[:, 2], len(RELATIONS)), ('grounding concepts', grounding[:, 0], m), ('grounding patches', grounding[:, 1], k)):
-        if values.size and values.max() >= below: raise AssetError(f"{name} must lie in 0..{below-1}, got {values.max()}")
-    if max(len(relations), len(grounding), m) > 65535: raise AssetError(f"an asset holds at most 65535 concepts, relations or grounding edges; got {m}, {len(relations)}, {len(grounding)}")
-    return dict(study_id=check_key(a.study_id), grid=(rows, cols), patches=patches, relevance=_share('relevance', a.relevance, k), codes=codes, features=features,
-                concepts=_whole('concepts', a.concepts, 65536, '<u2', (m,)), assertions=_whole('assertions', a.assertions, len(ASSERTIONS), 'u1', (m,)),
-                relations=relations, grounding=grounding, weights=_share('grounding weights', a.weights, len(grounding)), provenance=check_provenance(a.provenance),
-                thumbnail=_thumbnail(a.thumbnail), pixels=_pixels(a.pixels, k), certainty=_certainty(a, m))
+    for name, values, below in (('relation ends', relations[:, :2], m),
+                                ('relation types', relations[:, 2], len(RELATIONS)),
+                                ('grounding concepts', grounding[:, 0], m), ('grounding patches', grounding[:, 1], k)):
+        if values.size and values.max() >= below:
+            raise AssetError(f"{name} must lie in 0..{below-1}, got {values.max()}")
+    if max(len(relations), len(grounding), m) > 65535:
+        raise AssetError(
+            f"an asset holds at most 65535 concepts, relations or grounding edges; got {m}, {len(relations)},"
+            f" {len(grounding)}")
+    return dict(study_id=check_key(a.study_id), grid=(rows, cols), patches=patches,
+                relevance=_share('relevance', a.relevance, k), codes=codes, features=features,
+                concepts=_whole('concepts', a.concepts, 65536, '<u2', (m,)),
+                assertions=_whole('assertions', a.assertions, len(ASSERTIONS), 'u1', (m,)), relations=relations,
+                grounding=grounding, weights=_share('grounding weights', a.weights, len(grounding)),
+                provenance=check_provenance(a.provenance), thumbnail=_thumbnail(a.thumbnail),
+                pixels=_pixels(a.pixels, k), certainty=_certainty(a, m))
 
+# %% ../nbs/api/20_asset.ipynb #ce5396d9x1
 def _certainty(a, m):
     "A byte per concept; none where not one is known, so that an asset has one spelling."
     if a.certainty is None or not len(a.certainty): return _frozen(np.zeros(0, 'u1'))
     v = _whole('certainty', a.certainty, 256, 'u1', (m,))
     if (v == UNKNOWN).all(): return _frozen(np.zeros(0, 'u1'))
-    if a.track != 'image-only': raise AssetError("certainty is the label head's word on a report that the network wrote: only an image-only asset has it")
+    if a.track != 'image-only':
+        raise AssetError(
+            "certainty is the label head's word on a report that the network wrote: only an image-only asset has it")
     return v
 
 # %% ../nbs/api/20_asset.ipynb #c523ca9e
@@ -202,16 +267,21 @@ class Codes:
     "Features that come as codes already (chapter 19), and need not be coded again."
     def __init__(self, rows, dim): self.rows, self.dim = rows, dim
 
+# %% ../nbs/api/20_asset.ipynb #c523ca9ex1
 def _coded(a, k):
     "Codes of the features, uint8 [k, bytes], and the features as they read back, float32 [k, d]."
     try:
         if isinstance(a.features, Codes):
             rows, d = a.features.rows, a.features.dim
             x = decode(rows, a.codec, d, a.book)
-            if not canonical(rows, a.codec, d, a.book): raise AssetError("features are not written in the one form of their codec")
+            if not canonical(rows, a.codec, d, a.book):
+                raise AssetError("features are not written in the one form of their codec")
         else: rows, x = None, np.asarray(a.features, np.float32)
-        if x.ndim != 2 or len(x) != k or not 0 < x.shape[1] <= 65535: raise AssetError(f"features must be (k={k}, d) with d from 1 to 65535, got {x.shape}")
-        if rows is None: rows = encode(x, a.codec, a.book); x = decode(rows, a.codec, x.shape[1], a.book)
+        if x.ndim != 2 or len(x) != k or not 0 < x.shape[1] <= 65535:
+            raise AssetError(f"features must be (k={k}, d) with d from 1 to 65535, got {x.shape}")
+        if rows is None:
+            rows = encode(x, a.codec, a.book)
+            x = decode(rows, a.codec, x.shape[1], a.book)
     except AssetError: raise
     except NeuralError as e: raise AssetError(str(e)) from None
     return _frozen(rows), _frozen(x)
@@ -219,24 +289,30 @@ def _coded(a, k):
 # %% ../nbs/api/20_asset.ipynb #ee59c712
 def _picture(what, data, most, side):
     "Bytes of a picture whose header says what it may say, and its (rows, columns)."
-    if not isinstance(data, bytes): raise AssetError(f"the {what} must be bytes of a picture, got {type(data).__name__}")
+    if not isinstance(data, bytes):
+        raise AssetError(f"the {what} must be bytes of a picture, got {type(data).__name__}")
     if len(data) > most: raise AssetError(f"the {what} takes {len(data):,} bytes; at most {most:,}")
     try: kind, rows, cols = picture_shape(data, side)
     except NeuralError as e: raise AssetError(f"the {what} is no picture that may be kept: {e}") from None
     return kind, rows, cols
 
+# %% ../nbs/api/20_asset.ipynb #ee59c712x1
 def _thumbnail(data):
     "A thumbnail, its header checked; none is fine."
     if data == b'': return data
     kind, rows, cols = _picture('thumbnail', data, 65535, 512)
-    if rows != cols or kind == 'png': raise AssetError(f"a thumbnail is a square WebP, AVIF, JPEG or JPEG XL picture, got {kind} of {rows} x {cols}")
+    if rows != cols or kind == 'png':
+        raise AssetError(f"a thumbnail is a square WebP, AVIF, JPEG or JPEG XL picture, got {kind} of {rows} x {cols}")
     return data
 
+# %% ../nbs/api/20_asset.ipynb #ee59c712x2
 def _pixels(data, k):
     "The strip of retained patches, its header checked; none is fine."
     if data == b'': return data
     kind, rows, cols = _picture('strip of patches', data, 16_000_000, 65535)
-    if kind not in ('png', 'webp') or rows != k*cols or rows*cols > 64_000_000: raise AssetError(f"the pixels of {k} patches are one lossless strip of {k} squares, got {kind} of {rows} x {cols}")
+    if kind not in ('png', 'webp') or rows != k*cols or rows*cols > 64_000_000:
+        raise AssetError(
+            f"the pixels of {k} patches are one lossless strip of {k} squares, got {kind} of {rows} x {cols}")
     return data
 
 # %% ../nbs/api/20_asset.ipynb #da72570b
@@ -257,10 +333,12 @@ def from_graphs(
     "An asset of the two graphs of a study (NEURAL, sec. 2.3)."
     shape = len(knowledge), len(visual)
     g = np.zeros(shape) if grounding is None else np.asarray(grounding, np.float32)
-    if g.shape != shape: raise AssetError(f"grounding has shape {g.shape}, expected one weight per concept and retained patch {shape}")
+    if g.shape != shape:
+        raise AssetError(f"grounding has shape {g.shape}, expected one weight per concept and retained patch {shape}")
     ties = grounding_links(g)
-    return cls(study_id, track, visual.grid, visual.patches, visual.relevance, visual.features, knowledge.concepts, knowledge.assertions,
-               knowledge.relations, np.argwhere(ties > 0), ties[ties > 0], dict(provenance or {}), codec, book, thumbnail, pixels, knowledge.certainty)
+    return cls(study_id, track, visual.grid, visual.patches, visual.relevance, visual.features, knowledge.concepts,
+               knowledge.assertions, knowledge.relations, np.argwhere(ties > 0), ties[ties > 0],
+               dict(provenance or {}), codec, book, thumbnail, pixels, knowledge.certainty)
 
 # %% ../nbs/api/20_asset.ipynb #9459eb66
 @patch
@@ -270,7 +348,10 @@ def graphs(
     "The graphs that an asset stands for (DESIGN of this companion, sec. 4)."
     ties = np.zeros((len(self.concepts), len(self.patches)), np.float32)
     ties[self.grounding[:, 0], self.grounding[:, 1]] = self.weights
-    return visual_graph(self.patches, self.features, self.relevance, self.grid, repeats=True), knowledge_from(self.concepts, self.assertions, self.relations, self.certainty if len(self.certainty) else None), ties
+    return (
+        visual_graph(self.patches, self.features, self.relevance, self.grid, repeats=True),
+        knowledge_from(self.concepts, self.assertions, self.relations, self.certainty if len(self.certainty) else None),
+        ties)
 
 # %% ../nbs/api/20_asset.ipynb #78873641
 @patch
@@ -288,9 +369,12 @@ _HEADER = struct.Struct('<4sHBBBBHHHHHHHHI')
 def _layout(grid, k, width, m, r, g, certain=False):
     "Name, dtype and shape of each array of the payload, in order."
     u = lambda below: 'u1' if below <= 256 else '<u2'
-    return [('patches', u(grid[0]*grid[1]), (k,)), ('relevance', '<f2', (k,)), ('features', 'u1', (k, width)), ('concepts', '<u2', (m,)), ('assertions', 'u1', (m,)),
-            *[('certainty', 'u1', (m,))]*certain, ('ends', u(m), (r, 2)), ('types', 'u1', (r,)), ('tied', u(m), (g,)), ('to', u(k), (g,)), ('weights', '<f2', (g,))]
+    return [('patches', u(grid[0] * grid[1]), (k,)), ('relevance', '<f2', (k,)), ('features', 'u1', (k, width)),
+            ('concepts', '<u2', (m,)), ('assertions', 'u1', (m,)), *[('certainty', 'u1', (m,))] * certain,
+            ('ends', u(m), (r, 2)), ('types', 'u1', (r,)), ('tied', u(m), (g,)), ('to', u(k), (g,)),
+            ('weights', '<f2', (g,))]
 
+# %% ../nbs/api/20_asset.ipynb #0ec7e0b6x1
 def _digest(data): return hashlib.blake2b(data, digest_size=8).digest()
 
 # %% ../nbs/api/20_asset.ipynb #92704679
@@ -300,11 +384,16 @@ def to_bytes(
 ) -> bytes:        # the whole asset; the last 8 bytes are its checksum
     "Writes the asset for the wire (DESIGN of this companion, sec. 4)."
     key, prov = self.study_id.encode(), json.dumps(self.provenance, separators=(',', ':')).encode()
-    (k, d), m, r, g, codes = self.features.shape, len(self.concepts), len(self.relations), len(self.grounding), self.codes
-    head = _HEADER.pack(b'NRLA', 3 if len(self.certainty) else 2, CODECS.index(self.codec), TRACKS.index(self.track), *self.grid, k, d, m, r, g, len(key), len(prov), len(self.thumbnail), len(self.pixels))
-    arrays = dict(features=codes, ends=self.relations[:, :2], types=self.relations[:, 2], tied=self.grounding[:, 0], to=self.grounding[:, 1])
-    body = b''.join(np.asarray(arrays.get(n, getattr(self, n, None))).astype(t).tobytes() for n, t, _ in _layout(self.grid, k, codes.shape[1], m, r, g, len(self.certainty) > 0))
-    return (data := head + key + prov + (bytes.fromhex(self.book.hash) if self.book else b'') + body + self.thumbnail + self.pixels) + _digest(data)
+    (k, d), m, r, g, codes = (self.features.shape, len(self.concepts), len(self.relations), len(self.grounding),
+                              self.codes)
+    head = _HEADER.pack(b'NRLA', 3 if len(self.certainty) else 2, CODECS.index(self.codec), TRACKS.index(self.track),
+                        *self.grid, k, d, m, r, g, len(key), len(prov), len(self.thumbnail), len(self.pixels))
+    arrays = dict(features=codes, ends=self.relations[:, :2], types=self.relations[:, 2], tied=self.grounding[:, 0],
+                  to=self.grounding[:, 1])
+    body = b''.join(np.asarray(arrays.get(n, getattr(self, n, None))).astype(t).tobytes()
+                    for n, t, _ in _layout(self.grid, k, codes.shape[1], m, r, g, len(self.certainty) > 0))
+    return (data := head + key + prov + (bytes.fromhex(self.book.hash) if self.book else b'') + body + self.thumbnail
+            + self.pixels) + _digest(data)
 
 # %% ../nbs/api/20_asset.ipynb #cc8f6836
 @patch(cls_method=True)
@@ -315,20 +404,27 @@ def from_bytes(
 ) -> StudyAsset:     # the asset, every field checked
     "Reads an asset, or says why not (DESIGN of this companion, sec. 4)."
     data = bytes(data)
-    if len(data) < _HEADER.size + 8 or data[:4] != b'NRLA': raise AssetError("these bytes are no study asset: the first four are not NRLA, or it is cut short")
+    if len(data) < _HEADER.size + 8 or data[:4] != b'NRLA':
+        raise AssetError("these bytes are no study asset: the first four are not NRLA, or it is cut short")
     if data[4:6] == b'\1\0': return _read_1(cls, data)
     _, version, codec, track, rows, cols, k, d, m, r, g, *lengths = _HEADER.unpack_from(data)
-    if not 2 <= version <= SCHEMA_VERSION: raise AssetError(f"asset of schema version {version}; this library reads 1 to {SCHEMA_VERSION}")
-    if codec >= len(CODECS) or track >= len(TRACKS): raise AssetError(f"asset with unknown codec {codec} or track {track}")
+    if not 2 <= version <= SCHEMA_VERSION:
+        raise AssetError(f"asset of schema version {version}; this library reads 1 to {SCHEMA_VERSION}")
+    if codec >= len(CODECS) or track >= len(TRACKS):
+        raise AssetError(f"asset with unknown codec {codec} or track {track}")
     name = CODECS[codec]
     if name not in FITTED: book = None
-    elif book is None: raise AssetError(f"an asset coded as {name} is read with the codebook of its store: give book=store.book")
+    elif book is None:
+        raise AssetError(f"an asset coded as {name} is read with the codebook of its store: give book=store.book")
     try: layout = _layout((rows, cols), k, check_codec(name, d, book), m, r, g, version == 3)
     except NeuralError as e: raise AssetError(str(e)) from None
-    expected = _HEADER.size + sum(lengths) + 8*(name in FITTED) + sum(np.dtype(t).itemsize*_size(s) for _, t, s in layout) + 8
-    if expected != len(data): raise AssetError(f"asset of {len(data)} bytes, but its header speaks of {expected}: cut short or damaged")
+    expected = (_HEADER.size + sum(lengths) + 8 * (name in FITTED)
+                + sum(np.dtype(t).itemsize * _size(s) for _, t, s in layout) + 8)
+    if expected != len(data):
+        raise AssetError(f"asset of {len(data)} bytes, but its header speaks of {expected}: cut short or damaged")
     if _digest(data[:-8]) != data[-8:]: raise AssetError("asset checksum does not match: damaged")
-    asset = cls(**_payload(data, layout, lengths, name, d, book), track=TRACKS[track], grid=(rows, cols), codec=name, book=book)
+    asset = cls(
+        **_payload(data, layout, lengths, name, d, book), track=TRACKS[track], grid=(rows, cols), codec=name, book=book)
     if asset.to_bytes() != data: raise AssetError("asset is not in the one form that this library writes")
     return asset
 
@@ -346,19 +442,24 @@ def _payload(data, layout, lengths, codec, dim, book):
     at = _HEADER.size + nkey + nprov
     fields, arrays = _words(data[_HEADER.size:at], nkey), {}
     if book is not None:
-        if data[at:at+8].hex() != book.hash: raise AssetError(f"asset coded with codebook {data[at:at+8].hex()}, this one is {book.hash}")
+        if data[at:at+8].hex() != book.hash:
+            raise AssetError(f"asset coded with codebook {data[at:at+8].hex()}, this one is {book.hash}")
         at += 8
     for name, dtype, shape in layout:
         arrays[name] = np.frombuffer(data, dtype, _size(shape), at).reshape(shape)
         at += arrays[name].nbytes
     features = Codes(arrays.pop('features'), dim)
-    relations, grounding = np.column_stack([arrays.pop('ends'), arrays.pop('types')]), np.column_stack([arrays.pop('tied'), arrays.pop('to')])
-    return {**fields, **arrays, 'features': features, 'relations': relations, 'grounding': grounding, 'thumbnail': data[at:at+nthumb], 'pixels': data[at+nthumb:at+nthumb+npixels]}
+    relations, grounding = np.column_stack([arrays.pop('ends'), arrays.pop('types')]), np.column_stack(
+        [arrays.pop('tied'), arrays.pop('to')])
+    return {**fields, **arrays, 'features': features, 'relations': relations, 'grounding': grounding,
+            'thumbnail': data[at : at + nthumb], 'pixels': data[at + nthumb : at + nthumb + npixels]}
 
+# %% ../nbs/api/20_asset.ipynb #b7d155d8x1
 def _words(data, nkey):
     "Key and provenance, the two fields that are text."
     try: key, prov = data[:nkey].decode(), json.loads(data[nkey:])
-    except (ValueError, RecursionError) as e: raise AssetError(f"asset with an unreadable key or provenance: {type(e).__name__}") from None
+    except (ValueError, RecursionError) as e:
+        raise AssetError(f"asset with an unreadable key or provenance: {type(e).__name__}") from None
     if not isinstance(prov, dict): raise AssetError("asset whose provenance is no table of fields")
     return {'study_id': key, 'provenance': prov}
 
@@ -368,15 +469,20 @@ _HEADER_1 = struct.Struct('<4sHBBHHIIIIIHH')
 def _layout_1(codec, k, d, m, r, g):
     "Name, dtype and shape of each array of a version 1 payload, in order."
     feats = [('codes', 'i1', (k, d)), ('scales', '<f4', (k,))] if codec == 'int8' else [('features', '<f2', (k, d))]
-    return [('patches', '<u2', (k,)), ('relevance', '<f2', (k,)), *feats, ('concepts', '<u2', (m,)), ('assertions', 'u1', (m,)), ('relations', '<u2', (r, 3)), ('grounding', '<u2', (g, 2)), ('weights', '<f2', (g,))]
+    return [('patches', '<u2', (k,)), ('relevance', '<f2', (k,)), *feats, ('concepts', '<u2', (m,)),
+            ('assertions', 'u1', (m,)), ('relations', '<u2', (r, 3)), ('grounding', '<u2', (g, 2)),
+            ('weights', '<f2', (g,))]
 
+# %% ../nbs/api/20_asset.ipynb #e734cfc1x1
 def _bytes_1(a):
     "An asset as version 1 wrote it, to compare its checksum."
     key, prov = a.study_id.encode(), json.dumps(a.provenance, separators=(',', ':')).encode()
     (k, d), m, r, g = a.features.shape, len(a.concepts), len(a.relations), len(a.grounding)
     arrays = dict(zip(('codes', 'scales'), quantise(a.features))) if a.codec == 'int8' else {}
-    head = _HEADER_1.pack(b'NRLA', 1, CODECS.index(a.codec), TRACKS.index(a.track), *a.grid, k, d, m, r, g, len(key), len(prov))
-    body = b''.join(np.asarray(arrays.get(n, getattr(a, n, None))).astype(t).tobytes() for n, t, _ in _layout_1(a.codec, k, d, m, r, g))
+    head = _HEADER_1.pack(
+        b'NRLA', 1, CODECS.index(a.codec), TRACKS.index(a.track), *a.grid, k, d, m, r, g, len(key), len(prov))
+    body = b''.join(np.asarray(arrays.get(n, getattr(a, n, None))).astype(t).tobytes()
+                    for n, t, _ in _layout_1(a.codec, k, d, m, r, g))
     return (data := head + key + prov + body) + _digest(data)
 
 # %% ../nbs/api/20_asset.ipynb #2ced8bd9
@@ -384,10 +490,12 @@ def _read_1(cls, data):
     "Reads an asset of version 1, with the same care."
     if len(data) < _HEADER_1.size + 8: raise AssetError("these bytes are no study asset: it is cut short")
     _, _, codec, track, rows, cols, k, d, m, r, g, nkey, nprov = _HEADER_1.unpack_from(data)
-    if codec > 1 or track >= len(TRACKS): raise AssetError(f"asset of version 1 with unknown codec {codec} or track {track}")
+    if codec > 1 or track >= len(TRACKS):
+        raise AssetError(f"asset of version 1 with unknown codec {codec} or track {track}")
     layout, at = _layout_1(CODECS[codec], k, d, m, r, g), _HEADER_1.size + nkey + nprov
     expected = at + sum(np.dtype(t).itemsize*_size(s) for _, t, s in layout) + 8
-    if expected != len(data): raise AssetError(f"asset of {len(data)} bytes, but its header speaks of {expected}: cut short or damaged")
+    if expected != len(data):
+        raise AssetError(f"asset of {len(data)} bytes, but its header speaks of {expected}: cut short or damaged")
     if _digest(data[:-8]) != data[-8:]: raise AssetError("asset checksum does not match: damaged")
     fields = _words(data[_HEADER_1.size:at], nkey)
     for name, dtype, shape in layout:
@@ -406,6 +514,7 @@ def _concept(asset, i, vocabulary):
     name = vocabulary[c] if vocabulary is not None and c < len(vocabulary) else f"concept {c}"
     return name, ASSERTIONS[asset.assertions[i]]
 
+# %% ../nbs/api/20_asset.ipynb #11fe9493x1
 def _sure(asset, i):
     "How probable the label head holds a concept, in words; '' where nothing is known."
     p = certainty_share(asset.certainty, len(asset.concepts))[i]
@@ -418,11 +527,20 @@ def describe(
 ) -> str:              # several lines of plain text
     "What an asset holds, in words (this companion's choice)."
     a, (rows, cols) = asset, asset.grid
-    lines = [f"study {a.study_id}, {a.track}, {len(a.to_bytes())} bytes", f"{len(a.patches)} of {rows*cols} patches ({rows} x {cols}), {a.features.shape[1]} numbers each as {a.codec}"]
-    lines += [f"  patch {p:4}  row {p//cols:2}  column {p%cols:2}  relevance {w:.4f}" for p, w in zip(a.patches.tolist(), a.relevance)]
-    lines += [f"{len(a.concepts)} concepts"] + ["  {}: {}".format(*_concept(a, i, vocabulary)) + _sure(a, i) for i in range(len(a.concepts))]
-    lines += [f"{len(a.relations)} relations"] + [f"  {_concept(a, h, vocabulary)[0]} {RELATIONS[t]} {_concept(a, s, vocabulary)[0]}" for h, s, t in a.relations]
-    return '\n'.join(lines + [f"{len(a.grounding)} grounding edges", ', '.join(f"{k} {v}" for k, v in a.provenance.items()) or 'no provenance'])
+    lines = [
+        f"study {a.study_id}, {a.track}, {len(a.to_bytes())} bytes",
+        f"{len(a.patches)} of {rows*cols} patches ({rows} x {cols}), {a.features.shape[1]} numbers each as {a.codec}"]
+    lines += [f"  patch {p:4}  row {p//cols:2}  column {p%cols:2}  relevance {w:.4f}"
+              for p, w in zip(a.patches.tolist(), a.relevance)]
+    lines += [f"{len(a.concepts)} concepts"] + [
+        "  {}: {}".format(*_concept(a, i, vocabulary)) + _sure(a, i) for i in range(len(a.concepts))]
+    lines += [f"{len(a.relations)} relations"] + [
+        f"  {_concept(a, h, vocabulary)[0]} {RELATIONS[t]} {_concept(a, s, vocabulary)[0]}" for h, s, t in a.relations]
+    return '\n'.join(
+        lines
+        + [f"{len(a.grounding)} grounding edges",
+           ', '.join(f"{k} {v}" for k, v in a.provenance.items()) or 'no provenance']
+    )
 
 # %% ../nbs/api/20_asset.ipynb #9afbefc1
 _COLOURS = dict(present='#0b6e4f', uncertain='#9a6700', absent='#a40e26')
@@ -434,10 +552,14 @@ def asset_svg(
     "Draws the token grid with the retained patches (this companion's choice)."
     rows, cols = asset.grid
     u, top = side/max(rows, cols), float(asset.relevance.max()) or 1.
-    cells = ''.join(f'<rect x="{p%cols*u:.1f}" y="{p//cols*u:.1f}" width="{u:.1f}" height="{u:.1f}" fill="#1f5fa8" fill-opacity="{.3+.7*float(w)/top:.2f}"><title>patch {p}, relevance {w:.4f}</title></rect>' for p, w in zip(asset.patches.tolist(), asset.relevance))
-    lines = ''.join(f'<path d="M{i*u:.1f} 0V{rows*u:.1f}"/>' for i in range(cols+1)) + ''.join(f'<path d="M0 {i*u:.1f}H{cols*u:.1f}"/>' for i in range(rows+1))
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{len(asset.patches)} retained patches on a grid of {rows} by {cols}" width="{cols*u+1:.0f}" height="{rows*u+1:.0f}" viewBox="-.5 -.5 {cols*u+1:.1f} {rows*u+1:.1f}">'
-            f'{cells}<g stroke="#888" stroke-width=".4">{lines}</g></svg>')
+    cells = ''.join(f'<rect x="{p%cols*u:.1f}" y="{p//cols*u:.1f}" width="{u:.1f}" height="{u:.1f}" fill="#1f5fa8"'
+                    f' fill-opacity="{.3+.7*float(w)/top:.2f}"><title>patch {p}, relevance {w:.4f}</title></rect>'
+                    for p, w in zip(asset.patches.tolist(), asset.relevance))
+    lines = ''.join(f'<path d="M{i*u:.1f} 0V{rows*u:.1f}"/>' for i in range(cols + 1)) + ''.join(
+        f'<path d="M0 {i*u:.1f}H{cols*u:.1f}"/>' for i in range(rows + 1))
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{len(asset.patches)} retained patches on a'
+            f' grid of {rows} by {cols}" width="{cols*u+1:.0f}" height="{rows*u+1:.0f}" viewBox="-.5 -.5 {cols*u+1:.1f}'
+            f' {rows*u+1:.1f}">{cells}<g stroke="#888" stroke-width=".4">{lines}</g></svg>')
 
 # %% ../nbs/api/20_asset.ipynb #60b479e0
 def asset_html(
@@ -447,11 +569,16 @@ def asset_html(
     "The asset as grid and concept table (this companion's choice)."
     def row(i):
         name, said = _concept(asset, i, vocabulary)
-        return f'<tr><td style="text-align:left">{html.escape(name)}</td><td style="text-align:left;color:{_COLOURS[said]}">{said}{_sure(asset, i)}</td></tr>'
+        return (f'<tr><td style="text-align:left">{html.escape(name)}</td><td'
+                f' style="text-align:left;color:{_COLOURS[said]}">{said}{_sure(asset, i)}</td></tr>')
     table = ''.join(map(row, range(len(asset.concepts)))) or '<tr><td>no concepts</td></tr>'
-    return (f'<div style="display:flex;gap:1.5em;align-items:flex-start">{asset_svg(asset)}<div><b>{html.escape(asset.study_id)}</b>, {asset.track}, {len(asset.patches)} of {asset.grid[0]*asset.grid[1]} patches, '
-            f'{len(asset.to_bytes())} bytes<table><tr><th style="text-align:left">concept</th><th style="text-align:left">assertion</th></tr>{table}</table></div></div>')
+    patches, size = f'{len(asset.patches)} of {asset.grid[0]*asset.grid[1]} patches', len(asset.to_bytes())
+    head = f'<b>{html.escape(asset.study_id)}</b>, {asset.track}, {patches}, {size} bytes'
+    columns = ''.join(f'<th style="text-align:left">{name}</th>' for name in ('concept', 'assertion'))
+    return (f'<div style="display:flex;gap:1.5em;align-items:flex-start">{asset_svg(asset)}'
+            f'<div>{head}<table><tr>{columns}</tr>{table}</table></div></div>')
 
+# %% ../nbs/api/20_asset.ipynb #60b479e0x1
 @patch
 def _repr_html_(self: StudyAsset): return asset_html(self)
 
@@ -459,22 +586,31 @@ def _repr_html_(self: StudyAsset): return asset_html(self)
 def _list(kind): return pa.list_(pa.field('element', kind))       # Parquet's own name for the items of a list
 
 # %% ../nbs/api/20_asset.ipynb #b7126afc
-_FIELDS = [('study_id', pa.string()), ('patches', _list(pa.uint16())), ('relevance', _list(pa.float16())), ('features', pa.binary()), ('concepts', _list(pa.uint16())), ('assertions', _list(pa.uint8())),
-           ('relations', _list(pa.uint16())), ('grounding', _list(pa.uint16())), ('weights', _list(pa.float16())), ('thumbnail', pa.binary()), ('pixels', pa.binary()), ('checksum', pa.binary(8))]
+_FIELDS = [('study_id', pa.string()), ('patches', _list(pa.uint16())), ('relevance', _list(pa.float16())),
+           ('features', pa.binary()), ('concepts', _list(pa.uint16())), ('assertions', _list(pa.uint8())),
+           ('relations', _list(pa.uint16())), ('grounding', _list(pa.uint16())), ('weights', _list(pa.float16())),
+           ('thumbnail', pa.binary()), ('pixels', pa.binary()), ('checksum', pa.binary(8))]
 SHARD_SCHEMA = pa.schema(_FIELDS)
-_CERTAIN = pa.schema(_FIELDS[:6] + [('certainty', _list(pa.uint8()))] + _FIELDS[6:])      # of a store whose concepts carry one
-_SCHEMA_1 = pa.schema([f for f in _FIELDS[:4]] + [('scales', _list(pa.float32()))] + [f for f in _FIELDS[4:9]] + _FIELDS[-1:])
+# of a store whose concepts carry one
+_CERTAIN = pa.schema(_FIELDS[:6] + [('certainty', _list(pa.uint8()))] + _FIELDS[6:])
+_SCHEMA_1 = pa.schema(
+    [f for f in _FIELDS[:4]] + [('scales', _list(pa.float32()))] + [f for f in _FIELDS[4:9]] + _FIELDS[-1:])
 
 def _schema(version): return {1: _SCHEMA_1, 2: SHARD_SCHEMA, 3: _CERTAIN}[version]
 
+# %% ../nbs/api/20_asset.ipynb #b7126afcx1
 def to_table(
     assets: list,     # of one grid, dim, codec, track and provenance
     certain=False,    # with a column of certainties, empty where an asset has none
 ) -> pa.Table:        # one row per asset; features as rows of codes (chapter 19), pairs and triples flattened
     "Assets as an Arrow table (this companion's choice)."
     schema = _schema(3 if certain else 2)
-    rows = [[a.study_id, a.patches.tolist(), a.relevance.tolist(), a.codes.tobytes(), a.concepts.tolist(), a.assertions.tolist(), *[a.certainty.tolist()]*certain, a.relations.ravel().tolist(),
-             a.grounding.ravel().tolist(), a.weights.tolist(), a.thumbnail, a.pixels, a.to_bytes()[-8:]] for a in assets]
+    rows = [
+        [a.study_id, a.patches.tolist(), a.relevance.tolist(), a.codes.tobytes(), a.concepts.tolist(),
+         a.assertions.tolist(), *[a.certainty.tolist()] * certain, a.relations.ravel().tolist(),
+         a.grounding.ravel().tolist(), a.weights.tolist(), a.thumbnail, a.pixels, a.to_bytes()[-8:]]
+        for a in assets
+    ]
     return pa.table([pa.array(column, f.type) for column, f in zip(zip(*rows), schema)], schema=schema)
 
 # %% ../nbs/api/20_asset.ipynb #a8e21fd5
@@ -483,18 +619,26 @@ def _varint(data, at):
     value = shift = 0
     while True:
         if at >= len(data) or shift > 63: raise ValueError("a number cut short")
-        byte = data[at]; at += 1
-        value |= (byte & 127) << shift; shift += 7
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        shift += 7
         if byte < 128: return value, at
 
+# %% ../nbs/api/20_asset.ipynb #a8e21fd5x1
 def _thrift(data, at, kind=12, depth=0):
-    "A value of Thrift's compact protocol, and where it ends: structs as {field: value}, lists as lists, bytes as their length."
+    """A value of Thrift's compact protocol, and where it ends: structs as {field: value}, lists as lists, bytes as
+    their length."""
     if depth > 10 or at > len(data): raise ValueError("nested too deeply, or cut short")
     if kind in (1, 2): return kind == 1, at
     if kind == 3: return data[at:at+1], at + 1
-    if kind in (4, 5, 6): z, at = _varint(data, at); return (z >> 1) ^ -(z & 1), at
+    if kind in (4, 5, 6):
+        z, at = _varint(data, at)
+        return (z >> 1) ^ -(z & 1), at
     if kind == 7: return None, at + 8
-    if kind == 8: n, at = _varint(data, at); return n, at + n
+    if kind == 8:
+        n, at = _varint(data, at)
+        return n, at + n
     if kind in (9, 10): return _thrift_list(data, at, depth)
     if kind == 12: return _thrift_struct(data, at, depth)
     raise ValueError(f"a field of unknown type {kind}")
@@ -514,44 +658,64 @@ def _thrift_list(data, at, depth):
         out.append(value)
     return out, at
 
+# %% ../nbs/api/20_asset.ipynb #bd40aa22x1
 def _thrift_struct(data, at, depth):
     "The fields of a struct by their numbers."
     out, field, end = {}, 0, len(data)
     while True:
         if at >= end: raise ValueError("a struct cut short")
-        head = data[at]; at += 1
+        head = data[at]
+        at += 1
         if head == 0: return out, at
         if head >> 4: field += head >> 4
-        else: z, at = _varint(data, at); field = (z >> 1) ^ -(z & 1)
+        else:
+            z, at = _varint(data, at)
+            field = (z >> 1) ^ -(z & 1)
         kind = head & 15
-        if kind in (5, 6) and at < end and data[at] < 128: z = data[at]; at += 1; out[field] = (z >> 1) ^ -(z & 1)      # most numbers take one byte
+        # most numbers take one byte
+        if kind in (5, 6) and at < end and data[at] < 128:
+            z = data[at]
+            at += 1
+            out[field] = (z >> 1) ^ -(z & 1)
         else: out[field], at = _thrift(data, at, kind, depth + 1)
 
 # %% ../nbs/api/20_asset.ipynb #59972df2
-MAX_SHARD, MAX_FOOTER = 2_000_000_000, 16_000_000                             # bytes of a file, and of what it says of itself
-MAX_ROWS, MAX_UNFOLDED, MAX_VALUES = 1024, 256_000_000, 4_000_000             # studies, bytes and values of one row group
+# bytes of a file, and of what it says of itself
+MAX_SHARD, MAX_FOOTER = 2_000_000_000, 16_000_000
+# studies, bytes and values of one row group
+MAX_ROWS, MAX_UNFOLDED, MAX_VALUES = 1024, 256_000_000, 4_000_000
 
 def _footer(path, columns):
-    "Row groups as [(studies, [(first byte, length, values, bytes unfolded) of each column])], from a footer whose every announced part is there."
+    """Row groups as [(studies, [(first byte, length, values, bytes unfolded) of each column])], from a footer whose
+    every announced part is there."""
     size = path.stat().st_size
     with open(path, 'rb') as f:
         if size < 12 or size > MAX_SHARD: raise ValueError(f"{size:,} bytes")
-        f.seek(size - 8); tail = f.read(8); n = int.from_bytes(tail[:4], 'little')
+        f.seek(size - 8)
+        tail = f.read(8)
+        n = int.from_bytes(tail[:4], 'little')
         if tail[4:] != b'PAR1' or n > min(size - 12, MAX_FOOTER): raise ValueError("no footer")
-        f.seek(size - 8 - n); about, end = _thrift(f.read(n), 0)
+        f.seek(size - 8 - n)
+        about, end = _thrift(f.read(n), 0)
     schema, groups = about.get(2), about.get(4)
-    if not isinstance(schema, list) or not isinstance(groups, list) or not all(isinstance(s, dict) for s in [*schema, *groups]): raise ValueError("a footer without schema or row groups")
+    if (not isinstance(schema, list) or not isinstance(groups, list)
+        or not all(isinstance(s, dict) for s in [*schema, *groups])):
+        raise ValueError("a footer without schema or row groups")
     out = [_row_group(g, columns) for g in groups]
-    if any(at < 4 or at + length > size - 8 - n for _, places in out for at, length, _, _ in places): raise ValueError("a column outside the file")
+    if any(at < 4 or at + length > size - 8 - n for _, places in out for at, length, _, _ in places):
+        raise ValueError("a column outside the file")
     if about.get(3) != sum(rows for rows, _ in out): raise ValueError("row groups that do not add up")
     return out
 
+# %% ../nbs/api/20_asset.ipynb #59972df2x1
 def _row_group(g, columns):
     "Studies of a row group, and where its columns are."
     chunks = [c.get(3) if isinstance(c, dict) else None for c in g.get(1)] if isinstance(g.get(1), list) else []
-    if len(chunks) != columns or not all(isinstance(m, dict) and {1, 3, 4, 5, 6, 7, 9} <= set(m) for m in chunks): raise ValueError("a row group without its columns")
+    if len(chunks) != columns or not all(isinstance(m, dict) and {1, 3, 4, 5, 6, 7, 9} <= set(m) for m in chunks):
+        raise ValueError("a row group without its columns")
     numbers = [g.get(3), *(m[i] for m in chunks for i in (5, 6, 7, 9)), *(m[11] for m in chunks if 11 in m)]
-    if any(type(n) is not int or n < 0 for n in numbers) or not 0 < g[3] <= MAX_ROWS: raise ValueError("a row group that does not say what it holds")
+    if any(type(n) is not int or n < 0 for n in numbers) or not 0 < g[3] <= MAX_ROWS:
+        raise ValueError("a row group that does not say what it holds")
     return g[3], [(min(m[9], m.get(11, m[9])), m[7], m[5], m[6]) for m in chunks]
 
 # %% ../nbs/api/20_asset.ipynb #996dc4a9
@@ -564,57 +728,85 @@ def told(
     except OSError as e: raise AssetError(f"{what}, {system_reason(e)}") from e
 
 # %% ../nbs/api/20_asset.ipynb #8feb8edb
-_META = dict(format=str, schema_version=int, track=str, codec=str, grid=list, dim=int, vocabulary=list, kinds=dict, provenance=dict, codebook=str, loss=float, generation=int, settings=dict)
+_META = dict(format=str, schema_version=int, track=str, codec=str, grid=list, dim=int, vocabulary=list, kinds=dict,
+             provenance=dict, codebook=str, loss=float, generation=int, settings=dict)
 _META_2 = dict(codebook='', loss=0.0, generation=0)      # what version 1 did not have
 HEAD, _OLD_HEAD, _OLD_BOOK, _SAID = 'store.parquet', 'store.json', 'codebook.safetensors', 'neural-asset-store'
 
 def _read_meta(folder):
     "The checked content of a store's head, and its codebook's bytes, or one line that says why the folder is no store."
     with told(f"{folder.name} cannot be read"): text, book = _head_text(folder)
-    try: meta = json.loads(text)
-    except (ValueError, RecursionError): raise AssetError(f"{folder.name}: what the store says of itself is not JSON: not an asset store, or damaged") from None
-    if not isinstance(meta, dict) or meta.get('format') != _SAID: raise AssetError(f"{folder.name} is not an asset store: its head belongs to something else")
-    if type(version := meta.get('schema_version')) is not int or not 0 < version <= SCHEMA_VERSION: raise AssetError(f"{folder.name} has schema version {str(version)[:20]}; this library reads 1 to {SCHEMA_VERSION}")
-    if set(meta) - {'settings'} != set(_META) - {'settings'} - set(_META_2 if version == 1 else ()): raise AssetError(f"{folder.name}: the store's head has missing or foreign fields")
+    try:
+        meta = json.loads(text)
+    except (ValueError, RecursionError):
+        raise AssetError(
+            f"{folder.name}: what the store says of itself is not JSON: not an asset store, or damaged") from None
+    if not isinstance(meta, dict) or meta.get('format') != _SAID:
+        raise AssetError(f"{folder.name} is not an asset store: its head belongs to something else")
+    if type(version := meta.get('schema_version')) is not int or not 0 < version <= SCHEMA_VERSION:
+        raise AssetError(
+            f"{folder.name} has schema version {str(version)[:20]}; this library reads 1 to {SCHEMA_VERSION}")
+    if set(meta) - {'settings'} != set(_META) - {'settings'} - set(_META_2 if version == 1 else ()):
+        raise AssetError(f"{folder.name}: the store's head has missing or foreign fields")
     meta = {**_META_2, 'settings': {}, **meta}
-    if any(type(meta[k]) is not t for k, t in _META.items()): raise AssetError(f"{folder.name}: the store's head has mistyped fields")
+    if any(type(meta[k]) is not t for k, t in _META.items()):
+        raise AssetError(f"{folder.name}: the store's head has mistyped fields")
     return _check_meta(meta), book
 
 # %% ../nbs/api/20_asset.ipynb #ffe6f892
 def _check_meta(meta):
     "The fields of a head, each within its bounds."
     words = [*meta['vocabulary'], *meta['kinds'], *meta['kinds'].values()]
-    if any(not isinstance(w, str) or len(w) > 100 for w in words) or len(meta['vocabulary']) > 65536 or len(set(meta['vocabulary'])) != len(meta['vocabulary']): raise AssetError("a vocabulary holds at most 65536 different names of up to 100 characters")
-    if meta['schema_version'] == 3 and meta['track'] != 'image-only': raise AssetError("only an image-only store carries certainties")
+    if (any(not isinstance(w, str) or len(w) > 100 for w in words) or len(meta['vocabulary']) > 65536
+        or len(set(meta['vocabulary'])) != len(meta['vocabulary'])):
+        raise AssetError("a vocabulary holds at most 65536 different names of up to 100 characters")
+    if meta['schema_version'] == 3 and meta['track'] != 'image-only':
+        raise AssetError("only an image-only store carries certainties")
     if not 0 < meta['dim'] <= 65535: raise AssetError(f"dim must lie in 1..65535, got {meta['dim']}")
-    if meta['track'] not in TRACKS or meta['codec'] not in CODECS: raise AssetError("the store's head names an unknown track or codec")
-    if bool(meta['codebook']) != (meta['codec'] in FITTED) or not re.fullmatch(r'([0-9a-f]{16})?', meta['codebook']): raise AssetError("the store's head: a fitted codec has the hash of its codebook, and only such a codec")
-    if not 0 <= meta['loss'] <= 10 or not 0 <= meta['generation'] < 10**6: raise AssetError("the store's head: loss must lie in 0..10 and generation in 0..999999")
+    if meta['track'] not in TRACKS or meta['codec'] not in CODECS:
+        raise AssetError("the store's head names an unknown track or codec")
+    if bool(meta['codebook']) != (meta['codec'] in FITTED) or not re.fullmatch(r'([0-9a-f]{16})?', meta['codebook']):
+        raise AssetError("the store's head: a fitted codec has the hash of its codebook, and only such a codec")
+    if not 0 <= meta['loss'] <= 10 or not 0 <= meta['generation'] < 10**6:
+        raise AssetError("the store's head: loss must lie in 0..10 and generation in 0..999999")
     _whole('grid', meta['grid'], 256, np.int64, (2,))
     check_provenance(meta['provenance'])
     meta['settings'] = check_settings(meta['settings'])
-    if meta['provenance'].get('vocabulary_hash', h := vocabulary_hash(meta['vocabulary'])) != h: raise AssetError("the store's head: the vocabulary is not the one its hash names")
+    if meta['provenance'].get('vocabulary_hash', h := vocabulary_hash(meta['vocabulary'])) != h:
+        raise AssetError("the store's head: the vocabulary is not the one its hash names")
     return meta
 
 # %% ../nbs/api/20_asset.ipynb #3ead8a09
 def _head(meta, book=None):
-    "The bytes of a head: a Parquet file without rows that says what is common to all, and holds the codebook before its footer."
+    """The bytes of a head: a Parquet file without rows that says what is common to all, and holds the codebook before
+    its footer."""
     out, said = pa.BufferOutputStream(), {k: v for k, v in meta.items() if k != 'settings' or v}
-    with pq.ParquetWriter(out, _CERTAIN if meta['schema_version'] == 3 else SHARD_SCHEMA, store_schema=False) as f: f.add_key_value_metadata({_SAID: json.dumps(said, separators=(',', ':'))})
+    with pq.ParquetWriter(out, _CERTAIN if meta['schema_version'] == 3 else SHARD_SCHEMA, store_schema=False) as f:
+        f.add_key_value_metadata({_SAID: json.dumps(said, separators=(',', ':'))})
     data = out.getvalue().to_pybytes()
     return data[:4] + (book_bytes(book) if book else b'') + data[4:]
 
+# %% ../nbs/api/20_asset.ipynb #3ead8a09x1
 def _head_text(folder):
-    "What a head says, as text, and the bytes of its codebook; the head of before has its codebook in a file of its own."
+    """What a head says, as text, and the bytes of its codebook; the head of before has its codebook in a file of its
+    own."""
     path = folder/(HEAD if os.path.lexists(folder/HEAD) else _OLD_HEAD)
     if not path.is_file(): raise AssetError(f"{folder.name} is not an asset store: it has no {HEAD}")
-    if path.is_symlink() or path.stat().st_size > MAX_FOOTER + (MAX_BOOK if path.name == HEAD else 0): raise AssetError(f"{folder.name}/{path.name} is a link or too large: not an asset store")
+    if path.is_symlink() or path.stat().st_size > MAX_FOOTER + (MAX_BOOK if path.name == HEAD else 0):
+        raise AssetError(f"{folder.name}/{path.name} is a link or too large: not an asset store")
     if path.name == _OLD_HEAD: return path.read_bytes(), None
     try:
         if _footer(path, len(SHARD_SCHEMA)): raise ValueError("a head with studies")
         data = path.read_bytes()
-        said = pq.ParquetFile(pa.BufferReader(data), thrift_string_size_limit=16_000_000, thrift_container_size_limit=1_000_000).metadata.metadata or {}
-    except (pa.ArrowException, ValueError, IndexError) as e: raise AssetError(f"{folder.name}/{HEAD} is damaged or no head of a store ({type(e).__name__}); fetch it again") from None
+        said = (
+            pq.ParquetFile(
+                pa.BufferReader(data), thrift_string_size_limit=16_000_000, thrift_container_size_limit=1_000_000
+            ).metadata.metadata
+            or {}
+        )
+    except (pa.ArrowException, ValueError, IndexError) as e:
+        raise AssetError(
+            f"{folder.name}/{HEAD} is damaged or no head of a store ({type(e).__name__}); fetch it again") from None
     return said.get(_SAID.encode(), b''), data[4:-8 - int.from_bytes(data[-8:-4], 'little')]
 
 # %% ../nbs/api/20_asset.ipynb #399eb443
@@ -623,17 +815,24 @@ def publish_bytes(
     data: bytes,    # whole content
     rest='the store is as it was',   # what the message adds: what holds all the same
 ):
-    "Writes to a temporary name, syncs, renames: the final name never holds half a file. A full or read-only disk is one line, and nothing has changed."
-    path = Path(path); temp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    """Writes to a temporary name, syncs, renames: the final name never holds half a file. A full or read-only disk is
+    one line, and nothing has changed."""
+    path = Path(path)
+    temp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
-        with open(temp, 'wb') as f: f.write(data); f.flush(); os.fsync(f.fileno())
+        with open(temp, 'wb') as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(temp, path)
     except BaseException as e:
         with suppress(OSError): temp.unlink()                                  # what failed first is what is told
-        if isinstance(e, OSError): raise AssetError(f"{path.parent.name}/{path.name} could not be written, {system_reason(e)}; {rest}") from e
+        if isinstance(e, OSError):
+            raise AssetError(f"{path.parent.name}/{path.name} could not be written, {system_reason(e)}; {rest}") from e
         raise
     with told(f"{path.parent.name}/{path.name} is written, but the disk did not confirm it"): _sync(path.parent)
 
+# %% ../nbs/api/20_asset.ipynb #399eb443x1
 def _sync(folder):
     "Asks the disk to keep the names of a folder; some network disks know no such request."
     handle = os.open(folder, os.O_RDONLY)
@@ -658,35 +857,52 @@ def certain(self: AssetStore) -> bool:
     "Whether its concepts may carry a certainty."
     return self.version == 3
 
+# %% ../nbs/api/20_asset.ipynb #b7ca2a06x1
 @patch(as_prop=True)
 def head(self: AssetStore) -> Path:
     "The file that says what is common to all studies."
     return self.folder/(HEAD if os.path.lexists(self.folder/HEAD) else _OLD_HEAD)
 
+# %% ../nbs/api/20_asset.ipynb #b7ca2a06x2
 @patch
 def reload(self: AssetStore):
     "Reads what the store says of itself; what was read of its shards is forgotten if they are new ones."
     before, self._stamp, (self.meta, self._kept) = getattr(self, 'meta', None), self._written(), _read_meta(self.folder)
     m = self.meta
     self.vocabulary, self.kinds, self.grid, self.dim = tuple(m['vocabulary']), m['kinds'], tuple(m['grid']), m['dim']
-    self.codec, self.track, self.loss, self.version, self.provenance = m['codec'], m['track'], m['loss'], m['schema_version'], check_provenance(m['provenance'])
-    if before is None or before != m: self._found, self._index, self._broken, self._files, self._group, self.book = [], {}, [], {}, (None, None), self._read_book()
+    self.codec, self.track, self.loss, self.version, self.provenance = (
+        m['codec'], m['track'], m['loss'], m['schema_version'], check_provenance(m['provenance']))
+    if before is None or before != m:
+        self._found, self._index, self._broken, self._files, self._group, self.book = (
+            [], {}, [], {}, (None, None), self._read_book())
 
+# %% ../nbs/api/20_asset.ipynb #b7ca2a06x3
 @patch
 def _written(self: AssetStore):
     "Which head this is: another one means that the shards were merged."
-    try: s = os.stat(self.head); return s.st_ino, s.st_mtime_ns, s.st_size
+    try:
+        s = os.stat(self.head)
+        return s.st_ino, s.st_mtime_ns, s.st_size
     except OSError: return None
 
+# %% ../nbs/api/20_asset.ipynb #b7ca2a06x4
 @patch
 def _read_book(self: AssetStore):
     "The codebook of a fitted codec; None for a plain one."
     if not self.meta['codebook']:
-        if self._kept: raise AssetError(f"{self.folder.name}/{HEAD} holds {len(self._kept):,} bytes that it does not speak of: damaged, or not an asset store")
+        if self._kept:
+            raise AssetError(
+                f"{self.folder.name}/{HEAD} holds {len(self._kept):,} bytes that it does not speak of: damaged, or not"
+                " an asset store")
         return None
-    try: book = read_book(self.folder/_OLD_BOOK) if self._kept is None else book_from(self._kept, HEAD); check_codec(self.codec, self.dim, book)
-    except NeuralError as e: raise AssetError(f"{self.folder.name}: {e}") from None
-    if book.hash != self.meta['codebook']: raise AssetError(f"{self.folder.name}: the codebook is {book.hash}, the store's head names {self.meta['codebook']}")
+    try:
+        book = read_book(self.folder/_OLD_BOOK) if self._kept is None else book_from(self._kept, HEAD)
+        check_codec(self.codec, self.dim, book)
+    except NeuralError as e:
+        raise AssetError(f"{self.folder.name}: {e}") from None
+    if book.hash != self.meta['codebook']:
+        raise AssetError(
+            f"{self.folder.name}: the codebook is {book.hash}, the store's head names {self.meta['codebook']}")
     return book
 
 # %% ../nbs/api/20_asset.ipynb #00f42246
@@ -694,7 +910,8 @@ def _read_book(self: AssetStore):
 @contextmanager
 def locked(self: AssetStore):
     "Alone in the store, for as long as it is written to; waits for another writer to finish."
-    with told(f"{self.folder.name} cannot be written to"): handle = os.open(self.folder/'.lock', os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    with told(f"{self.folder.name} cannot be written to"):
+        handle = os.open(self.folder/'.lock', os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         with told(f"{self.folder.name} cannot be locked for writing"): fcntl.flock(handle, fcntl.LOCK_EX)
         self.reload()
@@ -702,7 +919,8 @@ def locked(self: AssetStore):
     finally: os.close(handle)
 
 # %% ../nbs/api/20_asset.ipynb #4aad8eae
-_DRAFT = re.compile(r'\.(shard-.*|store|codebook)\.(parquet|json|safetensors)\.\d+\.tmp')     # of a writer that was killed
+# of a writer that was killed
+_DRAFT = re.compile(r'\.(shard-.*|store|codebook)\.(parquet|json|safetensors)\.\d+\.tmp')
 
 def check_new(
     folder,    # where a store is to be made
@@ -710,14 +928,18 @@ def check_new(
     "Refuses a place for a new store that is a file, or a folder with anything in it but what a killed writer left."
     folder = Path(folder)
     with told(f"{folder.name} cannot be made a store"):
-        if os.path.lexists(folder) and (not folder.is_dir() or any(p.name != '.lock' and not _DRAFT.fullmatch(p.name) for p in folder.iterdir())): raise AssetError(f"{folder.name} exists and is not empty: a new store needs a new folder")
+        if os.path.lexists(folder) and (
+            not folder.is_dir() or any(p.name != '.lock' and not _DRAFT.fullmatch(p.name) for p in folder.iterdir())):
+            raise AssetError(f"{folder.name} exists and is not empty: a new store needs a new folder")
     return folder
 
+# %% ../nbs/api/20_asset.ipynb #4aad8eaex1
 def is_store(
     folder,    # anything
 ) -> bool:     # True if a head is there; whether it is a sound one shows when it is opened
     "Whether a folder says that it is a store."
-    with told(f"{Path(folder).name} cannot be read"): return any((Path(folder)/name).is_file() for name in (HEAD, _OLD_HEAD))
+    with told(f"{Path(folder).name} cannot be read"):
+        return any((Path(folder)/name).is_file() for name in (HEAD, _OLD_HEAD))
 
 # %% ../nbs/api/20_asset.ipynb #create01
 @patch(cls_method=True)
@@ -741,8 +963,10 @@ def create(
     try: check_codec(codec, int(dim), book)
     except NeuralError as e: raise AssetError(str(e)) from None
     prov = check_provenance({'vocabulary_hash': vocabulary_hash(vocabulary), **(provenance or {})})
-    meta = dict(format='neural-asset-store', schema_version=3 if certainty else 2, track=track, codec=codec, grid=[int(n) for n in grid], dim=int(dim), vocabulary=list(vocabulary), kinds=dict(kinds or {}),
-                provenance=prov, codebook=book.hash if book else '', loss=float(loss), generation=0, settings=dict(settings or {}))
+    meta = dict(format='neural-asset-store', schema_version=3 if certainty else 2, track=track, codec=codec,
+                grid=[int(n) for n in grid], dim=int(dim), vocabulary=list(vocabulary), kinds=dict(kinds or {}),
+                provenance=prov, codebook=book.hash if book else '', loss=float(loss), generation=0,
+                settings=dict(settings or {}))
     _check_meta(meta)
     fresh = not folder.exists()
     with told(f"{folder.name} cannot be made"): folder.mkdir(parents=True, exist_ok=True)
@@ -760,31 +984,43 @@ def shards(self: AssetStore) -> list[Path]:
     "Paths of the published shards, oldest first."
     if self._stamp != self._written(): self.reload()
     mine = None if self.version == 1 else f"{self.meta['generation']:06}"
-    with told(f"{self.folder.name} cannot be read"): found = sorted(p for p in self.folder.iterdir() if (m := _SHARD.fullmatch(p.name)) and m[1] == mine)
+    with told(f"{self.folder.name} cannot be read"):
+        found = sorted(p for p in self.folder.iterdir() if (m := _SHARD.fullmatch(p.name)) and m[1] == mine)
     for i, p in enumerate(found):
-        if p.is_symlink() or not p.is_file(): raise AssetError(f"{self.folder.name}/{p.name} is a link or no file: a store holds its own shards")
-        if int(_SHARD.fullmatch(p.name)[2]) != i: raise AssetError(f"{self.folder.name}: shard {i} is missing or doubled, found {p.name}")
+        if p.is_symlink() or not p.is_file():
+            raise AssetError(f"{self.folder.name}/{p.name} is a link or no file: a store holds its own shards")
+        if int(_SHARD.fullmatch(p.name)[2]) != i:
+            raise AssetError(f"{self.folder.name}: shard {i} is missing or doubled, found {p.name}")
     return found
 
 # %% ../nbs/api/20_asset.ipynb #f26545a6
 def _check_pages(path, start, length, values, unfolded):
     "Compares what the pages of one column say of themselves with what the footer says of them; unfolds nothing."
-    with open(path, 'rb') as f: f.seek(start); data = f.read(length)
+    with open(path, 'rb') as f:
+        f.seek(start)
+        data = f.read(length)
     at, room = 0, values
     while at < len(data):
         page, body = _thrift(data, at)
-        held = [(i, page[i].get(1)) for i in (5, 7, 8) if isinstance(page.get(i), dict)]                       # 7 is a dictionary
-        if len(held) != 1 or any(type(n) is not int or n < 0 for n in (page.get(2), page.get(3), held[0][1])): raise ValueError("a page that does not say what it holds")
+        # 7 is a dictionary
+        held = [(i, page[i].get(1)) for i in (5, 7, 8) if isinstance(page.get(i), dict)]
+        if len(held) != 1 or any(type(n) is not int or n < 0 for n in (page.get(2), page.get(3), held[0][1])):
+            raise ValueError("a page that does not say what it holds")
         if body + page[3] > len(data) or held[0][1] > room: raise ValueError("a page larger than its column")
-        values, unfolded, at = values - (held[0][1] if held[0][0] != 7 else 0), unfolded - page[2] - (body - at), body + page[3]
+        values, unfolded, at = (values - (held[0][1] if held[0][0] != 7 else 0), unfolded - page[2] - (body - at),
+                                body + page[3])
     if values or unfolded: raise ValueError("pages that are not what the footer speaks of")
 
+# %% ../nbs/api/20_asset.ipynb #f26545a6x1
 def _check_group(path, group, columns, most):
     "Refuses a row group that claims more than so many studies can need, or whose pages claim something else."
     rows, places = group
     claims = [(*places[c][2:], *most[c]) for c in columns]
-    if any(v > rows*vs or u > rows*us + 10_000 for v, u, vs, us in claims) or sum(v for v, *_ in claims) > MAX_VALUES or sum(u for _, u, *_ in claims) > MAX_UNFOLDED:
-        raise AssetError(f"{path.name} claims {sum(v for v, *_ in claims):,} values in {sum(u for _, u, *_ in claims):,} bytes for {rows:,} studies in one row group: refused")
+    if (any(v > rows * vs or u > rows * us + 10_000 for v, u, vs, us in claims)
+        or sum(v for v, *_ in claims) > MAX_VALUES or sum(u for _, u, *_ in claims) > MAX_UNFOLDED):
+        raise AssetError(
+            f"{path.name} claims {sum(v for v, *_ in claims):,} values in {sum(u for _, u, *_ in claims):,} bytes for"
+            f" {rows:,} studies in one row group: refused")
     try:
         for c in columns: _check_pages(path, *places[c])
     except ValueError as e: raise AssetError(f"{path.name} is damaged ({e}): run verify") from None
@@ -793,34 +1029,53 @@ def _check_group(path, group, columns, most):
 # %% ../nbs/api/20_asset.ipynb #13863602
 def _unreadable(path, error, what="damaged"):
     "What is told of a shard that cannot be read: the system's reason where there is one, damage where there is none."
-    if isinstance(error, OSError) and error.errno: return AssetError(f"{path.name} cannot be read, {system_reason(error)}")
+    if isinstance(error, OSError) and error.errno:
+        return AssetError(f"{path.name} cannot be read, {system_reason(error)}")
     return AssetError(f"{path.name} is {what} ({type(error).__name__}): run verify")
 
+# %% ../nbs/api/20_asset.ipynb #13863602x1
 class _Shard:
     "An open shard: its row groups, each checked before it is read."
     def __init__(self, path, schema, most, named=True):
         self.path, self.names = path, schema.names
         self.most = [most[n] for n in self.names]
-        if not path.is_file(): raise AssetError(f"{path.name} is gone: the store was merged while it was read, or a shard was lost; open it again")
+        if not path.is_file():
+            raise AssetError(
+                f"{path.name} is gone: the store was merged while it was read, or a shard was lost; open it again")
         with told(f"{path.name} cannot be read"): intact = not named or is_named(path)
-        if not intact: raise AssetError(f"{path.name} is damaged: its bytes are not those its name was given for; run verify")
-        try: self.groups, self.file = _footer(path, len(schema)), pq.ParquetFile(path, page_checksum_verification=True, thrift_string_size_limit=16_000_000, thrift_container_size_limit=1_000_000)
-        except (pa.ArrowException, OSError, ValueError) as e: raise _unreadable(path, e, "damaged or no Parquet file") from None
-        if [(c.name, str(c.type)) for c in self.file.schema_arrow] != [(c.name, str(c.type)) for c in schema]: raise AssetError(f"{path.name} does not have the columns of a shard")
+        if not intact:
+            raise AssetError(f"{path.name} is damaged: its bytes are not those its name was given for; run verify")
+        try:
+            self.groups, self.file = _footer(path, len(schema)), pq.ParquetFile(
+                path, page_checksum_verification=True, thrift_string_size_limit=16_000_000,
+                thrift_container_size_limit=1_000_000)
+        except (pa.ArrowException, OSError, ValueError) as e:
+            raise _unreadable(path, e, "damaged or no Parquet file") from None
+        if [(c.name, str(c.type)) for c in self.file.schema_arrow] != [(c.name, str(c.type)) for c in schema]:
+            raise AssetError(f"{path.name} does not have the columns of a shard")
     def column(self, name):
         for group in self.groups: _check_group(self.path, group, [self.names.index(name)], self.most)
-        try: return self.file.read(columns=[name])[name].to_pylist()
+        try:return self.file.read(columns=[name])[name].to_pylist()
         except (pa.ArrowException, OSError, ValueError) as e: raise _unreadable(self.path, e) from None
     def read(self, group, columns=None):
-        _check_group(self.path, self.groups[group], range(len(self.names)) if columns is None else [self.names.index(c) for c in columns], self.most)
-        try: table = self.file.read_row_group(group, columns=columns); table.validate(full=True); return table
-        except (pa.ArrowException, OSError, ValueError) as e: raise _unreadable(self.path, e) from None
+        _check_group(self.path, self.groups[group],
+                     range(len(self.names)) if columns is None else [self.names.index(c) for c in columns], self.most)
+        try:
+            table = self.file.read_row_group(group, columns=columns)
+            table.validate(full=True)
+            return table
+        except (pa.ArrowException, OSError, ValueError) as e:
+            raise _unreadable(self.path, e) from None
 
+# %% ../nbs/api/20_asset.ipynb #13863602x2
 def is_named(
     path: Path,   # a shard
 ) -> bool:        # True if its bytes hash to what its name says
     "Whether a shard is what it was when it was written."
-    with open(path, 'rb') as f: return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=8)).hexdigest() == _SHARD.fullmatch(path.name)[3]
+    with open(path, 'rb') as f:
+        return (
+            hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=8)).hexdigest() == _SHARD.fullmatch(path.name)[3]
+        )
 
 # %% ../nbs/api/20_asset.ipynb #35b6aefa
 @patch
@@ -832,9 +1087,14 @@ def _where(self: AssetStore, whole=True) -> dict:
         try: self._index.update(self._look(path))
         except AssetError as e: self._broken.append(str(e))
         self._found.append(path.name)
-    if whole and self._broken: why = self._broken[0]; self._found = []; raise AssetError(why)        # and look again next time
+    # and look again next time
+    if whole and self._broken:
+        why = self._broken[0]
+        self._found = []
+        raise AssetError(why)
     return self._index
 
+# %% ../nbs/api/20_asset.ipynb #35b6aefax1
 @patch
 def _look(self: AssetStore, path) -> dict:
     "Where the studies of one shard stand."
@@ -846,6 +1106,7 @@ def _look(self: AssetStore, path) -> dict:
             new[key] = (path, g, row)
     return new
 
+# %% ../nbs/api/20_asset.ipynb #35b6aefax2
 @patch
 def _open(self: AssetStore, path, named=True):
     "A shard, opened and found to be what its name says; the last ones stay open."
@@ -854,12 +1115,15 @@ def _open(self: AssetStore, path, named=True):
         self._files[path] = _Shard(path, _schema(self.version), self._most(), named)
     return self._files[path]
 
+# %% ../nbs/api/20_asset.ipynb #35b6aefax3
 @patch
 def _most(self: AssetStore) -> dict:
     "Values and bytes that one study of this store can need in each column, at most."
     n, k = 65_535, 65_535 if self.provenance.get('selection') == 'released' else self.grid[0]*self.grid[1]
-    lists = dict(patches=k, relevance=k, scales=k, concepts=n, assertions=n, certainty=n, relations=3*n, grounding=2*n, weights=n)
-    whole = dict(study_id=4*128, features=k*check_codec(self.codec, self.dim, self.book), thumbnail=65_535, pixels=16_000_000, checksum=8)
+    lists = dict(patches=k, relevance=k, scales=k, concepts=n, assertions=n, certainty=n, relations=3 * n,
+                 grounding=2 * n, weights=n)
+    whole = dict(study_id=4 * 128, features=k * check_codec(self.codec, self.dim, self.book), thumbnail=65_535,
+                 pixels=16_000_000, checksum=8)
     return {**{c: (v, 8*v) for c, v in lists.items()}, **{c: (1, b + 16) for c, b in whole.items()}}
 
 # %% ../nbs/api/20_asset.ipynb #0f39ad87
@@ -868,9 +1132,11 @@ def ids(self: AssetStore) -> list[str]:
     "Study ids in the order of writing."
     return list(self._where())
 
+# %% ../nbs/api/20_asset.ipynb #0f39ad87x1
 @patch
 def __len__(self: AssetStore): return len(self._where())
 
+# %% ../nbs/api/20_asset.ipynb #0f39ad87x2
 @patch
 def __contains__(self: AssetStore, study_id): return study_id in self._where()
 
@@ -879,13 +1145,17 @@ def __contains__(self: AssetStore, study_id): return study_id in self._where()
 def settings(self: AssetStore) -> dict:   # name -> value; None is unknown
     "All that is known of how the studies of this store were made (this companion's choice)."
     p = self.provenance
-    made = dict(network=p.get('model_hash'), vocabulary=vocabulary_hash(self.vocabulary), track=self.track, codec=self.codec, codebook=self.meta['codebook'] or 'none', fusion=p.get('fusion'), selection=p.get('selection'), share=p.get('keep_ratio'))
+    made = dict(network=p.get('model_hash'), vocabulary=vocabulary_hash(self.vocabulary), track=self.track,
+                codec=self.codec, codebook=self.meta['codebook'] or 'none', fusion=p.get('fusion'),
+                selection=p.get('selection'), share=p.get('keep_ratio'))
     return {**made, **{name: self.meta['settings'].get(name) for name in SETTINGS}}
 
+# %% ../nbs/api/20_asset.ipynb #4612c673x1
 @patch
 def _evident(self: AssetStore, wanted) -> dict:
     "What the first study shows of settings that are not written down; what agrees with the wanted value is that value."
-    unknown, ids = [n for n in ('key', 'keep', 'thumbnail', 'pixels') if n in wanted and self.settings[n] is None], self.ids
+    unknown, ids = [
+        n for n in ('key', 'keep', 'thumbnail', 'pixels') if n in wanted and self.settings[n] is None], self.ids
     if not unknown or not ids: return {}
     a = self[ids[0]]
     plain = dict(key='none', keep=len(a.patches), thumbnail=0, pixels=False)
@@ -898,20 +1168,30 @@ def _evident(self: AssetStore, wanted) -> dict:
 def check(self: AssetStore,
     wanted: dict,   # settings that the store is to be continued with, see `settings`; those it does not know pass
 ):
-    "Refuses to go on with other settings than the store was begun with, naming each with both values (this companion's choice)."
+    """Refuses to go on with other settings than the store was begun with, naming each with both values (this
+    companion's choice)."""
     wanted = {n: v for n, v in wanted.items() if n != 'datasets'}
-    if strange := set(wanted) - set(self.settings): raise AssetError(f"no such setting: {', '.join(sorted(map(str, strange)))[:60]}; a store has {', '.join(self.settings)}")
+    if strange := set(wanted) - set(self.settings):
+        raise AssetError(
+            f"no such setting: {', '.join(sorted(map(str, strange)))[:60]}; a store has {', '.join(self.settings)}")
     known = {**{n: v for n, v in self.settings.items() if v is not None}, **self._evident(wanted)}
-    other = [f"{n} {in_words(known[n])}, now {in_words(v)}" for n, v in wanted.items() if n in known and v is not None and known[n] != v]
-    if other: raise AssetError(f"{self.folder.name} was begun with other settings: {'; '.join(other)}. Go on with those it has, or name a new folder")
+    other = [f"{n} {in_words(known[n])}, now {in_words(v)}" for n, v in wanted.items()
+             if n in known and v is not None and known[n] != v]
+    if other:
+        raise AssetError(
+            f"{self.folder.name} was begun with other settings: {'; '.join(other)}. Go on with those it has, or name a"
+            " new folder")
 
+# %% ../nbs/api/20_asset.ipynb #incheck1x1
 def in_words(
     value,      # of a setting
 ) -> str:       # short
     "A setting for a person: what is not known says so."
     if value is None: return 'unknown'
     if isinstance(value, bool): return 'yes' if value else 'no'
-    if isinstance(value, (list, tuple)): return 'none' if not value else ', '.join(map(str, value[:8])) + (f' and {len(value) - 8} more' if len(value) > 8 else '')
+    if isinstance(value, (list, tuple)):
+        return ('none' if not value
+                else ', '.join(map(str, value[:8])) + (f' and {len(value) - 8} more' if len(value) > 8 else ''))
     return str(value)
 
 # %% ../nbs/api/20_asset.ipynb #adddata1
@@ -923,17 +1203,24 @@ def add_dataset(self: AssetStore,
     with self.locked():
         if (names := self.settings['datasets']) is None or name in names: return
         after = {**self.meta, 'settings': check_settings({**self.meta['settings'], 'datasets': [*names, name]})}
-        publish_bytes(self.folder/HEAD, _head(after, self.book)); self.reload()
+        publish_bytes(self.folder/HEAD, _head(after, self.book))
+        self.reload()
 
 # %% ../nbs/api/20_asset.ipynb #1938d0bb
 @patch
 def _alike(self: AssetStore, ids):
-    "Refuses ids that are plain where the store's are keyed, or keyed where they are plain: nobody may find one among the others."
+    """Refuses ids that are plain where the store's are keyed, or keyed where they are plain: nobody may find one among
+    the others."""
     ids, key = list(ids), self.settings['key']
     keyed = is_keyed(next(iter(self._where()), ids[0] if ids else '')) if key is None else key != 'none'
     other = sum(is_keyed(i) != keyed for i in ids)
-    if other: raise AssetError(f"{self.folder.name} holds {'keyed' if keyed else 'plain'} study ids, and {other} of these {len(ids)} {'is' if other == 1 else 'are'} {'plain' if keyed else 'keyed'}: " + ("pack them with the store's key" if keyed else "pack them without a key, or in a store of their own"))
+    if other:
+        raise AssetError(
+            f"{self.folder.name} holds {'keyed' if keyed else 'plain'} study ids, and {other} of these {len(ids)}"
+            f" {'is' if other == 1 else 'are'} {'plain' if keyed else 'keyed'}: "
+            + ("pack them with the store's key" if keyed else "pack them without a key, or in a store of their own"))
 
+# %% ../nbs/api/20_asset.ipynb #1938d0bbx1
 @patch
 def append(
     self: AssetStore,
@@ -944,13 +1231,19 @@ def append(
     assets = list(assets)
     if not assets: raise AssetError("nothing to append: give at least one asset")
     with self.locked():
-        if self.version == 1: raise AssetError(f"{self.folder.name} has schema version {self.version} and can only be read; `neural compact` brings it to version 2")
+        if self.version == 1:
+            raise AssetError(
+                f"{self.folder.name} has schema version {self.version} and can only be read; `neural compact` brings it"
+                " to version 2")
         there, new = self._where(), {}
         self._alike([a.study_id for a in assets])
         for a in assets:
-            if a.study_id in new or (a.study_id in there and again != 'skip'): raise AssetError(f"study {a.study_id} is already in {self.folder.name}: a store is append-only")
+            if a.study_id in new or (a.study_id in there and again != 'skip'):
+                raise AssetError(f"study {a.study_id} is already in {self.folder.name}: a store is append-only")
             self._belongs(a)
-            if a.study_id not in there: new[a.study_id] = replace(a, features=Codes(a.codes, a.features.shape[1]), provenance=self.provenance)       # what is common to all stands in the head; nothing is coded twice
+            # what is common to all stands in the head; nothing is coded twice
+            if a.study_id not in there:
+                new[a.study_id] = replace(a, features=Codes(a.codes, a.features.shape[1]), provenance=self.provenance)
         if not new: return ''
         self._sweep(keep={self.folder/name for name in self._found})                    # what killed writers left
         return self._write(list(new.values()), self.meta['generation'], len(self._found))
@@ -960,40 +1253,65 @@ def append(
 def _write(self: AssetStore, assets, generation, number):
     "One shard, published; the caller holds the lock."
     out = pa.BufferOutputStream()
-    pq.write_table(to_table(assets, self.certain), out, row_group_size=_group_size(assets), compression='zstd', use_dictionary=False, write_statistics=False, write_page_checksum=True, store_schema=False)
+    pq.write_table(to_table(assets, self.certain), out, row_group_size=_group_size(assets), compression='zstd',
+                   use_dictionary=False, write_statistics=False, write_page_checksum=True, store_schema=False)
     data = out.getvalue().to_pybytes()
     name = f"shard-{generation:06}-{number:06}-{_digest(data).hex()}.parquet"
     publish_bytes(self.folder/name, data)
     return name
 
+# %% ../nbs/api/20_asset.ipynb #writes01x1
 def _group_size(assets):
     "Studies in a row group: 256, or fewer where that would be more than a reader allows."
-    values = max(2*len(a.patches) + 2*len(a.concepts) + 3*len(a.relations) + 3*len(a.grounding) + len(a.certainty) for a in assets) + 12
+    values = (
+        max(2 * len(a.patches) + 2 * len(a.concepts) + 3 * len(a.relations) + 3 * len(a.grounding) + len(a.certainty)
+            for a in assets)
+        + 12
+    )
     size, key = max((len(a.pixels) + len(a.thumbnail) + a.codes.nbytes, a.study_id) for a in assets)
-    if (size := size + 8*values + 1000) + 200_000 > MAX_UNFOLDED: raise AssetError(f"study {key} takes {size:,} bytes; a shard holds at most {MAX_UNFOLDED:,} in one row group")
+    if (size := size + 8*values + 1000) + 200_000 > MAX_UNFOLDED:
+        raise AssetError(f"study {key} takes {size:,} bytes; a shard holds at most {MAX_UNFOLDED:,} in one row group")
     return max(1, min(256, MAX_VALUES//values, (MAX_UNFOLDED - 200_000)//size))
 
+# %% ../nbs/api/20_asset.ipynb #writes01x2
 @patch
 def _sweep(self: AssetStore, keep):
     "Removes drafts, shards of other generations, and a head that another one replaced; the caller holds the lock."
     with told(f"{self.folder.name} cannot be written to"):
         for p in list(self.folder.iterdir()):
-            merged = _SHARD.fullmatch(p.name) and p not in keep or p.name in (_OLD_HEAD, _OLD_BOOK) and self._kept is not None
+            merged = (_SHARD.fullmatch(p.name) and p not in keep or p.name in (_OLD_HEAD, _OLD_BOOK)
+                      and self._kept is not None)
             if (merged or _DRAFT.fullmatch(p.name)) and not p.is_dir(): p.unlink(missing_ok=True)
 
 # %% ../nbs/api/20_asset.ipynb #7358655a
 @patch
 def _belongs(self: AssetStore, a):
     "Refuses an asset that is not of this store's kind."
-    for what, mine, its in (('grid', self.grid, a.grid), ('dim', self.dim, a.features.shape[1]), ('codec', self.codec, a.codec), ('codebook', self.meta['codebook'], a.book.hash if a.book else ''), ('track', self.track, a.track), ('provenance', self.provenance, {**self.provenance, **a.provenance})):
+    for what, mine, its in (
+        ('grid', self.grid, a.grid), ('dim', self.dim, a.features.shape[1]), ('codec', self.codec, a.codec),
+        ('codebook', self.meta['codebook'], a.book.hash if a.book else ''), ('track', self.track, a.track),
+        ('provenance', self.provenance, {**self.provenance, **a.provenance})):
         if mine != its: raise AssetError(f"study {a.study_id}: {what} is {its}, this store holds {mine}")
-    if len(a.certainty) and not self.certain: raise AssetError(f"study {a.study_id}: its concepts carry a certainty, and this store was begun without: make one with certainty=True")
+    if len(a.certainty) and not self.certain:
+        raise AssetError(
+            f"study {a.study_id}: its concepts carry a certainty, and this store was begun without: make one with"
+            " certainty=True")
     s = self.meta['settings']
-    shown = dict(keep=len(a.patches), thumbnail=len(a.thumbnail), pixels=bool(a.pixels), hidden=sorted(set(s.get('hidden', ())) & set(a.patches.tolist())))
-    fits = dict(keep=shown['keep'] == s.get('keep'), thumbnail=(shown['thumbnail'] > 0) == (s.get('thumbnail', 0) > 0) and shown['thumbnail'] <= s.get('thumbnail', 0), pixels=shown['pixels'] == s.get('pixels'), hidden=not shown['hidden'])
+    shown = dict(keep=len(a.patches), thumbnail=len(a.thumbnail), pixels=bool(a.pixels),
+                 hidden=sorted(set(s.get('hidden', ())) & set(a.patches.tolist())))
+    fits = dict(keep=shown['keep'] == s.get('keep'), thumbnail=(shown['thumbnail'] > 0) == (s.get('thumbnail', 0) > 0)
+                and shown['thumbnail'] <= s.get('thumbnail', 0), pixels=shown['pixels'] == s.get('pixels'),
+                hidden=not shown['hidden'],)
     for what in fits:
-        if what in s and not fits[what]: raise AssetError(f"study {a.study_id}: {what} is {in_words(shown[what])}, this store was begun with {in_words(s[what])}" if what != 'hidden' else f"study {a.study_id}: retains patch {in_words(shown[what])}, which this store hides")
-    if len(a.concepts) and a.concepts.max() >= len(self.vocabulary): raise AssetError(f"study {a.study_id}: concept {a.concepts.max()} is not in the store's vocabulary of {len(self.vocabulary)}")
+        if what in s and not fits[what]:
+            raise AssetError(
+                f"study {a.study_id}: {what} is {in_words(shown[what])}, this store was begun with {in_words(s[what])}"
+                if what != 'hidden'
+                else f"study {a.study_id}: retains patch {in_words(shown[what])}, which this store hides")
+    if len(a.concepts) and a.concepts.max() >= len(self.vocabulary):
+        raise AssetError(
+            f"study {a.study_id}: concept {a.concepts.max()} is not in the store's vocabulary of {len(self.vocabulary)}"
+        )
 
 # %% ../nbs/api/20_asset.ipynb #0a4bb90e
 @patch
@@ -1001,21 +1319,41 @@ def _asset(self: AssetStore, row, shard):
     "One row as an asset, its checksum compared."
     k = len(row['patches'] or ())
     try:
-        if self.version == 1: features = dequantise(np.frombuffer(row['features'] or b'', 'i1').reshape(k, self.dim), np.array(row['scales'], np.float32).reshape(k)) if self.codec == 'int8' else np.frombuffer(row['features'] or b'', '<f2').reshape(k, self.dim)
-        else: features = Codes(np.frombuffer(row['features'] or b'', np.uint8).reshape(k, check_codec(self.codec, self.dim, self.book)), self.dim)
-        a = StudyAsset(row['study_id'], self.track, self.grid, _ints(row['patches']), row['relevance'], features, _ints(row['concepts']), _ints(row['assertions']), _ints(row['relations']).reshape(-1, 3),
-                       _ints(row['grounding']).reshape(-1, 2), row['weights'], self.provenance, self.codec, self.book, row.get('thumbnail', b'') or b'', row.get('pixels', b'') or b'', _ints(row.get('certainty') or ()))
-    except (NeuralError, ValueError, TypeError) as e: raise AssetError(f"{shard}: study {row['study_id']} is damaged: {e}") from None
-    if (_bytes_1(a) if self.version == 1 else a.to_bytes())[-8:] != row['checksum']: raise AssetError(f"{shard}: study {row['study_id']} is damaged: its checksum does not match")
+        if self.version == 1:
+            features = (
+                dequantise(np.frombuffer(row['features'] or b'', 'i1').reshape(k, self.dim),
+                           np.array(row['scales'], np.float32).reshape(k))
+                if self.codec == 'int8'
+                else np.frombuffer(row['features'] or b'', '<f2').reshape(k, self.dim)
+            )
+        else:
+            features = Codes(
+                np.frombuffer(row['features'] or b'', np.uint8).reshape(
+                    k, check_codec(self.codec, self.dim, self.book)),
+                self.dim,
+            )
+        a = StudyAsset(row['study_id'], self.track, self.grid, _ints(row['patches']), row['relevance'], features,
+                       _ints(row['concepts']), _ints(row['assertions']), _ints(row['relations']).reshape(-1, 3),
+                       _ints(row['grounding']).reshape(-1, 2), row['weights'], self.provenance, self.codec, self.book,
+                       row.get('thumbnail', b'') or b'', row.get('pixels', b'') or b'',
+                       _ints(row.get('certainty') or ()))
+    except (NeuralError, ValueError, TypeError) as e:
+        raise AssetError(f"{shard}: study {row['study_id']} is damaged: {e}") from None
+    if (_bytes_1(a) if self.version == 1 else a.to_bytes())[-8:] != row['checksum']:
+        raise AssetError(f"{shard}: study {row['study_id']} is damaged: its checksum does not match")
     return a
 
+# %% ../nbs/api/20_asset.ipynb #0a4bb90ex1
 def _ints(values): return np.asarray(values, np.int64)
 
 # %% ../nbs/api/20_asset.ipynb #3cf32f1d
 @patch
 def __getitem__(self: AssetStore, study_id):
     where = self._index if study_id in self._index and self._stamp == self._written() else self._where(whole=False)
-    if study_id not in where: raise AssetError(self._broken[0] if self._broken else f"study {str(study_id)[:128]} is not in {self.folder.name}, which holds {len(where)} studies")
+    if study_id not in where:
+        raise AssetError(
+            self._broken[0] if self._broken
+            else f"study {str(study_id)[:128]} is not in {self.folder.name}, which holds {len(where)} studies")
     path, group, row = where[study_id]
     if self._group[0] != (path, group): self._group = (path, group), self._open(path).read(group)
     return self._asset(self._group[1].slice(row, 1).to_pylist()[0], path.name)
@@ -1035,16 +1373,24 @@ def verify(
 ) -> list[tuple[str, str]]:   # (study id or shard name, reason); empty when all is well
     "Checks every shard and every asset, and names what is damaged (DESIGN of this companion, sec. 6)."
     self._files.clear()                                              # look at the disk, not at what is open
-    try: self.reload(); shards = self.shards
+    try:
+        self.reload()
+        shards = self.shards
     except AssetError as e: return [(self.folder.name, str(e))]
     damaged, seen = [], set()
     for path in shards:
         found = _verify_shard(self, path, seen)
         with told(f"{path.name} cannot be read"):
-            if not found and not is_named(path): found = [(path.name, "its bytes are not those its name was given for, though every asset reads right")]
+            if not found and not is_named(path):
+                found = [(path.name, "its bytes are not those its name was given for, though every asset reads right")]
         damaged += found
     plain = sum(not is_keyed(i) for i in seen)
-    if plain and (plain < len(seen) or self.settings['key'] not in (None, 'none')): damaged.append((self.folder.name, f"{plain} of its {len(seen)} study ids {'is' if plain == 1 else 'are'} plain and stand among keyed ones, or in a store with a key: build it again, and pass on neither"))
+    if plain and (plain < len(seen) or self.settings['key'] not in (None, 'none')):
+        damaged.append((
+            self.folder.name,
+            (f"{plain} of its {len(seen)} study ids {'is' if plain == 1 else 'are'} plain and stand among keyed"
+             " ones, or in a store with a key: build it again, and pass on neither"),
+        ))
     self._files.clear()
     return damaged
 
@@ -1073,20 +1419,30 @@ def compact(
     "Merges the shards of a store, every asset checked on the way (this companion's choice)."
     if size < 1: raise AssetError(f"a shard holds at least one study, got {size}")
     with self.locked():
-        old, after, part = self.shards, {**self.meta, 'generation': self.meta['generation'] + 1, 'schema_version': max(2, self.version)}, []
-        self._alike(self._where()); self._sweep(keep=set(old))                         # what a killed merge left
+        old, after, part = (
+            self.shards,
+            {**self.meta, 'generation': self.meta['generation'] + 1, 'schema_version': max(2, self.version)}, [])
+        self._alike(self._where())
+        self._sweep(keep=set(old))                         # what a killed merge left
         number = 0
         try:
             for asset in self:
                 part.append(asset)
-                if len(part) == size: self._write(part, after['generation'], number); number, part = number + 1, []
-            if part: self._write(part, after['generation'], number); number += 1
+                if len(part) == size:
+                    self._write(part, after['generation'], number)
+                    number, part = number + 1, []
+            if part:
+                self._write(part, after['generation'], number)
+                number += 1
             publish_bytes(self.folder/HEAD, _head(after, self.book))
-        except BaseException:                                                          # a full disk, a damaged asset, Ctrl-C: the old shards stay
-            with suppress(AssetError): self._sweep(keep=set(old))                      # what failed first is what is told
+        # a full disk, a damaged asset, Ctrl-C: the old shards stay
+        except BaseException:
+            # what failed first is what is told
+            with suppress(AssetError): self._sweep(keep=set(old))
             raise
         self.reload()
-        with told(f"{self.folder.name} is merged, but what it was merged from could not be removed"): self._sweep(keep=set(self.shards))
+        with told(f"{self.folder.name} is merged, but what it was merged from could not be removed"):
+            self._sweep(keep=set(self.shards))
     return len(old), number
 
 # %% ../nbs/api/20_asset.ipynb #76924c55
@@ -1095,6 +1451,7 @@ def files(self: AssetStore) -> list[Path]:
     "Everything that belongs to the store: head, codebook where it has a file of its own, shards."
     return [self.head, *([self.folder/_OLD_BOOK] if self._kept is None and self.book else []), *self.shards]
 
+# %% ../nbs/api/20_asset.ipynb #76924c55x1
 @patch
 def bytes_per_study(
     self: AssetStore,

@@ -19,7 +19,8 @@ from .asset import StudyAsset
 from .build import Reading, read
 from .classify import edge_shares, to_data
 from .finetune import pad_rows, report_ids
-from .graph import EDGE_TYPES, RELATIONS, KnowledgeGraph, VisualGraph, centrality, fusion_ties, knowledge_from, knowledge_graph, visual_graph
+from .graph import (EDGE_TYPES, RELATIONS, KnowledgeGraph, VisualGraph, centrality, fusion_ties, knowledge_from,
+                          knowledge_graph, visual_graph)
 from .plot import colours, draw_radiograph
 from .prune import released_rows
 from .relevance import pick_layer
@@ -38,16 +39,26 @@ __all__ = ['PARENT', 'TEXT_EDGES', 'speaks_of', 'kin_of', 'kin_concepts', 'spare
 def speaks_of(
     target: str,  # one of the fourteen CheXpert labels
 ) -> frozenset:   # concept names, of either polarity
-    "The concepts by which a report speaks of a label: the table of `labels_of`, read backwards (this companion's choice)."
-    if target not in LABELS: raise NeuralError(f"{target!r} is none of the fourteen CheXpert labels: what speaks of it is not known")
+    """The concepts by which a report speaks of a label: the table of `labels_of`, read backwards (this companion's
+    choice)."""
+    if target not in LABELS:
+        raise NeuralError(f"{target!r} is none of the fourteen CheXpert labels: what speaks of it is not known")
     observations = load_lexicon()["observations"]
-    label = {c: [e["label"]] if isinstance(e.get("label"), str) else list(e.get("label", [])) for c, e in observations.items()}
-    if target == "No Finding": return frozenset(c for c in observations if label[c] != ["Support Devices"])   # any of them decides it
+    label = {c: [e["label"]] if isinstance(e.get("label"), str) else list(e.get("label", []))
+             for c, e in observations.items()}
+    # any of them decides it
+    if target == "No Finding": return frozenset(c for c in observations if label[c] != ["Support Devices"])
     return frozenset(c for c, e in observations.items() if target in label[c] or target in e.get("denies", ()))
 
 # %% ../nbs/api/27_audit.ipynb #3e8845ac
-PARENT = {"Edema": "Lung Opacity", "Consolidation": "Lung Opacity", "Pneumonia": "Consolidation", "Lung Lesion": "Lung Opacity",
-          "Atelectasis": "Lung Opacity", "Cardiomegaly": "Enlarged Cardiomediastinum"}   # CheXpert's hierarchy
+PARENT = {
+    "Edema": "Lung Opacity",
+    "Consolidation": "Lung Opacity",
+    "Pneumonia": "Consolidation",
+    "Lung Lesion": "Lung Opacity",
+    "Atelectasis": "Lung Opacity",
+    "Cardiomegaly": "Enlarged Cardiomediastinum",
+}  # CheXpert's hierarchy
 
 def kin_of(
     target: str,   # one of the fourteen CheXpert labels
@@ -72,13 +83,15 @@ def spared(
     "Which mentions do not name one of the concepts (this companion's choice)."
     return [i for i, m in enumerate(annotation.mentions) if m.concept not in concepts]
 
+# %% ../nbs/api/27_audit.ipynb #6e74ba82x1
 def without(
     annotation: Annotation,  # of one report
     concepts,                # concept names to take out, whatever is asserted of them
 ) -> Annotation:             # the same text; the remaining mentions, relations between them
     "An annotation without some concepts, both polarities (this companion's choice)."
     number = {old: new for new, old in enumerate(spared(annotation, concepts))}
-    ties = tuple(Relation(number[r.head], number[r.tail], r.type) for r in annotation.relations if r.head in number and r.tail in number)
+    ties = tuple(Relation(number[r.head], number[r.tail], r.type) for r in annotation.relations
+                 if r.head in number and r.tail in number)
     return Annotation(annotation.text, tuple(annotation.mentions[i] for i in number), ties)
 
 # %% ../nbs/api/27_audit.ipynb #919818a7
@@ -123,20 +136,24 @@ def asset_without(
     relations = [(number[h], number[t], r) for h, t, r in asset.relations.tolist() if h in number and t in number]
     ties = [(number[c], p, w) for (c, p), w in zip(asset.grounding.tolist(), asset.weights.tolist()) if c in number]
     return replace(asset, concepts=asset.concepts[stay], assertions=asset.assertions[stay], relations=relations,
-                   grounding=[t[:2] for t in ties], weights=[t[2] for t in ties], certainty=asset.certainty[stay] if len(asset.certainty) else ())
+                   grounding=[t[:2] for t in ties], weights=[t[2] for t in ties],
+                   certainty=asset.certainty[stay] if len(asset.certainty) else ())
 
 # %% ../nbs/api/27_audit.ipynb #43831762
 class SeenFilms:
-    "A network whose encoder has done its work: `encode` takes token grids and gives them back (this companion's choice)."
+    """A network whose encoder has done its work: `encode` takes token grids and gives them back (this companion's
+    choice)."""
     def __init__(self, model): self.model = model
     def __getattr__(self, name): return getattr(self.model, name)
     def encode(self, tokens): return tokens   # (B, N, d)
 
+# %% ../nbs/api/27_audit.ipynb #43831762x1
 class ReadyNotes:
     "A report reader that has read already: gives the annotations it was made with (this companion's choice)."
     def __init__(self, notes): self.notes = notes
     def pipe(self, texts):
-        if list(texts) != [a.text for a in self.notes]: raise NeuralError(f"{len(self.notes)} ready annotations do not belong to these {len(list(texts))} texts")
+        if list(texts) != [a.text for a in self.notes]:
+            raise NeuralError(f"{len(self.notes)} ready annotations do not belong to these {len(list(texts))} texts")
         return iter(self.notes)
 
 # %% ../nbs/api/27_audit.ipynb #0460fdbb
@@ -154,7 +171,8 @@ def read_variants(
     state, tokens, out = as_scoring(settings), model.encode(films), {}
     first = next(iter(variants))
     for name, notes in variants.items():
-        fresh = [b for b, a in enumerate(notes) if name == first or a != variants[first][b]]   # a report that lost nothing is not read again
+        # a report that lost nothing is not read again
+        fresh = [b for b, a in enumerate(notes) if name == first or a != variants[first][b]]
         found = []
         if fresh:
             network = Network(SeenFilms(model), tokenizer, ReadyNotes([notes[b] for b in fresh]), state)
@@ -265,7 +283,8 @@ def one_way(
     edges, types = graph.edge_index[:, keep], graph.edge_type[keep]
     out = graph.clone()
     out.edge_index, out.edge_type = edges, types
-    out.edge_weight = torch.from_numpy(edge_shares(edges.numpy(), types.numpy(), graph.edge_weight[keep].double().numpy(), graph.num_nodes))
+    out.edge_weight = torch.from_numpy(
+        edge_shares(edges.numpy(), types.numpy(), graph.edge_weight[keep].double().numpy(), graph.num_nodes))
     return out
 
 # %% ../nbs/api/27_audit.ipynb #1f9c7635
@@ -287,7 +306,8 @@ def without_negation(
     node = [concepts.index(c) for c in knowledge.concepts.tolist()]
     total = np.zeros((len(concepts), np.shape(looks)[1]), np.float32)
     np.add.at(total, node, np.asarray(looks, np.float32))
-    return knowledge_from(concepts, [0] * len(concepts), [(node[h], node[t], r) for h, t, r in knowledge.relations]), total
+    return (knowledge_from(concepts, [0] * len(concepts), [(node[h], node[t], r) for h, t, r in knowledge.relations]),
+            total)
 
 # %% ../nbs/api/27_audit.ipynb #cf8bf1a2
 def first_hub(
@@ -296,7 +316,8 @@ def first_hub(
 ) -> np.ndarray:                # float32 (m, k), a single one
     "Betweenness fusion with the first node on ties: the tie of the released code (defect A6)."
     ties = np.zeros((len(knowledge), len(visual)), np.float32)
-    if len(knowledge): ties[centrality(knowledge.edges, len(knowledge)).argmax(), centrality(visual.edges, len(visual)).argmax()] = 1
+    if len(knowledge):
+        ties[centrality(knowledge.edges, len(knowledge)).argmax(), centrality(visual.edges, len(visual)).argmax()] = 1
     return ties
 
 # %% ../nbs/api/27_audit.ipynb #b3fb3304
@@ -307,14 +328,17 @@ def released_asset(
     vocabulary: tuple,           # concept names of the reader
 ) -> StudyAsset:                 # fused by the single edge of the paper
     "The asset of one study with some defects switched on (NEURAL, sec. 2.3; defects A1, A6)."
-    if defects.rows and rows is None: raise NeuralError("the token-row switch needs the released visual graph of the study, see read_rows")
-    visual = rows if defects.rows else visual_graph(reading.patches, reading.features, reading.relevance[reading.patches], reading.grid)
+    if defects.rows and rows is None:
+        raise NeuralError("the token-row switch needs the released visual graph of the study, see read_rows")
+    visual = (rows if defects.rows
+              else visual_graph(reading.patches, reading.features, reading.relevance[reading.patches], reading.grid))
     knowledge = knowledge_graph(reading.annotation, vocabulary)
     if defects.strings: knowledge = without_negation(knowledge, np.zeros((len(knowledge), len(visual))))[0]
     ties = first_hub(visual, knowledge) if defects.first_hub else fusion_ties(visual, knowledge)
     selection = {"selection": "released"} if defects.rows else {}
     return StudyAsset.from_graphs(reading.study_id, reading.track, visual, knowledge, ties, selection)
 
+# %% ../nbs/api/27_audit.ipynb #b3fb3304x1
 def released_data(
     asset: StudyAsset,   # of `released_asset`
     defects: Defects,    # the same switches
@@ -354,7 +378,8 @@ def overlapping(
 ) -> tuple[list, list]:  # studies stage 2 trains on; studies it is judged on, one third of them from `trained`
     "A second-stage split with the released overlap, made of any run (defect A4)."
     drawn = np.random.default_rng(seed).permutation(len(trained))[:len(chose) // 2]
-    if len(drawn) >= len(trained): raise NeuralError(f"{len(chose)} judged studies leave nothing of {len(trained)} to train on")
+    if len(drawn) >= len(trained):
+        raise NeuralError(f"{len(chose)} judged studies leave nothing of {len(trained)} to train on")
     taken = {trained[i] for i in drawn}
     return [i for i in trained if i not in taken], [*chose, *sorted(taken)]
 
@@ -369,7 +394,8 @@ def sister_split(
     for i in studies: of.setdefault(patients[i], []).append(i)
     order = [of[p] for p in rng.permutation(sorted(of)).tolist()]
     many, single = [s for s in order if len(s) > 1], [i for s in order if len(s) == 1 for i in s]
-    if not many: raise NeuralError(f"each of {len(of)} patients has one study: studies and patients cannot be told apart here")
+    if not many:
+        raise NeuralError(f"each of {len(of)} patients has one study: studies and patients cannot be told apart here")
     judged, sisters = zip(*((s[j := int(rng.integers(len(s)))], s[:j] + s[j + 1:]) for s in many))
     sisters = [i for s in sisters for i in s][:len(single)]
     return list(judged), sisters, single[:len(sisters)]
@@ -378,6 +404,7 @@ def sister_split(
 def peeked(
     history: list[dict],   # of `train_classifier`, whose "validate" was the evaluated split
 ) -> float:                # the highest AUC of any epoch
-    "The AUC that is claimed when the epoch is chosen on the split that is reported (this companion's reading of the released code)."
+    """The AUC that is claimed when the epoch is chosen on the split that is reported (this companion's reading of the
+    released code)."""
     if not history: raise NeuralError("no epoch to choose from: the history is empty")
     return max(e["validate_auc"] for e in history)

@@ -40,8 +40,10 @@ def film_network(
     image_size: int = 192,  # side of the film in pixels
     width: int = 256,  # channels of the last convolution, a multiple of 8
 ) -> ImageModel:  # new, undecided
-    "The raw-film control: the residual network of chapter 09 to about twelve patches a side, a smooth maximum over them."
-    at_least(8, width=width); at_least(1, image_size=image_size)
+    """The raw-film control: the residual network of chapter 09 to about twelve patches a side, a smooth maximum over
+    them."""
+    at_least(8, width=width)
+    at_least(1, image_size=image_size)
     levels = max(1, (image_size // 12).bit_length() - 2)
     widths = [(max(8, width >> (levels - n)),) * 2 for n in range(levels - 1)] + [(width,) * 2]
     return ImageModel([str(n) for n in range(labels)], image_size, widths)
@@ -66,14 +68,17 @@ def train_film_cnn(
     device: str = "cpu",  # "cpu" or "cuda"
     bf16: bool = True,  # autocast to bfloat16
     width: int = 256,  # of the network
-    draw: np.ndarray | None = None,  # (n,) weight of each training study in the draw, from `rare_weights`; None: each once a pass
+    # (n,) weight of each training study in the draw, from `rare_weights`; None: each once a pass
+    draw: np.ndarray | None = None,
     coarse: float = 0.0,  # share of the passes, the first ones, that see films of two thirds the side
 ) -> tuple[ImageModel, list[dict]]:  # the network, in eval mode, and one dict per epoch
     "Train the raw-film control on masked binary cross-entropy."
-    if not len(train) or not len(validate): raise NeuralError(f"the film control needs studies in train and validate, got {len(train)} and {len(validate)}")
+    if not len(train) or not len(validate):
+        raise NeuralError(f"the film control needs studies in train and validate, got {len(train)} and {len(validate)}")
     torch.manual_seed(seed)
     model = film_network(train.targets.shape[1], train[0]["film"].shape[-1], width)
-    history = fit_labels(model, model, train, validate, epochs, batch_size, lr, seed, device, bf16, name="film control", draw=draw, coarse=coarse)
+    history = fit_labels(model, model, train, validate, epochs, batch_size, lr, seed, device, bf16,
+                         name="film control", draw=draw, coarse=coarse)
     return model.eval(), history
 
 # %% ../nbs/api/26_baseline.ipynb #f6cdeb4d
@@ -82,30 +87,40 @@ def length_control(
     y,  # their targets, 0 or 1, NaN where unknown, shape (n)
     others,  # words of the reports to classify, shape (m)
 ) -> np.ndarray:  # (m) probabilities in [0, 1]
-    "Logistic regression on nothing but the logarithm of a report's length: the length-only control (this companion's choice)."
+    """Logistic regression on nothing but the logarithm of a report's length: the length-only control (this companion's
+    choice)."""
     x, y = np.log1p(np.asarray(lengths, float))[:, None], np.asarray(y, float)
     known = ~np.isnan(y)
-    if len(set(y[known])) < 2: raise NeuralError(f"the length control needs both classes in train, got {int((y == 1).sum())} positive and {int((y == 0).sum())} negative of {len(y)}")
+    if len(set(y[known])) < 2:
+        raise NeuralError(f"the length control needs both classes in train, got {int((y == 1).sum())} positive and"
+                          f" {int((y == 0).sum())} negative of {len(y)}")
     if not len(others): return np.zeros(0)
-    return LogisticRegression().fit(x[known], y[known]).predict_proba(np.log1p(np.asarray(others, float))[:, None])[:, 1]
+    return (
+        LogisticRegression().fit(x[known], y[known]).predict_proba(np.log1p(np.asarray(others, float))[:, None])[:, 1])
 
 # %% ../nbs/api/26_baseline.ipynb #42757ff5
 def centre_prior(
     relevance,  # maps of training studies, shape (n, N)
     k: int,  # patches to keep
 ) -> np.ndarray:  # int64 (k), ascending: the same for every study
-    "The patches that are most relevant on average over training studies (centre-prior control, this companion's choice)."
-    if not len(relevance): raise NeuralError("a centre prior is a mean over training studies: give at least one relevance map")
+    """The patches that are most relevant on average over training studies (centre-prior control, this companion's
+    choice)."""
+    if not len(relevance):
+        raise NeuralError("a centre prior is a mean over training studies: give at least one relevance map")
     return top_k(torch.as_tensor(np.asarray(relevance, np.float64).mean(0)), k).numpy()
 
+# %% ../nbs/api/26_baseline.ipynb #42757ff5x1
 def film_contrast(
     films,  # (B, 1, S, S) in [0, 1]
     grid: tuple[int, int] = (12, 12),  # rows, columns of patches; both divide S
 ) -> np.ndarray:  # float32 (B, N), row-major: standard deviation of the pixels of each patch
     "How much the pixels of each patch vary: label-free saliency (this companion's choice)."
     x = torch.as_tensor(np.asarray(films, np.float32))
-    if x.ndim != 4 or x.shape[-2] % grid[0] or x.shape[-1] % grid[1]: raise NeuralError(f"films must be (B, 1, S, S) with sides that {grid[0]}x{grid[1]} patches divide, got {tuple(x.shape)}")
-    patches = x[:, 0].unfold(1, x.shape[-2] // grid[0], x.shape[-2] // grid[0]).unfold(2, x.shape[-1] // grid[1], x.shape[-1] // grid[1])
+    if x.ndim != 4 or x.shape[-2] % grid[0] or x.shape[-1] % grid[1]:
+        raise NeuralError(
+            f"films must be (B, 1, S, S) with sides that {grid[0]}x{grid[1]} patches divide, got {tuple(x.shape)}")
+    patches = (x[:, 0] .unfold(1, x.shape[-2] // grid[0], x.shape[-2] // grid[0])
+               .unfold(2, x.shape[-1] // grid[1], x.shape[-1] // grid[1]))
     return patches.flatten(3).std(-1).flatten(1).numpy()
 
 # %% ../nbs/api/26_baseline.ipynb #5003dcbf
@@ -124,7 +139,8 @@ def patch_tokens(
     encode, ids = model.encode if depth == "mixed" else stem, list(ids)
     if not ids: return np.zeros((0, model.grid[0] * model.grid[1], model.encoder.num_features), np.float16)
     films_of = lambda start: torch.as_tensor(np.asarray(films.batch(ids[start : start + batch_size]))).to(model.device)
-    return np.concatenate([encode(films_of(start)).float().cpu().numpy().astype(np.float16) for start in range(0, len(ids), batch_size)])
+    return np.concatenate(
+        [encode(films_of(start)).float().cpu().numpy().astype(np.float16) for start in range(0, len(ids), batch_size)])
 
 # %% ../nbs/api/26_baseline.ipynb #9feebab2
 class FilmArray:
@@ -135,9 +151,12 @@ class FilmArray:
         ids,  # study ids, n of them, each once
         films,  # uint8, or floats in [0, 1], shape (n, S, S) or (n, 1, S, S)
     ):
-        films = np.asarray(films); films = films[:, 0] if films.ndim == 4 else films
-        if len(set(ids)) != len(films) or films.ndim != 3: raise NeuralError(f"{len(set(ids))} studies but films of shape {films.shape}: one square film for each")
-        self.row, self.films = {i: n for n, i in enumerate(ids)}, films if films.dtype == np.uint8 else np.round(films * 255).astype(np.uint8)
+        films = np.asarray(films)
+        films = films[:, 0] if films.ndim == 4 else films
+        if len(set(ids)) != len(films) or films.ndim != 3:
+            raise NeuralError(f"{len(set(ids))} studies but films of shape {films.shape}: one square film for each")
+        self.row, self.films = {i: n for n, i in enumerate(ids)}, (
+            films if films.dtype == np.uint8 else np.round(films * 255).astype(np.uint8))
 
     def batch(self, ids) -> np.ndarray:  # float32 (B, 1, S, S) in [0, 1]
         return self.films[[self.row[i] for i in ids], None].astype(np.float32) / 255
@@ -151,7 +170,8 @@ def only_patches(
 ) -> np.ndarray:  # float32 (B, 1, S, S)
     "Films of which nothing is left but some patches (answers defect A7)."
     films, shown = np.asarray(films, np.float32), np.zeros((len(films), grid[0] * grid[1]), bool)
-    if films.shape[-2] % grid[0] or films.shape[-1] % grid[1]: raise NeuralError(f"{grid[0]}x{grid[1]} patches do not divide films of {films.shape[-2]}x{films.shape[-1]}")
+    if films.shape[-2] % grid[0] or films.shape[-1] % grid[1]:
+        raise NeuralError(f"{grid[0]}x{grid[1]} patches do not divide films of {films.shape[-2]}x{films.shape[-1]}")
     np.put_along_axis(shown, np.asarray(patches), True, 1)
     shown = shown.reshape(-1, 1, *grid).repeat(films.shape[-2] // grid[0], 2).repeat(films.shape[-1] // grid[1], 3)
     return np.where(shown, films, np.float32(grey))
@@ -164,7 +184,8 @@ def other_patches(
 ) -> Reading:  # the same study and words, other patches
     "A reading that retains other patches; its `.asset` is made as ever (this companion's choice)."
     patches = np.asarray(patches, np.int64)
-    if len(tokens) != reading.grid[0] * reading.grid[1]: raise NeuralError(f"{len(tokens)} tokens for a grid of {reading.grid[0]}x{reading.grid[1]} patches")
+    if len(tokens) != reading.grid[0] * reading.grid[1]:
+        raise NeuralError(f"{len(tokens)} tokens for a grid of {reading.grid[0]}x{reading.grid[1]} patches")
     return replace(reading, patches=patches, features=np.asarray(tokens, np.float32)[patches])
 
 # %% ../nbs/api/26_baseline.ipynb #20759504
@@ -178,8 +199,10 @@ def visual_data(
     graph = visual_graph(patches, dequantise(*quantise(tokens[patches])), np.ones(len(patches)), grid)
     types = np.full(graph.edges.shape[1], EDGE_TYPES.index("adjacent"))
     t = lambda a: torch.from_numpy(np.array(a))
-    return Data(x=t(graph.features), place=t(patches), word=torch.zeros(0, dtype=torch.long), is_patch=torch.ones(len(patches), dtype=torch.bool), edge_index=t(graph.edges),
-                edge_type=t(types), edge_weight=t(edge_shares(graph.edges, types, np.ones(len(types)), len(patches))), num_nodes=len(patches))
+    return Data(x=t(graph.features), place=t(patches), word=torch.zeros(0, dtype=torch.long),
+                is_patch=torch.ones(len(patches), dtype=torch.bool), edge_index=t(graph.edges), edge_type=t(types),
+                edge_weight=t(edge_shares(graph.edges, types, np.ones(len(types)), len(patches))),
+                num_nodes=len(patches))
 
 # %% ../nbs/api/26_baseline.ipynb #3e427959
 def _finder(graphs, targets, parts, vocabulary_size, hidden, seed):
@@ -188,15 +211,18 @@ def _finder(graphs, targets, parts, vocabulary_size, hidden, seed):
     dim = graphs.x.shape[1] if "visual" in parts else 1
     model = GraphClassifier("typed", dim, vocabulary_size, hidden, parts=parts, certainty=graphs.certainty is not None)
     model.last = nn.Linear(model.last.in_features, targets)
-    nn.init.zeros_(model.last.weight); nn.init.zeros_(model.last.bias)
+    nn.init.zeros_(model.last.weight)
+    nn.init.zeros_(model.last.bias)
     standardise(model, graphs)
     return model
 
+# %% ../nbs/api/26_baseline.ipynb #3e427959x1
 def _findings_loss(model, pack):
     "The masked label loss of all findings of a batch of graphs."
     g, y = pack
     return dict(loss=label_loss(model(g).reshape(y.shape), y))
 
+# %% ../nbs/api/26_baseline.ipynb #3e427959x2
 @torch.no_grad()
 def read_graphs(
     model: GraphClassifier,  # of `train_graphs`
@@ -206,8 +232,12 @@ def read_graphs(
     "Scores of all findings for many graphs."
     at_least(1, batch_size=batch_size)
     if not len(graphs): return np.zeros((0, model.last.out_features), np.float32)
-    model.eval(); graphs = as_columns(graphs); rows = np.arange(len(graphs))
-    with one_thread(): return torch.cat([model(graphs.batch(rows[i : i + batch_size])).reshape(-1, model.last.out_features) for i in range(0, len(graphs), batch_size)]).numpy()
+    model.eval()
+    graphs = as_columns(graphs)
+    rows = np.arange(len(graphs))
+    with one_thread():
+        return torch.cat([model(graphs.batch(rows[i : i + batch_size])).reshape(-1, model.last.out_features)
+                          for i in range(0, len(graphs), batch_size)]).numpy()
 
 # %% ../nbs/api/26_baseline.ipynb #eba153d6
 def train_graphs(
@@ -225,8 +255,11 @@ def train_graphs(
     patience: int = 8,  # epochs without a better one before it stops
 ) -> GraphClassifier:  # best on validate, in eval mode; reads L findings
     "The typed classifier of chapter 22 for all findings at once (this companion's choice)."
-    at_least(1, epochs=epochs, batch_size=batch_size, patience=patience); at_least(0, seed=seed); above(0, lr=lr)
-    if not len(train) or not len(validate): raise NeuralError(f"graphs are needed in train and validate, got {len(train)} and {len(validate)}")
+    at_least(1, epochs=epochs, batch_size=batch_size, patience=patience)
+    at_least(0, seed=seed)
+    above(0, lr=lr)
+    if not len(train) or not len(validate):
+        raise NeuralError(f"graphs are needed in train and validate, got {len(train)} and {len(validate)}")
     train, validate, y = as_columns(train), as_columns(validate), torch.as_tensor(np.asarray(y_train, np.float32))
     model, rng = _finder(train, y.shape[1], parts, vocabulary_size, hidden, seed), np.random.default_rng(seed)
     packs = np.array_split(rng.permutation(len(train)), -(-len(train) // batch_size))
@@ -247,11 +280,14 @@ def pool_cells(
 ) -> np.ndarray:  # float32 (n, cells, d), rounded to eight bits as in an asset
     "Means over the cells of a film: the pooled-embedding control (this companion's choice)."
     at_least(1, **{"rows of cells": cells[0], "columns of cells": cells[1]})
-    if grid[0] % cells[0] or grid[1] % cells[1]: raise NeuralError(f"{cells[0]}x{cells[1]} cells do not divide a grid of {grid[0]}x{grid[1]}")
+    if grid[0] % cells[0] or grid[1] % cells[1]:
+        raise NeuralError(f"{cells[0]}x{cells[1]} cells do not divide a grid of {grid[0]}x{grid[1]}")
     n, d = len(tokens), tokens.shape[-1]
-    x = np.asarray(tokens).reshape(n, cells[0], grid[0] // cells[0], cells[1], grid[1] // cells[1], d).mean((2, 4), dtype=np.float32)
+    x = (np.asarray(tokens) .reshape(n, cells[0], grid[0] // cells[0], cells[1], grid[1] // cells[1], d)
+         .mean((2, 4), dtype=np.float32))
     return dequantise(*quantise(x.reshape(-1, d))).reshape(n, -1, d)
 
+# %% ../nbs/api/26_baseline.ipynb #a6036e94x1
 def pooled_bytes(
     cells: tuple[int, int],  # rows, columns of cells
     dim: int,  # numbers per cell
@@ -267,13 +303,25 @@ def linear_reader(
     others,  # (q, d) studies to read
     strengths: tuple = (1e-3, 1e-2, 1e-1, 1.0),  # inverse penalties that are tried
 ) -> np.ndarray:  # (q) probabilities in [0, 1]
-    "Logistic regression on standardised features, its penalty chosen on validate: the linear probe (this companion's choice)."
-    if not len(strengths) or not min(strengths) > 0: raise NeuralError(f"strengths must be one number above 0 or more, got {strengths}")
+    """Logistic regression on standardised features, its penalty chosen on validate: the linear probe (this companion's
+    choice)."""
+    if not len(strengths) or not min(strengths) > 0:
+        raise NeuralError(f"strengths must be one number above 0 or more, got {strengths}")
     y, held = np.asarray(y_train, float), np.asarray(y_validate, float)
     known, usable = ~np.isnan(y), ~np.isnan(held)
-    if len(set(y[known])) < 2 or not usable.any(): raise NeuralError(f"the linear reader needs both classes in train and a known study in validate, got {int((y == 1).sum())} positive, {int((y == 0).sum())} negative and {int(usable.sum())} known in validate")
-    fits = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)).fit(np.asarray(x_train)[known], y[known]) for c in strengths]
-    right = lambda m: np.log(np.clip(m.predict_proba(np.asarray(x_validate)[usable])[np.arange(usable.sum()), held[usable].astype(int)], 1e-9, 1)).mean()
+    if len(set(y[known])) < 2 or not usable.any():
+        raise NeuralError(
+            f"the linear reader needs both classes in train and a known study in validate, got {int((y == 1).sum())}"
+            f" positive, {int((y == 0).sum())} negative and {int(usable.sum())} known in validate")
+    fits = [
+        make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)).fit(
+            np.asarray(x_train)[known], y[known])
+        for c in strengths
+    ]
+    right = lambda m: np.log(
+        np.clip(
+            m.predict_proba(np.asarray(x_validate)[usable])[np.arange(usable.sum()), held[usable].astype(int)], 1e-9, 1)
+    ).mean()
     return max(fits, key=right).predict_proba(np.asarray(others))[:, 1] if len(others) else np.zeros(0)
 
 # %% ../nbs/api/26_baseline.ipynb #audit26b

@@ -20,17 +20,20 @@ import torch
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from .asset import AssetStore, StudyAsset, check_new, check_secret, is_store, key_check, keyed_id, told, vocabulary_hash
+from .asset import (AssetStore, StudyAsset, check_new, check_secret, is_store, key_check, keyed_id, told,
+                          vocabulary_hash)
 from .codec import Codebook
 from .compose import PhraseBank, compose_reports, load_bank
-from .graph import certainty_bytes, concept_looks, concept_nodes, fuse, grounding_links, knowledge_graph, visual_graph
+from .graph import (certainty_bytes, concept_looks, concept_nodes, fuse, grounding_links, knowledge_graph,
+                          visual_graph)
 from .picture import encode_tiles, pad_square, thumbnail
 from .prompt import NewSentences, own_prompts
 from .prune import Budget, keep as keep_units, keep_count
 from .radiograph import load_radiograph, open_pool, read_radiograph
 from .relevance import mean_relevance, mention_relevance, pick_layer
 from .report import Annotation, Mention, Relation, ReportReader, evidence, labels_of, split_sections
-from .scores import GUIDED, MIXTURES, Aggregation, Batch, Network, Scoring, as_scoring, attended, baseline_hash, gather
+from .scores import (GUIDED, MIXTURES, Aggregation, Batch, Network, Scoring, as_scoring, attended, baseline_hash,
+                           gather)
 from .scores import load_aggregation, load_scoring, look, made_ready, measure, save_aggregation, scorer
 from .study import Exclusions, Manifest, NeuralError, readable, report_text
 from .vlm import ReportVLM, kept_memory, load_tokenizer, load_vlm, pack
@@ -60,7 +63,8 @@ class Reading:
     looks: np.ndarray  # float32 (M, N), where the words of each mention looked
     tokens_used: int  # report tokens the relevance was averaged over
     fell_back: bool  # no finding-bearing token: all words were used instead
-    certainty: dict = field(default_factory=dict)  # image-only: concept -> byte of `certainty_bytes`, where the label head has a finding for it
+    # image-only: concept -> byte of `certainty_bytes`, where the label head has a finding for it
+    certainty: dict = field(default_factory=dict)
 
 # %% ../nbs/api/21_build.ipynb #c21cert2
 @lru_cache(maxsize=4096)
@@ -73,6 +77,7 @@ def concept_findings(
     said = labels_of(Annotation("", (Mention(0, 0, "", concept, kind, "present"),))) if kind == "Observation" else {}
     return tuple(i for i, n in enumerate(names) if n != "No Finding" and said.get(n) == 1)
 
+# %% ../nbs/api/21_build.ipynb #c21cert2x1
 @torch.no_grad()
 def certainties(
     model: ReportVLM,  # trained
@@ -164,7 +169,8 @@ def habit(
         found = gather(network, Batch(*batch), ("report", "attention"))
         looks.append(attended(found, network.scoring, how.tokens)[~found.fell_back[how.tokens]])
     if not sum(map(len, looks)):
-        raise NeuralError("no training report with a finding-bearing word: use tokens='all', or check that the reports were found")
+        raise NeuralError(
+            "no training report with a finding-bearing word: use tokens='all', or check that the reports were found")
     return mean_relevance(torch.cat(looks))
 
 # %% ../nbs/api/21_build.ipynb #84fc542c
@@ -198,9 +204,12 @@ def write_reports(
     max_tokens: int = 96,  # longest report in tokens
     num_beams: int = 1,  # 1 is greedy
     grids: torch.Tensor | None = None,  # (B, N, d), where the encoder has seen the films already
-    prompted: bool | None = None,  # tell the decoder what the label head says; None: where the network has thresholds for it
-    apart: int | None = None,  # no sentence is written again within so many, 0: anything goes; None: as the network is set
-    bank: PhraseBank | None = None,  # compose reports of its sentences (chapter 15); None: the decoder writes, as in the paper
+    # tell the decoder what the label head says; None: where the network has thresholds for it
+    prompted: bool | None = None,
+    # no sentence is written again within so many, 0: anything goes; None: as the network is set
+    apart: int | None = None,
+    # compose reports of its sentences (chapter 15); None: the decoder writes, as in the paper
+    bank: PhraseBank | None = None,
 ) -> list[str]:  # may hold an empty text
     "What the network writes about each film."
     if bank is not None: return compose_reports(model, model.encode(films) if grids is None else grids, bank)
@@ -208,8 +217,13 @@ def write_reports(
     if prompted is None: prompted = "thresholds" in writer
     if apart is None: apart = writer.get("apart", 0)
     if prompted and grids is None: grids = model.encode(films)
-    more = dict(prompts=own_prompts(model, grids) if prompted else None, rules=(NewSentences(tokenizer, apart),) if apart else ())
-    return [t.strip() for t in tokenizer.batch_decode(model.write(films, max_tokens, num_beams, grids, **more), skip_special_tokens=True)]
+    more = dict(prompts=own_prompts(model, grids) if prompted else None,
+                rules=(NewSentences(tokenizer, apart),) if apart else ())
+    return [
+        t.strip()
+        for t in tokenizer.batch_decode(
+            model.write(films, max_tokens, num_beams, grids, **more), skip_special_tokens=True)
+    ]
 
 # %% ../nbs/api/21_build.ipynb #bcomp002
 def with_bank(
@@ -222,13 +236,17 @@ def with_bank(
     model.phrases = load_bank(folder, reader) if how.writer == "compose" else None
     return model
 
+# %% ../nbs/api/21_build.ipynb #bcomp002x1
 def bank_of(
     model: ReportVLM,  # from `with_bank`
     how: Aggregation,  # as chosen for it
 ) -> PhraseBank | None:  # None: the decoder writes
     "The sentences that a network composes its reports of."
     if how.writer == "decoder": return None
-    if getattr(model, "phrases", None) is None: raise NeuralError("this network is to compose its reports, and its phrase bank was not loaded: use with_bank, or let the decoder write")
+    if getattr(model, "phrases", None) is None:
+        raise NeuralError(
+            "this network is to compose its reports, and its phrase bank was not loaded: use with_bank, or let the"
+            " decoder write")
     return model.phrases
 
 # %% ../nbs/api/21_build.ipynb #bprom002
@@ -241,13 +259,20 @@ def prompted_looks(
     marks: torch.Tensor,  # (B, N) share of each patch that a mark covers
     prompts: torch.Tensor | None = None,  # (B, P); None: the network's own
     layer: int = -1,  # decoder layer
-) -> dict:  # "without", "with", "even": float32 (B,) share of attention on marked patches; "moved": (B,) how much of the gaze is elsewhere; NaN where nothing is marked or said
+    # "without", "with", "even": float32 (B,) share of attention on marked patches; "moved": (B,) how much of the gaze
+    # is elsewhere; NaN where nothing is marked or said
+) -> dict:
     "What prompts do to where the words of a given report look (teacher forcing)."
-    tokens = model.encode(films); prompts = own_prompts(model, tokens) if prompts is None else prompts
-    counts = words.float().to(tokens.device); counts = counts / counts.sum(1, keepdim=True)
-    looks = [torch.einsum("bt,btn->bn", counts, model.attend(tokens, labels, layer, p).mean(1)) for p in (None, prompts)]
-    lesion = (marks > 0).float().to(tokens.device); lesion = torch.where(lesion.any(1, keepdim=True), lesion, torch.nan)
-    out = dict(zip(("without", "with"), ((look * lesion).sum(1) for look in looks)), even=lesion.mean(1) + 0 * looks[0].sum(1))
+    tokens = model.encode(films)
+    prompts = own_prompts(model, tokens) if prompts is None else prompts
+    counts = words.float().to(tokens.device)
+    counts = counts / counts.sum(1, keepdim=True)
+    looks = [
+        torch.einsum("bt,btn->bn", counts, model.attend(tokens, labels, layer, p).mean(1)) for p in (None, prompts)]
+    lesion = (marks > 0).float().to(tokens.device)
+    lesion = torch.where(lesion.any(1, keepdim=True), lesion, torch.nan)
+    out = dict(
+        zip(("without", "with"), ((look * lesion).sum(1) for look in looks)), even=lesion.mean(1) + 0 * looks[0].sum(1))
     return {k: v.cpu() for k, v in {**out, "moved": (looks[0] - looks[1]).abs().sum(1) / 2}.items()}
 
 # %% ../nbs/api/21_build.ipynb #9797c1bc
@@ -259,7 +284,8 @@ def graph(
 ):  # the unified graph
     "Visual graph, knowledge graph and their fusion (NEURAL, sec. 2.3)."
     visual = visual_graph(self.patches, self.features, self.relevance[self.patches], self.grid)
-    return fuse(visual, knowledge_graph(self.annotation, vocabulary, self.certainty), fusion, self.grounding(vocabulary))
+    return fuse(
+        visual, knowledge_graph(self.annotation, vocabulary, self.certainty), fusion, self.grounding(vocabulary))
 
 # %% ../nbs/api/21_build.ipynb #a1bf14f8
 @patch
@@ -282,15 +308,18 @@ class Packing:
     never: tuple = ()  # patches that are neither retained nor shown, such as `corners(grid)`
 
     def __post_init__(self):
-        if isinstance(self.thumbnail, bool) or not isinstance(self.thumbnail, int) or not 0 <= self.thumbnail <= 65535: raise NeuralError(f"a thumbnail takes 1 to 65535 bytes, and 0 is none; got {self.thumbnail!r}")
-        if any(not isinstance(p, (int, np.integer)) or p < 0 for p in self.never): raise NeuralError(f"patches that are never retained are indices from 0, got {tuple(self.never)[:8]}")
+        if isinstance(self.thumbnail, bool) or not isinstance(self.thumbnail, int) or not 0 <= self.thumbnail <= 65535:
+            raise NeuralError(f"a thumbnail takes 1 to 65535 bytes, and 0 is none; got {self.thumbnail!r}")
+        if any(not isinstance(p, (int, np.integer)) or p < 0 for p in self.never):
+            raise NeuralError(f"patches that are never retained are indices from 0, got {tuple(self.never)[:8]}")
         if self.secret is not None: check_secret(self.secret)
 
     def name(self, study_id: str) -> str:  # the id that the study has in the store
         return study_id if self.secret is None else keyed_id(study_id, self.secret)
 
     def settings(self) -> dict:  # what a store remembers of it
-        return dict(key=key_check(self.secret), thumbnail=self.thumbnail, pixels=bool(self.pixels), hidden=sorted({int(p) for p in self.never}))
+        return dict(key=key_check(self.secret), thumbnail=self.thumbnail, pixels=bool(self.pixels),
+                    hidden=sorted({int(p) for p in self.never}))
 
 # %% ../nbs/api/21_build.ipynb #asset001
 @patch
@@ -306,9 +335,15 @@ def asset(
     "The persistent asset of this study: no label, no text, no identifier but its key."
     joined = self.graph(vocabulary, fusion)
     ties = grounding_links(self.grounding(vocabulary)) if len(joined.knowledge.concepts) else None
-    small = thumbnail(hide(film, packing.never, self.grid), packing.thumbnail, "webp", 96 if packing.thumbnail >= 400 else 64) if packing.thumbnail else b""
+    small = (
+        thumbnail(
+            hide(film, packing.never, self.grid), packing.thumbnail, "webp", 96 if packing.thumbnail >= 400 else 64)
+        if packing.thumbnail
+        else b""
+    )
     tiles = encode_tiles(pad_square(full, self.grid[0]), self.patches, self.grid) if packing.pixels else b""
-    return StudyAsset.from_graphs(packing.name(self.study_id), self.track, joined.visual, joined.knowledge, ties, {**(provenance or {}), "fusion": fusion}, packing.codec, packing.book, small, tiles)
+    return StudyAsset.from_graphs(packing.name(self.study_id), self.track, joined.visual, joined.knowledge, ties,
+                                  {**(provenance or {}), "fusion": fusion}, packing.codec, packing.book, small, tiles)
 
 # %% ../nbs/api/21_build.ipynb #372ea8e9
 def corners(
@@ -317,10 +352,13 @@ def corners(
 ) -> tuple:  # patch indices, ascending
     "The patches in the four corners of the grid, where markers and names are burnt in."
     rows, columns = grid
-    if not 0 < depth <= min(rows, columns) // 2: raise NeuralError(f"corners of {depth} patches on a grid of {rows} by {columns}; take 1 to {min(rows, columns) // 2}")
+    if not 0 < depth <= min(rows, columns) // 2:
+        raise NeuralError(
+            f"corners of {depth} patches on a grid of {rows} by {columns}; take 1 to {min(rows, columns) // 2}")
     near = lambda i, n: i < depth or i >= n - depth
     return tuple(r * columns + c for r in range(rows) for c in range(columns) if near(r, rows) and near(c, columns))
 
+# %% ../nbs/api/21_build.ipynb #372ea8e9x1
 def hide(
     film: np.ndarray,  # (1, S, S) in [0, 1]
     patches: tuple,  # indices to black out
@@ -342,18 +380,30 @@ def reading_rows(
     rows = {t: [] for t in TABLES}
     for r in readings:
         key = dict(study_id=r.study_id, track=r.track)
-        rows["relevance"].append({**key, "rows": r.grid[0], "cols": r.grid[1], "relevance": r.relevance.astype(np.float16), "retained": r.patches.astype(np.int32),
-                                  "features": r.features.astype(np.float16).ravel(), "tokens_used": r.tokens_used, "fell_back": r.fell_back})
-        rows["mentions"] += [{**key, "mention": i, "concept": m.concept, "kind": m.kind, "assertion": m.assertion, "certainty": r.certainty.get(m.concept), "relevance": w.astype(np.float16)} for i, (m, w) in enumerate(zip(r.annotation.mentions, r.looks))]
+        rows["relevance"].append({**key, "rows": r.grid[0], "cols": r.grid[1],
+                                  "relevance": r.relevance.astype(np.float16), "retained": r.patches.astype(np.int32),
+                                  "features": r.features.astype(np.float16).ravel(), "tokens_used": r.tokens_used,
+                                  "fell_back": r.fell_back})
+        rows["mentions"] += [
+            {**key, "mention": i, "concept": m.concept, "kind": m.kind, "assertion": m.assertion,
+             "certainty": r.certainty.get(m.concept), "relevance": w.astype(np.float16)}
+            for i, (m, w) in enumerate(zip(r.annotation.mentions, r.looks))
+        ]
         rows["relations"] += [{**key, "head": x.head, "tail": x.tail, "type": x.type} for x in r.annotation.relations]
     return rows
 
 # %% ../nbs/api/21_build.ipynb #ee3d4b0e
 SCHEMAS = {
-    "relevance": pa.schema([("study_id", pa.string()), ("track", pa.string()), ("rows", pa.int16()), ("cols", pa.int16()), ("relevance", pa.list_(pa.float16())),
-                            ("retained", pa.list_(pa.int32())), ("features", pa.list_(pa.float16())), ("tokens_used", pa.int32()), ("fell_back", pa.bool_())]),
-    "mentions": pa.schema([("study_id", pa.string()), ("track", pa.string()), ("mention", pa.int32()), ("concept", pa.string()), ("kind", pa.string()), ("assertion", pa.string()), ("certainty", pa.uint8()), ("relevance", pa.list_(pa.float16()))]),
-    "relations": pa.schema([("study_id", pa.string()), ("track", pa.string()), ("head", pa.int32()), ("tail", pa.int32()), ("type", pa.string())])}
+    "relevance": pa.schema([("study_id", pa.string()), ("track", pa.string()), ("rows", pa.int16()),
+                            ("cols", pa.int16()), ("relevance", pa.list_(pa.float16())),
+                            ("retained", pa.list_(pa.int32())), ("features", pa.list_(pa.float16())),
+                            ("tokens_used", pa.int32()), ("fell_back", pa.bool_())]),
+    "mentions": pa.schema([("study_id", pa.string()), ("track", pa.string()), ("mention", pa.int32()),
+                           ("concept", pa.string()), ("kind", pa.string()), ("assertion", pa.string()),
+                           ("certainty", pa.uint8()), ("relevance", pa.list_(pa.float16()))]),
+    "relations": pa.schema([("study_id", pa.string()), ("track", pa.string()), ("head", pa.int32()),
+                            ("tail", pa.int32()), ("type", pa.string())]),
+}
 
 def save_readings(
     readings: list[Reading],  # of any track
@@ -365,15 +415,19 @@ def save_readings(
         target = Path(run) / f"{name}.parquet"
         draft = target.with_suffix(".tmp")
         try:
-            with told(f"{target.name} cannot be written"): pq.write_table(pa.Table.from_arrays(columns, schema=SCHEMAS[name]), draft, compression="zstd"); draft.replace(target)
+            with told(f"{target.name} cannot be written"):
+                pq.write_table(pa.Table.from_arrays(columns, schema=SCHEMAS[name]), draft, compression="zstd")
+                draft.replace(target)
         finally:
             with suppress(OSError): draft.unlink(missing_ok=True)  # what failed first is what is told
 
+# %% ../nbs/api/21_build.ipynb #ee3d4b0ex1
 def _column(values, kind):
     "One column; lists of numbers go in as one array instead of number by number."
     if not pa.types.is_list(kind): return pa.array(values, kind)
     flat = np.concatenate(values) if values else np.zeros(0, kind.value_type.to_pandas_dtype())
-    return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *map(len, values)]), pa.int32()), pa.array(flat, kind.value_type))
+    return pa.ListArray.from_arrays(
+        pa.array(np.cumsum([0, *map(len, values)]), pa.int32()), pa.array(flat, kind.value_type))
 
 # %% ../nbs/api/21_build.ipynb #78f090e4
 def load_readings(
@@ -385,34 +439,49 @@ def load_readings(
     if missing: raise NeuralError(f"{missing[0]}.parquet is missing in the run folder: run the pruning stage first")
     tables = {t: _rows(_table(Path(run) / f"{t}.parquet", SCHEMAS[t], track)) for t in TABLES}
     mentions, relations, sure = {}, {}, {}
-    for m in tables["mentions"]: mentions.setdefault(m["study_id"], []).append((Mention(0, 0, "", m["concept"], m["kind"], m["assertion"]), m["relevance"]))
+    for m in tables["mentions"]:
+        mentions.setdefault(m["study_id"], []).append(
+            (Mention(0, 0, "", m["concept"], m["kind"], m["assertion"]), m["relevance"]))
     for m in tables["mentions"]:
         if m["certainty"] is not None: sure.setdefault(m["study_id"], {})[m["concept"]] = m["certainty"]
-    for x in tables["relations"]: relations.setdefault(x["study_id"], []).append(Relation(x["head"], x["tail"], x["type"]))
-    return [_reading(r, mentions.get(r["study_id"], []), relations.get(r["study_id"], []), sure.get(r["study_id"], {})) for r in tables["relevance"]]
+    for x in tables["relations"]:
+        relations.setdefault(x["study_id"], []).append(Relation(x["head"], x["tail"], x["type"]))
+    return [_reading(r, mentions.get(r["study_id"], []), relations.get(r["study_id"], []), sure.get(r["study_id"], {}))
+            for r in tables["relevance"]]
 
+# %% ../nbs/api/21_build.ipynb #78f090e4x1
 def _table(path, schema, track):
     "The rows of one track."
     with told(f"{path.name} cannot be read"):
         try:
             there = set(pq.read_schema(path).names)
-            table = pq.read_table(path, columns=[n for n in schema.names if n in there or n != "certainty"], filters=[("track", "=", track)])
-            if "certainty" in schema.names and "certainty" not in there: table = table.add_column(schema.get_field_index("certainty"), "certainty", pa.nulls(len(table)))  # of an earlier version
+            table = pq.read_table(path, columns=[n for n in schema.names if n in there or n != "certainty"],
+                                  filters=[("track", "=", track)])
+            # of an earlier version
+            if "certainty" in schema.names and "certainty" not in there:
+                table = table.add_column(schema.get_field_index("certainty"), "certainty", pa.nulls(len(table)))
             return table.cast(schema)
-        except pa.ArrowException as e: raise NeuralError(f"{path.name} is damaged or no table of readings ({type(e).__name__}): run the pruning stage again") from None
+        except pa.ArrowException as e:
+            raise NeuralError(
+                f"{path.name} is damaged or no table of readings ({type(e).__name__}): run the pruning stage again"
+            ) from None
 
+# %% ../nbs/api/21_build.ipynb #78f090e4x2
 def _rows(table):
     "Rows of a table, their lists as arrays."
-    columns = {n: [v.values.to_numpy(zero_copy_only=False) for v in c] if pa.types.is_list(c.type) else c.to_pylist() for n, c in zip(table.column_names, table.columns)}
+    columns = {n: [v.values.to_numpy(zero_copy_only=False) for v in c] if pa.types.is_list(c.type) else c.to_pylist()
+               for n, c in zip(table.column_names, table.columns)}
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
+# %% ../nbs/api/21_build.ipynb #78f090e4x3
 def _reading(row, mentions, relations, certainty):
     "One reading from its rows."
     n, k = row["rows"] * row["cols"], len(row["retained"])
     looks = np.array([w for _, w in mentions], np.float32).reshape(-1, n)
     note = Annotation("", tuple(m for m, _ in mentions), tuple(relations))
-    return Reading(row["study_id"], row["track"], (row["rows"], row["cols"]), np.array(row["relevance"], np.float32), np.array(row["retained"], np.int64),
-                   np.array(row["features"], np.float32).reshape(k, -1), note, looks, row["tokens_used"], row["fell_back"], certainty)
+    return Reading(row["study_id"], row["track"], (row["rows"], row["cols"]), np.array(row["relevance"], np.float32),
+                   np.array(row["retained"], np.int64), np.array(row["features"], np.float32).reshape(k, -1), note,
+                   looks, row["tokens_used"], row["fell_back"], certainty)
 
 # %% ../nbs/api/21_build.ipynb #askept01
 def as_kept(
@@ -432,6 +501,7 @@ def lead(
     last, first = reading.relevance[at].min(), np.delete(reading.relevance, at).max(initial=0)
     return float(np.log(last / first)) if last > 0 and first > 0 else np.inf
 
+# %% ../nbs/api/21_build.ipynb #4fccc1ebx1
 def close_calls(
     readings: list[Reading],  # of one batch
     margin: float = 0.02,  # largest lead of a close call
@@ -465,7 +535,8 @@ def in_groups(
     device: str = "cpu",  # elsewhere one group takes all
 ) -> list[list[int]]:  # places of the studies, shortest reports first
     "Studies that are read together: of like length, and about half a million pixels of film at a time on a CPU."
-    order, step = sorted(range(len(texts)), key=lambda n: len(texts[n])), max(1, 2**19 // size**2) if device == "cpu" else 64
+    order, step = sorted(range(len(texts)), key=lambda n: len(texts[n])), (
+        max(1, 2**19 // size**2) if device == "cpu" else 64)
     return [order[n : n + step] for n in range(0, len(order), step)]
 
 # %% ../nbs/api/21_build.ipynb #decd989c
@@ -476,6 +547,7 @@ class Ready(NamedTuple):
     text: str  # evidence of its report; empty on the image-only track
     sections: dict | None = None  # of its report, where there is one
 
+# %% ../nbs/api/21_build.ipynb #decd989cx1
 @kept_memory()
 def shard_of(
     network: Network,  # that reads
@@ -485,7 +557,8 @@ def shard_of(
     precision: str = "float32",  # or "bfloat16", with close calls read again in float32 (`settle`)
 ) -> list[Reading]:  # in the order of the studies
     "Readings of one batch on one track."
-    if precision not in ("float32", "bfloat16"): raise NeuralError(f"precision must be 'float32' or 'bfloat16', got {precision!r}")
+    if precision not in ("float32", "bfloat16"):
+        raise NeuralError(f"precision must be 'float32' or 'bfloat16', got {precision!r}")
     if precision == "float32": return read_groups(network, studies, track, never)
     first = read_groups(network, studies, track, never, lower=True)
     return settle(first, lambda places: read_groups(network, [studies[n] for n in places], track, never))
@@ -504,6 +577,7 @@ def read_groups(
         found.update(zip(group, _read_group(network, [studies[n] for n in group], track, never, lower)))
     return [found[n] for n in range(len(studies))]
 
+# %% ../nbs/api/21_build.ipynb #c21groupx1
 @torch.inference_mode()
 def _read_group(network, studies, track, never, lower):
     "Readings of studies that go through the network together."
@@ -512,7 +586,8 @@ def _read_group(network, studies, track, never, lower):
     texts, sections = [s.text for s in studies], [s.sections or {} for s in studies]
     if track == "image-only":
         with torch.autocast(model.device.type, torch.bfloat16, enabled=lower): grids = model.encode(films).float()
-        texts = write_reports(model, network.tokenizer, None, state.max_tokens, grids=grids, bank=bank_of(model, state.how))
+        texts = write_reports(
+            model, network.tokenizer, None, state.max_tokens, grids=grids, bank=bank_of(model, state.how))
         sections = None
     return read(network, Batch([s.study_id for s in studies], films, texts, sections, grids), track, never, lower)
 
@@ -525,12 +600,14 @@ def decode_films(
     "Films of some studies; a failure comes back as a sentence. A pool begins at once, before the first is asked for."
     return (pool.map if pool else map)(_film, paths, [size] * len(paths))
 
+# %% ../nbs/api/21_build.ipynb #51fb1591x1
 def _film(path, size):
     "One film in the eight bits in which stages keep theirs, or why not."
     if isinstance(path, NeuralError): return str(path)
     try: return np.round(load_radiograph(path, size) * 255).astype(np.uint8).astype(np.float32) / 255
     except NeuralError as e: return str(e)
 
+# %% ../nbs/api/21_build.ipynb #51fb1591x2
 def film_paths(
     manifest: Manifest,  # of the dataset
     studies: list,  # of that manifest
@@ -541,6 +618,7 @@ def film_paths(
         except NeuralError as e: return e
     return [where(s) for s in studies]
 
+# %% ../nbs/api/21_build.ipynb #51fb1591x3
 def ahead(
     parts: list,  # lists of studies
     start,  # takes a part; begins its work and returns an iterable of results
@@ -564,13 +642,16 @@ def usable(
     out = []
     for s, film in zip(studies, found):
         try: sections = split_sections(report_text(manifest, s)) if track == "image+report" else None
-        except NeuralError as e: excluded.add(s.study_id, "report not readable", str(e)); continue
+        except NeuralError as e:
+            excluded.add(s.study_id, "report not readable", str(e))
+            continue
         text = evidence(sections) if sections else ""
         if isinstance(film, str): excluded.add(s.study_id, "film not readable", film)
         elif track == "image+report" and not text: excluded.add(s.study_id, "no findings and no impression")
         else: out.append(Ready(s.study_id, film, text, sections))
     return out
 
+# %% ../nbs/api/21_build.ipynb #63ab5dcex1
 def unnamed(
     excluded: Exclusions,  # of a build
     manifest: Manifest,  # of the same studies
@@ -578,15 +659,19 @@ def unnamed(
 ) -> Exclusions:  # under the ids of the store; with a key no word of a row of the manifest is left in the details
     "What was left out, under the ids that the store would have given it (this companion's choice)."
     def row(study_id, reason, detail):
-        s = manifest[study_id]; paths = [*(v.image for v in s.views), s.report]
-        words = {s.study_id, s.patient_id} | {w for p in paths for w in (*re.split("[/#]", p), Path(p.partition("#")[0]).stem)} - {"", "."}
+        s = manifest[study_id]
+        paths = [*(v.image for v in s.views), s.report]
+        words = {s.study_id, s.patient_id} | {
+            w for p in paths for w in (*re.split("[/#]", p), Path(p.partition("#")[0]).stem)} - {"", "."}
         clean = lambda text: not re.search("|".join(rf"(?<!\w){re.escape(w)}(?!\w)" for w in words), text)
         return packing.name(study_id), reason, next((t for t in (detail, detail.partition(": ")[2]) if clean(t)), "")
     return excluded if packing.secret is None else Exclusions(row(*r) for r in excluded)
 
+# %% ../nbs/api/21_build.ipynb #63ab5dcex2
 def hash_of(vlm: str | Path) -> str:
     "Sixteen hexadecimal digits that name a network's weights."
-    with readable(f"{Path(vlm).name}/model.safetensors"), open(Path(vlm) / "model.safetensors", "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+    with readable(f"{Path(vlm).name}/model.safetensors"), open(Path(vlm) / "model.safetensors", "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 # %% ../nbs/api/21_build.ipynb #settin01
 def reading_settings(
@@ -594,11 +679,13 @@ def reading_settings(
     precision: str | None = "float32",  # or "bfloat16"; None is unknown
 ) -> dict:  # what a store remembers of it
     "How studies are read, in the words of a store's settings."
-    if precision not in (None, "float32", "bfloat16"): raise NeuralError(f"precision must be 'float32' or 'bfloat16', got {precision!r}")
+    if precision not in (None, "float32", "bfloat16"):
+        raise NeuralError(f"precision must be 'float32' or 'bfloat16', got {precision!r}")
     state = as_scoring(settings)
     how, guide = state.how, dict(guide="named", heads=state.how.heads, layer=str(state.how.layer))
     if state.score in GUIDED:
-        guide = dict(guide=how.guide, tokens=how.tokens, heads=how.heads, layer=str(how.layer), lift=bool(how.lift), places=bool(how.places))
+        guide = dict(guide=how.guide, tokens=how.tokens, heads=how.heads, layer=str(how.layer), lift=bool(how.lift),
+                     places=bool(how.places))
     told = dict(keep=state.k, **guide, writer=how.writer, habit=baseline_hash(state), longest=state.max_tokens)
     if precision: told["precision"] = precision
     if state.named: told["score"] = state.named
@@ -606,6 +693,7 @@ def reading_settings(
     if state.score == "random": told["draw"] = state.seed
     return told
 
+# %% ../nbs/api/21_build.ipynb #settin01x1
 def selection_of(
     scoring: Scoring,  # how a network is read
 ) -> dict:  # of a store's provenance; empty where the run's own choice was read
@@ -619,7 +707,8 @@ def dataset_name(
 ) -> str:  # such as "mimic-cxr 0f3a9c11"
     "A data set by its layout and its folder's hash (this companion's choice)."
     layout = manifest.layout if re.fullmatch("[a-z][a-z0-9-]{0,31}", manifest.layout or "") else "unnamed"
-    return f"{layout} {hashlib.blake2b(str(Path(manifest.root).resolve()).encode(), key=(secret or b'')[:64], digest_size=4).hexdigest()}"
+    place, key = str(Path(manifest.root).resolve()).encode(), (secret or b"")[:64]
+    return f"{layout} {hashlib.blake2b(place, key=key, digest_size=4).hexdigest()}"
 
 # %% ../nbs/api/21_build.ipynb #begin001
 def open_store(
@@ -633,12 +722,18 @@ def open_store(
 ) -> AssetStore:
     "An existing store to go on with as it was begun, or a new one."
     settings = {**packing.settings(), **(settings or {})}
-    if not is_store(folder): return AssetStore.create(folder, reader.vocabulary, reader.kinds, model.encoder.num_features, model.grid, track, packing.codec, provenance, packing.book, settings=settings, certainty=track == "image-only" and bool(model.config.label_names))
+    if not is_store(folder):
+        return AssetStore.create(folder, reader.vocabulary, reader.kinds, model.encoder.num_features, model.grid,
+                                 track, packing.codec, provenance, packing.book, settings=settings,
+                                 certainty=track == "image-only" and bool(model.config.label_names))
     store = AssetStore(folder)
-    made = dict(track=track, codec=packing.codec, codebook=packing.book.hash if packing.book else "none", network=provenance.get("model_hash"), fusion=provenance.get("fusion"), vocabulary=vocabulary_hash(reader.vocabulary), selection=provenance.get("selection"))
+    made = dict(track=track, codec=packing.codec, codebook=packing.book.hash if packing.book else "none",
+                network=provenance.get("model_hash"), fusion=provenance.get("fusion"),
+                vocabulary=vocabulary_hash(reader.vocabulary), selection=provenance.get("selection"))
     store.check({**made, **settings})
     return store
 
+# %% ../nbs/api/21_build.ipynb #begin001x1
 def begin(
     manifest: Manifest,  # of the dataset
     folder: str | Path,  # store to make, or to go on with
@@ -651,14 +746,22 @@ def begin(
     force: bool = False,  # go on with a codebook of another network, or with another data set
 ) -> tuple[AssetStore, list]:  # the store, and the studies it lacks
     "What a build starts from: the store, everything compared that it remembers (this companion's choice)."
-    if fusion not in ("betweenness", "grounding", "none"): raise NeuralError(f"fusion must be 'betweenness', 'grounding' or 'none', got {fusion!r}")
+    if fusion not in ("betweenness", "grounding", "none"):
+        raise NeuralError(f"fusion must be 'betweenness', 'grounding' or 'none', got {fusion!r}")
     mine, data = hash_of(vlm), dataset_name(manifest, packing.secret)
-    if packing.book and packing.book.network not in ("", mine) and not force: raise NeuralError(f"the codebook was fitted on features of network {packing.book.network}, and {Path(vlm).name} is network {mine}: fit one with `neural codebook`, or go on with --force")
+    if packing.book and packing.book.network not in ("", mine) and not force:
+        raise NeuralError(
+            f"the codebook was fitted on features of network {packing.book.network}, and {Path(vlm).name} is network"
+            f" {mine}: fit one with `neural codebook`, or go on with --force")
     made = {"model_hash": mine, **selection_of(network.scoring), "fusion": fusion}
-    store = open_store(folder, network.reader, network.model, track, made, packing, {**reading_settings(network.scoring, precision), "datasets": [data]})
+    store = open_store(folder, network.reader, network.model, track, made, packing,
+                       {**reading_settings(network.scoring, precision), "datasets": [data]})
     known = store.settings["datasets"]
     if known is not None and data not in known:
-        if not force: raise NeuralError(f"{store.folder.name} holds studies of {' and '.join(known)}, and this manifest is of {data}: name a new folder, or, where the data set was only moved or is to join, go on with --force")
+        if not force:
+            raise NeuralError(
+                f"{store.folder.name} holds studies of {' and '.join(known)}, and this manifest is of {data}: name a"
+                " new folder, or, where the data set was only moved or is to join, go on with --force")
         store.add_dataset(data)
     done = set(store.ids)
     return store, [s for s in manifest if packing.name(s.study_id) not in done]
@@ -699,14 +802,23 @@ def fill_store(
 ) -> Exclusions:  # what was left out
     "Read some studies and append them, shard by shard; what a stopped run has appended stays."
     track, excluded = store.track, Exclusions()
-    if batch_size < 1 or workers < 0: raise NeuralError(f"a shard holds at least one study, and processes are counted from 0; got batch_size={batch_size}, workers={workers}")
+    if batch_size < 1 or workers < 0:
+        raise NeuralError(
+            f"a shard holds at least one study, and processes are counted from 0; got batch_size={batch_size},"
+            f" workers={workers}")
     store.check({**packing.settings(), **reading_settings(network.scoring, precision), "fusion": fusion})
-    parts, size = [studies[n : n + batch_size] for n in range(0, len(studies), batch_size)], network.model.encoder.config.image_size
-    with open_pool(workers) if workers and len(studies) > 4 else nullcontext() as pool, tqdm(total=len(studies), desc=track, unit="study", disable=None if progress is None else not progress) as bar:
+    parts, size = [
+        studies[n : n + batch_size] for n in range(0, len(studies), batch_size)
+    ], network.model.encoder.config.image_size
+    with (
+        open_pool(workers) if workers and len(studies) > 4 else nullcontext() as pool,
+        tqdm(total=len(studies), desc=track, unit="study", disable=None if progress is None else not progress) as bar):
         for part, found in ahead(parts, lambda p: decode_films(film_paths(manifest, p), size, pool)):
             ready = usable(manifest, part, found, track, excluded)
             readings = shard_of(network, ready, track, packing.never, precision)
-            if made := packed_shard(manifest, ready, readings, network.reader.vocabulary, fusion, packing, excluded, store.certain): store.append(made, again="skip")
+            if made := packed_shard(
+                manifest, ready, readings, network.reader.vocabulary, fusion, packing, excluded, store.certain):
+                store.append(made, again="skip")
             bar.update(len(part))
     return unnamed(excluded, manifest, packing)
 
@@ -759,12 +871,16 @@ def measure_baseline(
 ) -> tuple[Scoring, Exclusions]:  # for `save_scoring`; and the studies that could not be read
     "Everything that scorers compare with, measured on training studies (this companion's choice)."
     network, excluded, train = load_network(vlm, device), Exclusions(), manifest.of("train")[:studies]
-    if not train: raise NeuralError("baseline maps are measured on training studies, and this manifest has none: name one with a train split")
+    if not train:
+        raise NeuralError(
+            "baseline maps are measured on training studies, and this manifest has none: name one with a train split")
     with open_pool(workers) if workers and len(train) > 4 else nullcontext() as pool:
-        parts = tqdm(_train_parts(network, manifest, train, excluded, pool), disable=None if progress is None else not progress, desc="train")
+        parts = tqdm(_train_parts(network, manifest, train, excluded, pool),
+                     disable=None if progress is None else not progress, desc="train")
         usual = measure(network.model, parts, network.scoring)
     return replace(network.scoring, baseline=usual), excluded
 
+# %% ../nbs/api/21_build.ipynb #c21basex1
 def _train_parts(network, manifest, train, excluded, pool, step=64):
     "Evidence of training studies, a group at a time."
     model, size = network.model, network.model.encoder.config.image_size
@@ -774,4 +890,6 @@ def _train_parts(network, manifest, train, excluded, pool, step=64):
         ready = usable(manifest, part, found, "image+report", excluded)
         for group in in_groups([s.text for s in ready], size, model.device.type):
             ids, films, texts, sections = zip(*(ready[n] for n in group))
-            yield gather(network, Batch(list(ids), torch.as_tensor(np.stack(films)).to(model.device), list(texts), list(sections)), needs)
+            yield gather(
+                network,
+                Batch(list(ids), torch.as_tensor(np.stack(films)).to(model.device), list(texts), list(sections)), needs)

@@ -51,9 +51,12 @@ def to_data(
     asset,                # StudyAsset
     fusion='grounding',   # 'betweenness', 'grounding' or 'none', see chapter 18
     parts=PARTS,          # what is read: 'visual', 'knowledge', 'context', or some of them
-) -> Data:                # x [kv, d], place [kv], word [mw], certainty [mw], is_patch [n], edge_index [2, e], edge_type [e], edge_weight [e]; context [1, 1, 48, 48] if read
+    # x [kv, d], place [kv], word [mw], certainty [mw], is_patch [n], edge_index [2, e], edge_type [e], edge_weight [e];
+    # context [1, 1, 48, 48] if read
+) -> Data:
     "One unified graph as tensors (NEURAL, sec. 2.3)."
-    if not set(parts) & set(PARTS) or set(parts) - {*PARTS, CONTEXT}: raise NeuralError(f"parts must be some of {', '.join(PARTS)}, and {CONTEXT} beside them; got {parts}")
+    if not set(parts) & set(PARTS) or set(parts) - {*PARTS, CONTEXT}:
+        raise NeuralError(f"parts must be some of {', '.join(PARTS)}, and {CONTEXT} beside them; got {parts}")
     g = asset.unified(fusion)
     is_patch = np.arange(len(g)) < len(g.visual)
     keep = np.where(is_patch, 'visual' in parts, 'knowledge' in parts)
@@ -62,9 +65,13 @@ def to_data(
     v, q = (len(g.visual) if 'visual' in parts else 0), (len(g.knowledge) if 'knowledge' in parts else 0)
     words = g.knowledge.concepts[:q]*len(ASSERTIONS) + g.knowledge.assertions[:q]
     t = lambda a: torch.from_numpy(np.array(a))
-    return Data(x=t(g.visual.features[:v]), place=t(g.visual.patches[:v]), word=t(words), certainty=t(sureness(g.knowledge.certainty, len(g.knowledge))[:q]), is_patch=t(is_patch[keep]), edge_index=t(edges), edge_type=t(types),
-                edge_weight=t(edge_shares(edges, types, g.weights[inside], v+q)), num_nodes=v+q, **({'context': context_of(asset)} if CONTEXT in parts else {}))
+    return Data(x=t(g.visual.features[:v]), place=t(g.visual.patches[:v]), word=t(words),
+                certainty=t(sureness(g.knowledge.certainty, len(g.knowledge))[:q]), is_patch=t(is_patch[keep]),
+                edge_index=t(edges), edge_type=t(types),
+                edge_weight=t(edge_shares(edges, types, g.weights[inside], v + q)), num_nodes=v + q,
+                **({'context': context_of(asset)} if CONTEXT in parts else {}))
 
+# %% ../nbs/api/22_classify.ipynb #dc54d7f6x1
 def sureness(
     certainty,       # uint8 [m], see `certainty_bytes`; None or empty: nothing is known
     m: int,          # number of concepts
@@ -72,11 +79,14 @@ def sureness(
     "How a classifier reads certainties (this companion's choice)."
     return np.nan_to_num(2*certainty_share(certainty, m) - 1)
 
+# %% ../nbs/api/22_classify.ipynb #dc54d7f6x2
 def context_of(
     asset,            # StudyAsset with a thumbnail
 ) -> torch.Tensor:    # uint8 [1, 1, 48, 48]
     "The whole film, small, as an asset carries it."
-    if not asset.thumbnail: raise NeuralError(f"study {asset.study_id} carries no thumbnail: build its store with one, or read without {CONTEXT}")
+    if not asset.thumbnail:
+        raise NeuralError(
+            f"study {asset.study_id} carries no thumbnail: build its store with one, or read without {CONTEXT}")
     return torch.from_numpy(np.round(255*decode_picture(asset.thumbnail, CONTEXT_SIDE)).astype(np.uint8))[None]
 
 # %% ../nbs/api/22_classify.ipynb #89d25f16
@@ -85,20 +95,25 @@ def _field(assets, name):
     values = [getattr(a, name) for a in assets]
     return np.concatenate(values), np.repeat(np.arange(len(values)), [len(v) for v in values])
 
+# %% ../nbs/api/22_classify.ipynb #89d25f16x1
 def _touching(patches, owner, grid):
     "Pairs of neighbouring patches of many studies, each once, as places in `patches` (`grid_edges` of chapter 18)."
     key = owner*(grid[0]*grid[1]) + patches.astype(np.int64)
     there = key[:, None] + [1, grid[1]]
-    at = np.searchsorted(key, there, 'right') - 1                                          # of a repeated patch the last copy
+    # of a repeated patch the last copy
+    at = np.searchsorted(key, there, 'right') - 1
     inside = np.stack([(patches + 1) % grid[1] != 0, patches + grid[1] < grid[0]*grid[1]], 1)
-    return (found := (key[at] == there) & inside & np.append(key[1:] != key[:-1], True)[:, None]).nonzero()[0], at[found]
+    return (found := (key[at] == there) & inside & np.append(key[1:] != key[:-1], True)[:, None]).nonzero()[0], at[
+        found]
 
+# %% ../nbs/api/22_classify.ipynb #89d25f16x2
 def _once(columns, last=False):
     "Places of the rows that differ, the first or last of equal ones."
     rows = np.stack(columns, 1)[::-1 if last else 1]
     at = np.unique(rows, axis=0, return_index=True)[1]
     return len(rows) - 1 - at if last else np.sort(at)
 
+# %% ../nbs/api/22_classify.ipynb #89d25f16x3
 def _links(concept, weight, patches):
     "Which ties are kept and their shares, for ties sorted by concept (`grounding_links` of chapter 18)."
     total = np.bincount(concept, weight)
@@ -106,7 +121,8 @@ def _links(concept, weight, patches):
     keep = share > (1 + 1e-5)/patches
     lost = (total > 0) & ~np.bincount(concept, keep, len(total)).astype(bool)
     best = np.lexsort((-share, concept))
-    best = best[np.append(True, np.diff(concept[best]) > 0)[:len(best)]]                   # the strongest tie of each concept
+    # the strongest tie of each concept
+    best = best[np.append(True, np.diff(concept[best]) > 0)[:len(best)]]
     keep[best[lost[concept[best]]]] = True
     return keep, share[keep]/np.bincount(concept[keep], share[keep], len(total))[concept[keep]]
 
@@ -116,29 +132,40 @@ def _graphs_at_once(assets, fusion, parts):
     n, v, q = len(assets), 'visual' in parts, 'knowledge' in parts
     (patches, of_patch), (concepts, of_concept) = _field(assets, 'patches'), _field(assets, 'concepts')
     k, m = np.bincount(of_patch, minlength=n), np.bincount(of_concept, minlength=n)
-    base = np.cumsum(k*v + m*q) - k*v - m*q                                                # the first node of each graph
+    # the first node of each graph
+    base = np.cumsum(k*v + m*q) - k*v - m*q
     word = base + k*v                                                                      # and its first concept
     a, b = _touching(patches, of_patch, assets[0].grid)
     spot = np.arange(len(patches)) - (k.cumsum() - k - base)[of_patch]
     said, of_said = _field(assets, 'relations')
-    at = _once([of_said, *said.T]); at = at[said[at, 0] != said[at, 1]]
+    at = _once([of_said, *said.T])
+    at = at[said[at, 0] != said[at, 1]]
     said, of_said = said[at].astype(np.int64), of_said[at]
     (tied, of_tied), (weight, _) = _field(assets, 'grounding'), _field(assets, 'weights')
     at = _once([of_tied, *tied.T], last=True) if fusion == 'grounding' else []
     tied, of_tied = tied[at].astype(np.int64), of_tied[at]
     keep, share = _links((m.cumsum() - m)[of_tied] + tied[:, 0], weight[at].astype(np.float64), k[of_tied])
     tied, of_tied = tied[keep], of_tied[keep]
-    sets = [(of_patch[a], spot[a], spot[b], np.full(len(a), ADJACENT), np.ones(len(a)))]*v + [(of_said, word[of_said] + said[:, 0], word[of_said] + said[:, 1], said[:, 2], np.ones(len(said)))]*q
-    sets += [(of_tied, base[of_tied] + tied[:, 1], word[of_tied] + tied[:, 0], np.full(len(tied), SHOWS), share.astype(np.float32))]*(v and q)
-    sets = [both for owner, x, y, kind, w in sets for both in ((owner, x, y, kind, w), (owner, y, x, np.asarray(REVERSE)[kind], w))]
+    sets = [(of_patch[a], spot[a], spot[b], np.full(len(a), ADJACENT), np.ones(len(a)))] * v + [
+        (of_said, word[of_said] + said[:, 0], word[of_said] + said[:, 1], said[:, 2], np.ones(len(said)))] * q
+    sets += [(of_tied, base[of_tied] + tied[:, 1], word[of_tied] + tied[:, 0], np.full(len(tied), SHOWS),
+              share.astype(np.float32))] * (v and q)
+    sets = [both for owner, x, y, kind, w in sets
+            for both in ((owner, x, y, kind, w), (owner, y, x, np.asarray(REVERSE)[kind], w))]
     order = np.argsort(np.concatenate([s[0] for s in sets]), kind='stable')
     source, target, types, weights = (np.concatenate([s[i] for s in sets])[order] for i in (1, 2, 3, 4))
     size, t = k*v + m*q, lambda x: torch.from_numpy(np.ascontiguousarray(x))
     is_patch = np.arange(size.sum()) < np.repeat(word, size)
-    return Batch(x=t(np.concatenate([a.features[:len(a.patches)*v] for a in assets])), place=t(patches[:len(patches)*v].astype(np.int64)), batch=t(np.repeat(np.arange(n), size)),
-                 word=t((concepts.astype(np.int64)*len(ASSERTIONS) + _field(assets, 'assertions')[0])[:len(concepts)*q]), certainty=t(_sureness(assets)[:len(concepts)*q]), is_patch=t(is_patch), edge_index=t(np.stack([source, target])), edge_type=t(types),
-                 edge_weight=t(edge_shares(np.stack([source, target]), types, weights, int(size.sum()))), ptr=t(np.append(0, size.cumsum())), num_nodes=int(size.sum()))
+    return Batch(
+        x=t(np.concatenate([a.features[: len(a.patches) * v] for a in assets])),
+        place=t(patches[: len(patches) * v].astype(np.int64)), batch=t(np.repeat(np.arange(n), size)),
+        word=t((concepts.astype(np.int64) * len(ASSERTIONS) + _field(assets, 'assertions')[0])[: len(concepts) * q]),
+        certainty=t(_sureness(assets)[: len(concepts) * q]), is_patch=t(is_patch),
+        edge_index=t(np.stack([source, target])), edge_type=t(types),
+        edge_weight=t(edge_shares(np.stack([source, target]), types, weights, int(size.sum()))),
+        ptr=t(np.append(0, size.cumsum())), num_nodes=int(size.sum()))
 
+# %% ../nbs/api/22_classify.ipynb #a67aabccx1
 def _sureness(assets):
     "The certainties of many assets, end to end, as they are read."
     if not any(len(a.certainty) for a in assets): return np.zeros(sum(len(a.concepts) for a in assets), np.float32)
@@ -154,8 +181,10 @@ def collate(
     assets = list(assets)
     if not assets: raise NeuralError("nothing to collate: give at least one asset")
     made = any(isinstance(a, Data) for a in assets)
-    if len(dims := {a.x.shape[1] if isinstance(a, Data) else a.features.shape[1] for a in assets}) > 1: raise NeuralError(f"assets with features of {sorted(dims)} numbers cannot share a batch")
-    if made or fusion not in ('grounding', 'none') or len({a.grid for a in assets}) > 1 or not set(parts) & set(PARTS) or set(parts) - {*PARTS, CONTEXT}:
+    if len(dims := {a.x.shape[1] if isinstance(a, Data) else a.features.shape[1] for a in assets}) > 1:
+        raise NeuralError(f"assets with features of {sorted(dims)} numbers cannot share a batch")
+    if (made or fusion not in ('grounding', 'none') or len({a.grid for a in assets}) > 1 or not set(parts) & set(PARTS)
+        or set(parts) - {*PARTS, CONTEXT}):
         return Batch.from_data_list([a if isinstance(a, Data) else to_data(a, fusion, parts) for a in assets])
     out = _graphs_at_once(assets, fusion, parts)
     if CONTEXT in parts: out.context = torch.cat([context_of(a) for a in assets])
@@ -170,7 +199,9 @@ def in_store(
     ids, there = list(ids), set(store.ids)
     if lost := [i for i in ids if i not in there]:
         some = lambda names: ', '.join(map(repr, list(names)[:3])) or 'none'
-        raise NeuralError(f"{store.folder.name} lacks {len(lost)} of {len(ids)} studies, such as {some(lost)}; it holds {len(there)}, such as {some(store.ids)}: build the others, or leave them out")
+        raise NeuralError(
+            f"{store.folder.name} lacks {len(lost)} of {len(ids)} studies, such as {some(lost)}; it holds {len(there)},"
+            f" such as {some(store.ids)}: build the others, or leave them out")
     return ids
 
 # %% ../nbs/api/22_classify.ipynb #e4e5a719
@@ -184,8 +215,10 @@ class StoreDataset(Dataset):
         parts=PARTS,          # what is read
     ):
         super().__init__()
-        self.store, self.studies, self.fusion, self.parts = store, in_store(store, store.ids if ids is None else ids), fusion, parts
-        if y is not None and len(y) != len(self.studies): raise NeuralError(f"{len(y)} targets for {len(self.studies)} studies")
+        self.store, self.studies, self.fusion, self.parts = (store, in_store(store, store.ids if ids is None else ids),
+                                                             fusion, parts)
+        if y is not None and len(y) != len(self.studies):
+            raise NeuralError(f"{len(y)} targets for {len(self.studies)} studies")
         self.targets = None if y is None else torch.as_tensor(np.asarray(y, np.float32))
 
     def len(self): return len(self.studies)
@@ -204,7 +237,9 @@ def whole_assets(
     found, lost = {}, Exclusions()
     for path in store.shards:
         try: shard = store._open(path, named=False)
-        except AssetError as e: lost.add(path.name, 'damaged shard', str(e)); continue
+        except AssetError as e:
+            lost.add(path.name, 'damaged shard', str(e))
+            continue
         for g, (n, _) in enumerate(shard.groups):
             for key, asset in _rows(store, shard, g, n):
                 if isinstance(asset, str): lost.add(key, 'damaged asset', asset)
@@ -213,6 +248,7 @@ def whole_assets(
     store._files.clear()                                                   # opened without a look at their names
     return list(found.values()), lost
 
+# %% ../nbs/api/22_classify.ipynb #28f9c42bx1
 def _rows(store, shard, group, n):
     "Study and asset of each row of a row group; in place of a damaged one the reason."
     where = f'{shard.path.name}, row group {group}'
@@ -220,7 +256,8 @@ def _rows(store, shard, group, n):
     except AssetError as e:
         try: names = shard.read(group, ['study_id'])['study_id'].to_pylist()
         except AssetError: names = [f'{where}, row {i}' for i in range(n)]
-        yield from ((name, str(e)) for name in names); return
+        yield from ((name, str(e)) for name in names)
+        return
     for row in rows:
         try: yield row['study_id'], store._asset(row, shard.path.name)
         except AssetError as e: yield row['study_id'], str(e)
@@ -243,7 +280,8 @@ class GraphBatch:
     place: torch.Tensor     # [P] their indices on the grid
     word: torch.Tensor      # [W] concept and assertion in one number
     size: torch.Tensor      # [2, B] patches and concepts of each graph
-    heard: tuple            # bags of neighbours, one per listener and edge type: (nodes, where each bag begins, weights)
+    # bags of neighbours, one per listener and edge type: (nodes, where each bag begins, weights)
+    heard: tuple
     listener: torch.Tensor  # node of each bag of `heard`
     groups: list            # bags of `heard` of each edge type
     pool: tuple             # bags of nodes, one per graph for its patches, then one per graph for its concepts
@@ -271,7 +309,8 @@ class GraphBatch:
     def to(self, device):
         "The batch on another device."
         move = lambda v: v.to(device) if torch.is_tensor(v) else tuple(map(move, v)) if isinstance(v, tuple) else v
-        return self if str(device) == 'cpu' else replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+        return (self if str(device) == 'cpu'
+                else replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)}))
 
 # %% ../nbs/api/22_classify.ipynb #ac4ea006
 class GraphColumns:
@@ -282,32 +321,46 @@ class GraphColumns:
     ):
         self.origin = {}     # of the assets, see `origin`; what is not known is left out
         owner, word, n = graphs.batch.numpy(), 1 - graphs.is_patch.numpy().astype(int), graphs.num_graphs
-        self.kind, self.x, self.place, self.word, self.context = kind, graphs.x.numpy(), graphs.place.numpy(), graphs.word.numpy(), graphs.get('context')
-        self.certainty = c.numpy() if (c := graphs.get('certainty')) is not None and c.any() else None      # where all is unknown there is nothing to read
-        self.size = np.stack([np.bincount(owner[word == i], minlength=n) for i in (0, 1)])                # (2, n) patches, concepts
+        self.kind, self.x, self.place, self.word, self.context = (
+            kind, graphs.x.numpy(), graphs.place.numpy(), graphs.word.numpy(), graphs.get('context'))
+        # where all is unknown there is nothing to read
+        self.certainty = c.numpy() if (c := graphs.get('certainty')) is not None and c.any() else None
+        # (2, n) patches, concepts
+        self.size = np.stack([np.bincount(owner[word == i], minlength=n) for i in (0, 1)])
         self.first = self.size.cumsum(1) - self.size
-        rank = np.where(word, word.cumsum(), (1-word).cumsum()) - 1 - self.first[word, owner]             # among its kind, in its graph
-        self.first[1] += len(self.x)                                                                      # patches of all graphs before all concepts
+        # among its kind, in its graph
+        rank = np.where(word, word.cumsum(), (1-word).cumsum()) - 1 - self.first[word, owner]
+        # patches of all graphs before all concepts
+        self.first[1] += len(self.x)
         a, b, group, weight, self.share = _edges(graphs, word, owner, self.size, kind)
-        found, which = np.unique(2*group + word[b], return_inverse=True)                                  # the types that occur, each with a kind of listener
+        # the types that occur, each with a kind of listener
+        found, which = np.unique(2*group + word[b], return_inverse=True)
         self.types, self.kinds, cell = found//2, found % 2, owner[b]*len(found) + which
-        order = np.lexsort((rank[b], cell)); a, b, cell = a[order], b[order], cell[order]
-        self.source, self.weight = (2*rank[a] + word[a]).astype(np.int32), weight[order].astype(np.float32)  # rank and kind of the speaker in one number
-        opens = np.flatnonzero(np.append(True, (b[1:] != b[:-1]) | (cell[1:] != cell[:-1]))[:len(b)])     # the first edge of each bag
+        order = np.lexsort((rank[b], cell))
+        a, b, cell = a[order], b[order], cell[order]
+        # rank and kind of the speaker in one number
+        self.source, self.weight = (2*rank[a] + word[a]).astype(np.int32), weight[order].astype(np.float32)
+        # the first edge of each bag
+        opens = np.flatnonzero(np.append(True, (b[1:] != b[:-1]) | (cell[1:] != cell[:-1]))[:len(b)])
         self.listener, self.heard = rank[b[opens]].astype(np.int32), np.diff(np.append(opens, len(b))).astype(np.int32)
         ends = np.arange(n)[:, None]*len(found) + np.arange(len(found) + 1)
-        self.edges, self.bags = (np.searchsorted(c, ends) for c in (cell, cell[opens]))                   # (n, types + 1): where those of each type begin
+        # (n, types + 1): where those of each type begin
+        self.edges, self.bags = (np.searchsorted(c, ends) for c in (cell, cell[opens]))
 
     def __len__(self): return self.size.shape[1]
 
+# %% ../nbs/api/22_classify.ipynb #ac4ea006x1
 def _edges(g, word, owner, size, kind):
-    "Speaker, listener, type and weight of every edge, and the weight of every node in the mean over its graph, patches first."
+    """Speaker, listener, type and weight of every edge, and the weight of every node in the mean over its graph,
+    patches first."""
     (a, b), each = g.edge_index.numpy(), np.argsort(word, kind='stable')
-    if kind == 'typed': return a, b, g.edge_type.numpy(), g.edge_weight.numpy(), (1/size[word, owner])[each].astype(np.float32)
+    if kind == 'typed':
+        return a, b, g.edge_type.numpy(), g.edge_weight.numpy(), (1/size[word, owner])[each].astype(np.float32)
     a, b = np.concatenate([[a, b], np.tile(np.arange(len(word)), (2, 1))], 1)
     degree = np.bincount(b, minlength=len(word))
     weight = 1/np.sqrt(degree[a]*degree[b])
-    return a, b, np.zeros_like(b), weight, (np.bincount(a, weight, len(word))/size.sum(0)[owner])[each].astype(np.float32)
+    return (a, b, np.zeros_like(b), weight,
+            (np.bincount(a, weight, len(word)) / size.sum(0)[owner])[each].astype(np.float32))
 
 # %% ../nbs/api/22_classify.ipynb #e9f96d33
 @patch
@@ -318,17 +371,23 @@ def batch(
     "Cuts a batch out of the columns (this companion's choice)."
     rows, many, t = np.asarray(rows, np.int64), len(rows), torch.from_numpy
     size = self.size.take(rows, 1)
-    each, patches = size.ravel(), int(size[0].sum())                                          # patches of every graph, then concepts
+    # patches of every graph, then concepts
+    each, patches = size.ravel(), int(size[0].sum())
     begin, node = each.cumsum() - each, ragged(self.first.take(rows, 1).ravel(), each)
     patch, word = node[:patches], node[patches:]
-    (bags, bag), (edges, edge) = ((n := (ends := of.take(rows, 0).T)[1:] - ends[:-1], ragged(ends[:-1].ravel(), n.ravel())) for of in (self.bags, self.edges))   # (types, B)
+    # (types, B)
+    (bags, bag), (edges, edge) = (
+        (n := (ends := of.take(rows, 0).T)[1:] - ends[:-1], ragged(ends[:-1].ravel(), n.ravel()))
+        for of in (self.bags, self.edges))
     listener = self.listener.take(bag) + np.repeat(begin.reshape(2, many)[self.kinds].ravel(), bags.ravel())
     graph, speaker = np.repeat(np.tile(np.arange(many), len(edges)), edges.ravel()), self.source.take(edge)
     graph += (speaker & 1)*many
     source, weight, heard = (speaker >> 1) + begin.take(graph), self.weight.take(edge), self.heard.take(bag)
-    return GraphBatch(t(self.x.take(patch, 0)), t(self.place.take(patch)), t(self.word.take(word - len(self.x))), t(size), (t(source), t(heard.cumsum() - heard), t(weight)),
-                      t(listener), np.bincount(self.types, bags.sum(1), len(EDGE_TYPES)).astype(int).tolist(),
-                      (t(np.arange(len(node))), t(begin), t(self.share.take(node))), None if self.context is None else self.context[rows],
+    return GraphBatch(t(self.x.take(patch, 0)), t(self.place.take(patch)), t(self.word.take(word - len(self.x))),
+                      t(size), (t(source), t(heard.cumsum() - heard), t(weight)), t(listener),
+                      np.bincount(self.types, bags.sum(1), len(EDGE_TYPES)).astype(int).tolist(),
+                      (t(np.arange(len(node))), t(begin), t(self.share.take(node))),
+                      None if self.context is None else self.context[rows],
                       None if self.certainty is None else t(self.certainty.take(word - len(self.x))))
 
 # %% ../nbs/api/22_classify.ipynb #93c3dc82
@@ -341,8 +400,11 @@ class _BagSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad): return _bag_sum(grad.contiguous(), *ctx.back()), None, None
 
-def _bag_sum(h, index, starts, weight): return torch.embedding_bag(h, index, starts, False, 0, False, weight)[0]     # 0: sum
+# %% ../nbs/api/22_classify.ipynb #93c3dc82x1
+# 0: sum
+def _bag_sum(h, index, starts, weight): return torch.embedding_bag(h, index, starts, False, 0, False, weight)[0]
 
+# %% ../nbs/api/22_classify.ipynb #93c3dc82x2
 def bag_sum(
     h,       # (n, width) a vector per node
     there,   # bags: (nodes, where each bag begins, weights)
@@ -359,19 +421,31 @@ class TypedConv(nn.Module):
     ):
         super().__init__()
         bound = 1/math.sqrt(width)
-        self.own = nn.Parameter(torch.empty(2, width, width).uniform_(-bound, bound))                       # concept, patch
+        # concept, patch
+        self.own = nn.Parameter(torch.empty(2, width, width).uniform_(-bound, bound))
         self.relation = nn.Parameter(torch.empty(len(EDGE_TYPES), width, width).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(2, width))
 
     def forward(self, h, g):     # h (n, width), g: the batch
         own, bias, n = self.own.unbind(), self.bias.unbind(), len(g.x)
         out = torch.cat([torch.addmm(bias[1], h[:n], own[1]), torch.addmm(bias[0], h[n:], own[0])])
-        heard = bag_sum(h, g.heard, lambda: g.told).split(g.groups)                          # the mean of the neighbours of each type
+        # the mean of the neighbours of each type
+        heard = bag_sum(h, g.heard, lambda: g.told).split(g.groups)
         return out.index_add(0, g.listener, torch.cat([x@w for x, w in zip(heard, self.relation.unbind())]))
 
 # %% ../nbs/api/22_classify.ipynb #0e5f3670
 KINDS = ('gcn', 'typed')
 
+def _check_parts(kind, parts, certainty):
+    "Refuses a kind that is none, and parts that it cannot read."
+    if kind not in KINDS: raise NeuralError(f"kind must be one of {', '.join(KINDS)}, got {kind}")
+    if not set(parts) & set(PARTS) or set(parts) - {*PARTS, CONTEXT}:
+        raise NeuralError(f"parts must be some of {', '.join(PARTS)}, and {CONTEXT} beside them; got {parts}")
+    if certainty and 'knowledge' not in parts:
+        raise NeuralError("a certainty is of a concept: read it with parts that have 'knowledge'")
+    if CONTEXT in parts and kind == 'gcn': raise NeuralError("the paper's classifier knows no context; use kind='typed'")
+
+# %% ../nbs/api/22_classify.ipynb #0e5f3670x1
 class GraphClassifier(nn.Module):
     "A graph classifier of one finding: graph in, one logit out (NEURAL, sec. 2.3; 'typed' is this companion's)."
     def __init__(self,
@@ -386,23 +460,27 @@ class GraphClassifier(nn.Module):
         certainty=False,       # how sure the writer was of a concept is read, too
     ):
         super().__init__()
-        if kind not in KINDS: raise NeuralError(f"kind must be one of {', '.join(KINDS)}, got {kind}")
-        if not set(parts) & set(PARTS) or set(parts) - {*PARTS, CONTEXT}: raise NeuralError(f"parts must be some of {', '.join(PARTS)}, and {CONTEXT} beside them; got {parts}")
-        at_least(1, hidden=hidden, dim=dim); at_least(0, vocabulary_size=vocabulary_size, patches=patches, dropout=dropout)
+        _check_parts(kind, parts, certainty)
+        at_least(1, hidden=hidden, dim=dim)
+        at_least(0, vocabulary_size=vocabulary_size, patches=patches, dropout=dropout)
         if dropout >= 1: raise NeuralError(f"dropout must be below 1, got {dropout}")
         self.trained_on = {}     # where its assets came from, target, policy; see `origin`
-        self.config = dict(kind=kind, dim=dim, vocabulary_size=vocabulary_size, hidden=hidden, patches=patches, dropout=dropout, fusion=fusion, parts=list(parts), **({'certainty': True} if certainty else {}))
-        if certainty and 'knowledge' not in parts: raise NeuralError("a certainty is of a concept: read it with parts that have 'knowledge'")
-        if 'visual' in parts: self.visual, self.place = nn.Linear(dim, hidden), (nn.Embedding(patches, hidden) if patches else None)
+        self.config = dict(kind=kind, dim=dim, vocabulary_size=vocabulary_size, hidden=hidden, patches=patches,
+                           dropout=dropout, fusion=fusion, parts=list(parts),
+                           **({'certainty': True} if certainty else {}))
+        if 'visual' in parts:
+            self.visual, self.place = nn.Linear(dim, hidden), (nn.Embedding(patches, hidden) if patches else None)
         if 'knowledge' in parts: self.words = nn.Embedding(vocabulary_size*len(ASSERTIONS), hidden)
         if certainty: self.sure = nn.Parameter(torch.zeros(hidden))      # nothing at first
         if CONTEXT in parts:
-            if kind == 'gcn': raise NeuralError("the paper's classifier knows no context; use kind='typed'")
-            self.context = nn.Sequential(*[m for a, b in ((1, 16), (16, 32), (32, hidden)) for m in (nn.Conv2d(a, b, 3, stride=2, padding=1), nn.ReLU())])
+            self.context = nn.Sequential(*[m for a, b in ((1, 16), (16, 32), (32, hidden))
+                                           for m in (nn.Conv2d(a, b, 3, stride=2, padding=1), nn.ReLU())])
         self.layers = nn.ModuleList([GCNConv(hidden, hidden) if kind == 'gcn' else TypedConv(hidden) for _ in range(2)])
         self.dropout, self.last = nn.Dropout(dropout), nn.Linear(hidden if kind == 'gcn' else 2*len(parts)*hidden, 1)
-        self.register_buffer('mean', torch.zeros(dim)); self.register_buffer('spread', torch.ones(dim))
-        nn.init.normal_(self.last.weight, std=.01/math.sqrt(self.last.in_features)); nn.init.zeros_(self.last.bias)
+        self.register_buffer('mean', torch.zeros(dim))
+        self.register_buffer('spread', torch.ones(dim))
+        nn.init.normal_(self.last.weight, std=.01/math.sqrt(self.last.in_features))
+        nn.init.zeros_(self.last.bias)
 
 # %% ../nbs/api/22_classify.ipynb #fd855b2a
 @patch
@@ -410,24 +488,34 @@ def nodes(
     self: GraphClassifier,
     g,                    # GraphBatch
 ) -> torch.Tensor:        # (n, hidden), patches first
-    "The first vector of every node: patches from their features, concepts from a learned table (corrects the released constant)."
+    """The first vector of every node: patches from their features, concepts from a learned table (corrects the released
+    constant)."""
     for part, there in zip(PARTS, (len(g.x), len(g.word))):
-        if there and part not in self.config['parts']: raise NeuralError(f"a graph with {part} nodes, but this classifier reads {', '.join(self.config['parts'])}: make the graphs with the same parts")
+        if there and part not in self.config['parts']:
+            raise NeuralError(
+                f"a graph with {part} nodes, but this classifier reads {', '.join(self.config['parts'])}: make the"
+                " graphs with the same parts")
     h = []
     if 'visual' in self.config['parts']:
-        if g.x.shape[1] != self.config['dim']: raise NeuralError(f"patch features of {g.x.shape[1]} numbers; this classifier was built for {self.config['dim']}")
+        if g.x.shape[1] != self.config['dim']:
+            raise NeuralError(
+                f"patch features of {g.x.shape[1]} numbers; this classifier was built for {self.config['dim']}")
         x = self.visual((g.x-self.mean)/self.spread)
         h.append(x if self.place is None else x + self.place(g.place))
     if 'knowledge' in self.config['parts']:
-        if len(g.word) and g.word.max() >= self.words.num_embeddings: raise NeuralError(f"concept {int(g.word.max())//len(ASSERTIONS)} is not in the vocabulary of {self.config['vocabulary_size']} this classifier was built for")
-        h.append(self.words(g.word) if g.certainty is None or 'certainty' not in self.config else torch.addcmul(self.words(g.word), g.certainty[:, None], self.sure))
+        if len(g.word) and g.word.max() >= self.words.num_embeddings:
+            raise NeuralError(f"concept {int(g.word.max())//len(ASSERTIONS)} is not in the vocabulary of"
+                              f" {self.config['vocabulary_size']} this classifier was built for")
+        h.append(self.words(g.word) if g.certainty is None or 'certainty' not in self.config
+                 else torch.addcmul(self.words(g.word), g.certainty[:, None], self.sure))
     return torch.cat(h)
 
 # %% ../nbs/api/22_classify.ipynb #4fa4fd9e
 @patch
 def forward(
     self: GraphClassifier,
-    g,                    # GraphBatch of `GraphColumns` for this kind, or a PyG Batch of `collate`; same fusion and parts
+    # GraphBatch of `GraphColumns` for this kind, or a PyG Batch of `collate`; same fusion and parts
+    g,
 ) -> torch.Tensor:        # (graphs,) logits; `predict` applies the sigmoid, once
     "Logits of a batch of graphs (NEURAL, sec. 2.3)."
     if isinstance(g, Batch): g = GraphColumns(g, self.config['kind']).batch(np.arange(g.num_graphs))
@@ -439,7 +527,9 @@ def forward(
     for layer in self.layers: h = (h + layer(h, g)).relu()
     most = torch.segment_reduce(h, 'max', lengths=g.size.ravel(), initial=0, unsafe=True).view(2, g.num_graphs, -1)
     read = [pool[PARTS.index(p)] for p in PARTS if p in self.config['parts'] for pool in (mean(h), most)]
-    if CONTEXT in self.config['parts']: c = self.context(g.context/255 - .5); read += [c.mean((2, 3)), c.amax((2, 3))]
+    if CONTEXT in self.config['parts']:
+        c = self.context(g.context/255 - .5)
+        read += [c.mean((2, 3)), c.amax((2, 3))]
     return self.last(self.dropout(torch.cat(read, -1))).squeeze(-1)
 
 # %% ../nbs/api/22_classify.ipynb #6a5bb272
@@ -453,8 +543,12 @@ def known_targets(
     if len(graphs) != len(y): raise NeuralError(f"{split}: {len(graphs)} assets but {len(y)} targets")
     at = np.flatnonzero(~np.isnan(y))
     ones, zeros = int((y[at] == 1).sum()), int((y[at] == 0).sum())
-    if ones + zeros != len(at): raise NeuralError(f"{split}: {len(at)-ones-zeros} targets are neither 0, 1 nor nan: apply a label policy first")
-    if not ones or not zeros: raise NeuralError(f"{split}: {ones} positive, {zeros} negative and {len(y)-len(at)} unknown of {len(y)} studies: both classes are needed")
+    if ones + zeros != len(at):
+        raise NeuralError(f"{split}: {len(at)-ones-zeros} targets are neither 0, 1 nor nan: apply a label policy first")
+    if not ones or not zeros:
+        raise NeuralError(
+            f"{split}: {ones} positive, {zeros} negative and {len(y)-len(at)} unknown of {len(y)} studies: both classes"
+            " are needed")
     return at, torch.tensor(y[at], dtype=torch.float32)
 
 # %% ../nbs/api/22_classify.ipynb #9c6b60ca
@@ -470,23 +564,29 @@ def one_thread():
 def origin(
     assets,          # StudyAssets, or an AssetStore
 ) -> dict:           # such as {'network': ['3f2a...'], 'track': ['image-only']}; what is not recorded is left out
-    "Which network, track, vocabulary, codec, fusion, grid and number of patches some assets come from (this companion's choice)."
-    few = {(a.track, a.grid, a.codec, id(a.book), _dim(a), _budget(a), *sorted(a.provenance.items())): a for a in ([assets] if hasattr(assets, 'vocabulary') else assets) if hasattr(a, 'provenance')}
+    """Which network, track, vocabulary, codec, fusion, grid and number of patches some assets come from (this
+    companion's choice)."""
+    few = {(a.track, a.grid, a.codec, id(a.book), _dim(a), _budget(a), *sorted(a.provenance.items())): a
+           for a in ([assets] if hasattr(assets, 'vocabulary') else assets) if hasattr(a, 'provenance')}
     said = [_said(a) for a in few.values()]
     return {name: sorted({s[name] for s in said if name in s}) for name in dict.fromkeys(n for s in said for n in s)}
 
+# %% ../nbs/api/22_classify.ipynb #474faea3x1
 def _dim(asset): return asset.dim if hasattr(asset, 'dim') else asset.features.shape[1]
 
+# %% ../nbs/api/22_classify.ipynb #474faea3x2
 def _budget(asset): return asset.settings.get('keep') if hasattr(asset, 'settings') else len(asset.patches)
 
+# %% ../nbs/api/22_classify.ipynb #474faea3x3
 def _said(asset):
     "What one asset or store says of itself, as texts."
     p = asset.provenance
     keep = {'patches': str(_budget(asset))} if _budget(asset) and p.get('selection') != 'released' else {}
     words = {'words': str(len(asset.vocabulary))} if hasattr(asset, 'vocabulary') else {}
     names = {'network': 'model_hash', 'vocabulary': 'vocabulary_hash', 'fusion': 'fusion', 'selection': 'selection'}
-    return dict(track=asset.track, codec=asset.codec + (f' with codebook {asset.book.hash}' if asset.book else ''), grid=f'{asset.grid[0]} x {asset.grid[1]}',
-                dim=str(_dim(asset)), **{n: p[k] for n, k in names.items() if k in p}, **keep, **words)
+    return dict(track=asset.track, codec=asset.codec + (f' with codebook {asset.book.hash}' if asset.book else ''),
+                grid=f'{asset.grid[0]} x {asset.grid[1]}', dim=str(_dim(asset)),
+                **{n: p[k] for n, k in names.items() if k in p}, **keep, **words)
 
 # %% ../nbs/api/22_classify.ipynb #82fc8515
 def strangers(
@@ -495,11 +595,14 @@ def strangers(
     parts=PARTS,     # what it reads: a classifier of patches alone needs no vocabulary
 ) -> list[str]:      # how they differ, each with both names; [] if nothing recorded speaks against
     "What speaks against a classifier's reading of some assets (this companion's choice)."
-    unread = {*(() if 'knowledge' in parts else ('vocabulary', 'words')), *(() if 'visual' in parts else ('codec', 'dim', 'grid', 'patches'))}
+    unread = {*(() if 'knowledge' in parts else ('vocabulary', 'words')),
+              *(() if 'visual' in parts else ('codec', 'dim', 'grid', 'patches'))}
     names = {'dim': 'numbers a patch', 'patches': 'patches retained', 'words': 'words in the vocabulary'}
     say = lambda name, values: f"{names.get(name, name)} {' or '.join(values)}"
-    return [f"{say(n, mine[n])} and not {' or '.join(theirs[n])}" for n in mine if n in theirs and n not in unread and set(theirs[n]) - set(mine[n])]
+    return [f"{say(n, mine[n])} and not {' or '.join(theirs[n])}" for n in mine
+            if n in theirs and n not in unread and set(theirs[n]) - set(mine[n])]
 
+# %% ../nbs/api/22_classify.ipynb #82fc8515x1
 def refuse_strangers(
     mine: dict,        # `origin` of what a classifier was trained on
     theirs: dict,      # `origin` of what it is to read
@@ -507,16 +610,23 @@ def refuse_strangers(
     anyway=False,      # True: go on
     how='anyway=True', # how the caller says so, for the message
 ):
-    "Refuses assets of another network, track, vocabulary, codec, fusion, grid or number of patches than a classifier was trained on (this companion's choice)."
-    if not anyway and (odd := strangers(mine, theirs, parts)): raise NeuralError(f"this classifier was trained on {'; '.join(odd)}: take the store or the classifier that belongs to it, or go on with {how}")
+    """Refuses assets of another network, track, vocabulary, codec, fusion, grid or number of patches than a classifier
+    was trained on (this companion's choice)."""
+    if not anyway and (odd := strangers(mine, theirs, parts)):
+        raise NeuralError(
+            f"this classifier was trained on {'; '.join(odd)}: take the store or the classifier that belongs to it, or"
+            f" go on with {how}")
 
 # %% ../nbs/api/22_classify.ipynb #f10f87ea
 def known_origin(
     model: GraphClassifier,
 ) -> dict:                   # as `origin`
-    "What a classifier knows of the assets it was trained on; one of an earlier version knows the size of its vocabulary alone."
-    return {'words': [str(model.config['vocabulary_size'])], 'dim': [str(model.config['dim'])], **{k: v for k, v in model.trained_on.items() if isinstance(v, list)}}
+    """What a classifier knows of the assets it was trained on; one of an earlier version knows the size of its
+    vocabulary alone."""
+    return {'words': [str(model.config['vocabulary_size'])], 'dim': [str(model.config['dim'])],
+            **{k: v for k, v in model.trained_on.items() if isinstance(v, list)}}
 
+# %% ../nbs/api/22_classify.ipynb #f10f87eax1
 def unrecorded(
     model: GraphClassifier,
 ) -> list[str]:              # such as ['network', 'vocabulary']; [] if all is there
@@ -537,7 +647,9 @@ def as_columns(
         columns = GraphColumns(collate(graphs, fusion, parts), kind)
         columns.origin = origin(graphs)
         return columns
-    if graphs.kind != kind: raise NeuralError(f"columns for kind {graphs.kind!r} cannot be read by {kind!r}: make them again from the graphs")
+    if graphs.kind != kind:
+        raise NeuralError(
+            f"columns for kind {graphs.kind!r} cannot be read by {kind!r}: make them again from the graphs")
     return graphs
 
 # %% ../nbs/api/22_classify.ipynb #0f51e147
@@ -560,9 +672,12 @@ def predict_logits(
     at_least(1, batch_size=batch_size)
     if not len(assets): return np.zeros(0)
     graphs = as_columns(assets, *(model.config[k] for k in ('kind', 'fusion', 'parts')))
-    refuse_strangers({n: v for n, v in known_origin(model).items() if n not in ('dim', 'patches')}, graphs.origin, model.config['parts'], anyway)   # a single study may hold fewer; another dim is no matter of a flag
+    # a single study may hold fewer; another dim is no matter of a flag
+    refuse_strangers({n: v for n, v in known_origin(model).items() if n not in ('dim', 'patches')}, graphs.origin,
+                     model.config['parts'], anyway)
     return _logits(model, _batches(graphs, np.arange(len(graphs)), batch_size))
 
+# %% ../nbs/api/22_classify.ipynb #7cd308c8x1
 def _batches(graphs, rows, size):
     "The studies of `rows` in order, a batch at a time, each cut when its turn comes."
     return (graphs.batch(rows[i:i+size]) for i in range(0, len(rows), size))
@@ -624,7 +739,8 @@ def standardise(
     if 'visual' not in model.config['parts']: return
     rows = np.arange(len(graphs)) if rows is None else rows
     x = torch.from_numpy(graphs.x[ragged(graphs.first[0, rows], graphs.size[0, rows])])
-    model.mean.copy_(x.mean(0)); model.spread.copy_(x.std(0, correction=0).clamp_min(1e-3*x.std().clamp_min(1e-6)))
+    model.mean.copy_(x.mean(0))
+    model.spread.copy_(x.std(0, correction=0).clamp_min(1e-3*x.std().clamp_min(1e-6)))
 
 # %% ../nbs/api/22_classify.ipynb #23e936f5
 def graph_loss(
@@ -635,6 +751,7 @@ def graph_loss(
     g, y = pack
     return dict(loss=F.binary_cross_entropy_with_logits(model(g), y))
 
+# %% ../nbs/api/22_classify.ipynb #23e936f5x1
 def graphs_in(
     pack,        # GraphBatch and its targets
 ) -> int:        # graphs of the batch, by which it counts in the mean over an epoch
@@ -651,6 +768,13 @@ def _validate(model, batches, y):
     return dict(validate_loss=loss, validate_auc=roc_auc_score(y, s))
 
 # %% ../nbs/api/22_classify.ipynb #4a58f9ce
+def _check_schedule(epochs, batch_size, patience, seed, weight_decay, lr):
+    "Refuses a training that cannot begin."
+    at_least(1, epochs=epochs, batch_size=batch_size, patience=patience)
+    at_least(0, seed=seed, weight_decay=weight_decay)
+    if not lr > 0: raise NeuralError(f"lr must be above 0, got {lr}")
+
+# %% ../nbs/api/22_classify.ipynb #4a58f9cex1
 def train_classifier(
     assets_train,        # StudyAssets, or graphs or columns with this fusion and these parts
     y_train,             # 1, 0 or nan (unknown), shape [n]
@@ -666,28 +790,30 @@ def train_classifier(
     weight_decay=1e-4,   # of AdamW
     device='cpu',        # or 'cuda'
     progress=False,      # a bar over the epochs, on a terminal only
-    fusion='grounding', parts=PARTS,   # how the graphs are joined, which are read
+    fusion='grounding',  # how the graphs are joined
+    parts=PARTS,         # which graphs are read
     anyway=False,        # True: validate on assets of another origin, too
     **model_options,     # hidden, patches, dropout, certainty of `GraphClassifier`
-) -> tuple[GraphClassifier, list[dict]]: # the best epoch's model, in evaluation mode; history: epoch, loss, validate_loss, validate_auc, best
+) -> tuple[GraphClassifier, list[dict]]:  # the best epoch's model, in evaluation mode; one row an epoch
     "Trains one classifier; the epoch is chosen on validate, test is never seen (protocol of this companion)."
     graphs, held = (as_columns(g, kind, fusion, parts) for g in (assets_train, assets_validate))
-    (rows, y), (rows_held, y_held) = known_targets(graphs, y_train, 'train'), known_targets(held, y_validate, 'validate')
-    at_least(1, epochs=epochs, batch_size=batch_size, patience=patience); at_least(0, seed=seed, weight_decay=weight_decay)
-    if not lr > 0: raise NeuralError(f"lr must be above 0, got {lr}")
+    rows, y = known_targets(graphs, y_train, 'train')
+    rows_held, y_held = known_targets(held, y_validate, 'validate')
+    _check_schedule(epochs, batch_size, patience, seed, weight_decay, lr)
     refuse_strangers({n: v for n, v in graphs.origin.items() if n != 'patches'}, held.origin, parts, anyway)
     with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(seed)
         model_options.setdefault('certainty', graphs.certainty is not None)       # read where there is any
         model = GraphClassifier(kind, graphs.x.shape[1], vocabulary_size, fusion=fusion, parts=parts, **model_options)
         model.trained_on = dict(graphs.origin)
-        standardise(model, graphs, rows); model.to(device)
+        standardise(model, graphs, rows)
+        model.to(device)
         optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
         packs, judged = Packs(graphs, rows, y, batch_size, seed), list(_batches(held, rows_held, 512))
         orders = packs.orders(epochs, seed)
-        history = fit(model, lambda epoch, _: (packs[i] for i in orders[epoch]), graph_loss, optimiser,
-                      Training(epochs, ('validate_auc', '-validate_loss'), patience, seed, progress=progress),
-                      validate=lambda m: _validate(m, judged, y_held), size=graphs_in)
+        batches, judge = lambda epoch, _: (packs[i] for i in orders[epoch]), lambda m: _validate(m, judged, y_held)
+        training = Training(epochs, ('validate_auc', '-validate_loss'), patience, seed, progress=progress)
+        history = fit(model, batches, graph_loss, optimiser, training, validate=judge, size=graphs_in)
     return model, history
 
 # %% ../nbs/api/22_classify.ipynb #eachseed2
@@ -714,10 +840,12 @@ def save_classifier(
     target='',       # the finding it was trained for, such as 'Pneumonia'
     policy='',       # what uncertain labels became, see chapter 00
 ):
-    "Writes a classifier and what it was trained on as config.json and model.safetensors, whole or not at all (this companion's choice)."
+    """Writes a classifier and what it was trained on as config.json and model.safetensors, whole or not at all (this
+    companion's choice)."""
     folder = make_folder(folder)
     before, there = _read_config(folder), [n for n in ('config.json', 'model.safetensors') if (folder/n).exists()]
-    if there and before.get('format') != FORMAT: raise NeuralError(f"{folder.name} holds something else that has a {there[0]}: name another folder")
+    if there and before.get('format') != FORMAT:
+        raise NeuralError(f"{folder.name} holds something else that has a {there[0]}: name another folder")
     told = {k: v for k, v in dict(target=target, policy=policy).items() if v}
     about = dict(format=FORMAT, **model.config, trained_on={**model.trained_on, **told})
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
@@ -725,21 +853,28 @@ def save_classifier(
     with publish(folder/'model.safetensors') as f: f.buffer.write(data)
     with publish(folder/'config.json') as f: json.dump(dict(about, weights=_digest(data)), f, indent=1)
 
+# %% ../nbs/api/22_classify.ipynb #0793acb4x1
 def _digest(data): return hashlib.sha256(data).hexdigest()[:16]
 
 # %% ../nbs/api/22_classify.ipynb #6e513450
 def _read_config(folder):
-    "What a folder says of its classifier, {} where there is nothing; of a save that was cut short between its two files, what the new weights say."
+    """What a folder says of its classifier, {} where there is nothing; of a save that was cut short between its two
+    files, what the new weights say."""
     path, weights = folder/'config.json', folder/'model.safetensors'
     with readable(f"{folder.name}/config.json"):
-        try: config = {} if not path.exists() else json.loads(path.read_text('utf-8')) if path.stat().st_size <= MAX_CONFIG else None
-        except RecursionError: config = None
+        try:
+            config = ({} if not path.exists()
+                      else json.loads(path.read_text('utf-8')) if path.stat().st_size <= MAX_CONFIG else None)
+        except RecursionError:
+            config = None
     if not isinstance(config, dict): return {'format': 'something else'}
     if not weights.is_file(): return config
     about, found = _told(weights), file_digest(weights)
-    if config.get('weights') != found and about and about.pop('replaces', None) == config.get('weights', ''): return dict(about, weights=found)
+    if config.get('weights') != found and about and about.pop('replaces', None) == config.get('weights', ''):
+        return dict(about, weights=found)
     return config
 
+# %% ../nbs/api/22_classify.ipynb #6e513450x1
 def _told(path):
     "The same, from the head of the weights; {} where they say nothing."
     try:
@@ -747,6 +882,7 @@ def _told(path):
     except (SafetensorError, ValueError, OSError): return {}                 # loading them tells why
     return about if isinstance(about, dict) else {}
 
+# %% ../nbs/api/22_classify.ipynb #6e513450x2
 def file_digest(
     path,       # of any file
 ) -> str:       # 16 hex characters
@@ -756,28 +892,44 @@ def file_digest(
 # %% ../nbs/api/22_classify.ipynb #35c4ea5d
 def load_classifier(
     folder,                # of `save_classifier`
-) -> GraphClassifier:      # in evaluation mode, on the CPU; `trained_on` says what it knows, and is empty for one of an earlier version
+    # in evaluation mode, on the CPU; `trained_on` says what it knows, and is empty for one of an earlier version
+) -> GraphClassifier:
     "Reads a classifier, or says why not (this companion's choice)."
     folder, weights = Path(folder), Path(folder)/'model.safetensors'
     config = _read_config(folder)
     if not config: raise NeuralError(f"{folder.name} holds no classifier: no readable config.json")
-    if config.pop('format', None) != FORMAT: raise NeuralError(f"{folder.name} holds no graph classifier: its config.json belongs to something else")
-    if any(not isinstance(config.get(k), int) or not 0 <= config[k] <= 1_000_000 for k in ('dim', 'vocabulary_size', 'hidden', 'patches')): raise NeuralError(f"{folder.name}/config.json: dim, vocabulary_size, hidden and patches must be sensible whole numbers")
-    if type(config.get('certainty', False)) is not bool: raise NeuralError(f"{folder.name}/config.json: certainty must be true or false")
+    if config.pop('format', None) != FORMAT:
+        raise NeuralError(f"{folder.name} holds no graph classifier: its config.json belongs to something else")
+    if any(not isinstance(config.get(k), int) or not 0 <= config[k] <= 1_000_000
+           for k in ('dim', 'vocabulary_size', 'hidden', 'patches')):
+        raise NeuralError(
+            f"{folder.name}/config.json: dim, vocabulary_size, hidden and patches must be sensible whole numbers")
+    if type(config.get('certainty', False)) is not bool:
+        raise NeuralError(f"{folder.name}/config.json: certainty must be true or false")
     known, digest = _check_known(folder.name, config.pop('trained_on', {})), config.pop('weights', None)
-    if weights.is_file() and digest not in (None, file_digest(weights)): raise NeuralError(f"{folder.name}: weights and config.json do not belong together, one of them was exchanged: copy the whole folder again")
+    if weights.is_file() and digest not in (None, file_digest(weights)):
+        raise NeuralError(
+            f"{folder.name}: weights and config.json do not belong together, one of them was exchanged: copy the whole"
+            " folder again")
     try:
         with readable(f"{folder.name}/model.safetensors"): tensors = load(weights.read_bytes())
         with torch.device('meta'): model = GraphClassifier(**config)         # no memory until the sizes agree
         model.load_state_dict(tensors, assign=True)
-    except (SafetensorError, TypeError, RuntimeError) as e: raise NeuralError(f"{folder.name}: weights and config.json do not belong together, or are damaged ({type(e).__name__})") from None
+    except (SafetensorError, TypeError, RuntimeError) as e:
+        raise NeuralError(
+            f"{folder.name}: weights and config.json do not belong together, or are damaged ({type(e).__name__})"
+        ) from None
     model.trained_on = known
     return model.eval()
 
+# %% ../nbs/api/22_classify.ipynb #35c4ea5dx1
 def _check_known(name, known):
     "What a classifier was trained on, of its form: texts, or lists of texts."
     texts = lambda v: isinstance(v, str) and len(v) <= 200
-    if isinstance(known, dict) and all(texts(k) and (texts(v) or isinstance(v, list) and 0 < len(v) <= 1000 and all(map(texts, v))) for k, v in known.items()): return known
+    if isinstance(known, dict) and all(
+        texts(k) and (texts(v) or isinstance(v, list) and 0 < len(v) <= 1000 and all(map(texts, v)))
+        for k, v in known.items()):
+        return known
     raise NeuralError(f"{name}/config.json: trained_on must hold texts; copy the folder again")
 
 # %% ../nbs/api/22_classify.ipynb #95b102cc
@@ -790,11 +942,17 @@ def save_predictions(
 ):
     "Writes what a classifier said of each study (this companion's choice)."
     name = file_digest(Path(classifier)/'model.safetensors')
-    with publish(path) as f: csv.writer(f, lineterminator='\n').writerows([SAID, *((i, '' if p is None else f'{p:.6f}', name) for i, p in scores.items())])
+    with publish(path) as f:
+        csv.writer(f, lineterminator='\n').writerows(
+            [SAID, *((i, '' if p is None else f'{p:.6f}', name) for i, p in scores.items())])
 
+# %% ../nbs/api/22_classify.ipynb #95b102ccx1
 def is_predictions(
     path,          # any file
 ) -> bool:         # True if `save_predictions` made it
     "Whether a file holds predictions of ours (this companion's choice)."
-    try: return all(set(row) == set(SAID) and re.fullmatch('[0-9a-f]{16}', row['classifier']) for row in read_table(path, SAID))
-    except NeuralError: return False
+    try:
+        return all(
+            set(row) == set(SAID) and re.fullmatch('[0-9a-f]{16}', row['classifier']) for row in read_table(path, SAID))
+    except NeuralError:
+        return False

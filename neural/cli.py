@@ -53,8 +53,10 @@ def plain_line(
     if kind in SPOKEN: return f"{error.name} {SPOKEN[kind]}" if kind == "ModuleNotFoundError" else SPOKEN[kind]
     if found := system_error(error):
         name = found.filename2 or found.filename
-        return f"{os.fsdecode(name)}: {system_reason(found)}" if isinstance(name, (str, bytes)) else system_reason(found)
-    if kind in DAMAGED: return f"a file that was read is damaged or something else ({kind}: {text[:120]}); fetch it again"
+        return (
+            f"{os.fsdecode(name)}: {system_reason(found)}" if isinstance(name, (str, bytes)) else system_reason(found))
+    if kind in DAMAGED:
+        return f"a file that was read is damaged or something else ({kind}: {text[:120]}); fetch it again"
     return f"unexpected {kind}: {text[:300]} (set NEURAL_DEBUG=1 to see where)"
 
 # %% ../nbs/api/42_cli.ipynb #3a0662c0
@@ -95,22 +97,28 @@ def one_line():
         raise typer.Exit(1) from e
 
 # %% ../nbs/api/42_cli.ipynb #f78a3e2b
-app = typer.Typer(name="neural", cls=PlainErrors, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  help="Prune a chest X-ray to what its report cares about. Research software, not a diagnostic device.")
+app = typer.Typer(
+    name="neural", cls=PlainErrors, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Prune a chest X-ray to what its report cares about. Research software, not a diagnostic device.")
 
 # %% ../nbs/api/42_cli.ipynb #fe1ab22d
 def show_version(wanted: bool):
     "Print the version and leave."
     if wanted:
         from neural import __version__
-        typer.echo(f"neural {__version__}"); raise typer.Exit()
+        typer.echo(f"neural {__version__}")
+        raise typer.Exit()
 
 # %% ../nbs/api/42_cli.ipynb #d5f71a0f
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}    # read when transformers is imported
 
+
 @app.callback()
 def start(
-    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and leave.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
 ):
     "Prune a chest X-ray to what its report cares about. Research software, not a diagnostic device."
     os.environ.setdefault("HF_HUB_OFFLINE", "1")    # nothing is downloaded unless the user says so
@@ -124,14 +132,25 @@ def phantom(
     size: Annotated[int, typer.Option(min=64, max=4096, help="Side of each radiograph in pixels.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same studies.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes that draw.")] = 2,
-    test: Annotated[Optional[float], typer.Option(min=0.01, max=0.98, help="Share of the patients in the test split; the others are parted 7 to 1 into train and validate. 0.2 if left out.")] = None,
+    test: Annotated[
+        Optional[float],
+        typer.Option(
+            min=0.01,
+            max=0.98,
+            help=(
+                "Share of the patients in the test split; the others are parted 7 to 1 into train and validate. 0.2 if"
+                " left out."),
+        ),
+    ] = None,
 ):
     "Write synthetic studies with known truth, in the MIMIC-CXR layout."
     from neural.phantom import FRACTIONS, write_cohort
     shares = (0.875 * (1 - test), 0.125 * (1 - test), test) if test is not None else FRACTIONS
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise typer.BadParameter(f"{out} is not empty; name a new folder", param_hint="OUT")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise typer.BadParameter(f"{out} is not empty; name a new folder", param_hint="OUT")
     summary = write_cohort(out, studies=studies, size=size, seed=seed, workers=workers, fractions=shares)
-    typer.echo(f"{out}: " + ", ".join(f"{n} {what}" for what, n in summary.items() if isinstance(n, int)) + f", {size} pixels")
+    typer.echo(
+        f"{out}: " + ", ".join(f"{n} {what}" for what, n in summary.items() if isinstance(n, int)) + f", {size} pixels")
 
 # %% ../nbs/api/42_cli.ipynb #d0aa9c9d
 def index_summary(
@@ -146,38 +165,62 @@ def index_summary(
     lines += [f"  noted     {n:6} {what}" for what, n in manifest.notes.items()]
     return lines + [f"  left out  {n:6} {reason}" for reason, n in excluded.counts().items()]
 
+# %% ../nbs/api/42_cli.ipynb #ed8a5f99opts
+_IndexLayout = Annotated[
+    Literal["mimic-cxr", "chexpert-plus", "open-i", "folder"], typer.Argument(help="How the dataset is laid out.")]
+_IndexRoot = Annotated[
+    Path, typer.Argument(help="Its folder, or the file that lists it (a CSV, a .tgz of XML).", exists=True)]
+_IndexOut = Annotated[
+    Optional[Path],
+    typer.Option("-o", "--out", help="Manifest to write, manifest.csv if left out; exclusions.csv goes beside it.",
+                 dir_okay=False),
+]
+_IndexLabels = Annotated[
+    Optional[Path],
+    typer.Option(help="Take the labels from this CSV, not the dataset's own.", exists=True, dir_okay=False)]
+_IndexImages = Annotated[
+    Optional[Path], typer.Option(help="Folder of the images, if it is not ROOT.", exists=True, file_okay=False)]
+_IndexViews = Annotated[
+    Optional[Path], typer.Option(help="Open-i: a table that says which image is frontal.", exists=True, dir_okay=False)]
+_IndexAllowNoReport = Annotated[bool, typer.Option("--allow-no-report", help="Keep studies without a report.")]
+_IndexHashFiles = Annotated[
+    bool, typer.Option("--hash", help="Read every image and write its SHA-256 into the manifest.")]
+_IndexLimit = Annotated[float, typer.Option(min=0, max=1, help="Stop if a larger share of the studies is left out.")]
+_IndexForce = Annotated[bool, typer.Option("--force", help="Replace a manifest that was edited since it was written.")]
+
 # %% ../nbs/api/42_cli.ipynb #ed8a5f99
 @app.command()
 def index(
-    layout: Annotated[Literal["mimic-cxr", "chexpert-plus", "open-i", "folder"], typer.Argument(help="How the dataset is laid out.")],
-    root: Annotated[Path, typer.Argument(help="Its folder, or the file that lists it (a CSV, a .tgz of XML).", exists=True)],
-    out: Annotated[Optional[Path], typer.Option("-o", "--out", help="Manifest to write, manifest.csv if left out; exclusions.csv goes beside it.", dir_okay=False)] = None,
-    labels: Annotated[Optional[Path], typer.Option(help="Take the labels from this CSV, not the dataset's own.", exists=True, dir_okay=False)] = None,
-    images: Annotated[Optional[Path], typer.Option(help="Folder of the images, if it is not ROOT.", exists=True, file_okay=False)] = None,
-    views: Annotated[Optional[Path], typer.Option(help="Open-i: a table that says which image is frontal.", exists=True, dir_okay=False)] = None,
-    allow_no_report: Annotated[bool, typer.Option("--allow-no-report", help="Keep studies without a report.")] = False,
-    hash_files: Annotated[bool, typer.Option("--hash", help="Read every image and write its SHA-256 into the manifest.")] = False,
-    limit: Annotated[float, typer.Option(min=0, max=1, help="Stop if a larger share of the studies is left out.")] = 0.05,
-    force: Annotated[bool, typer.Option("--force", help="Replace a manifest that was edited since it was written.")] = False,
+    layout: _IndexLayout, root: _IndexRoot, out: _IndexOut = None, labels: _IndexLabels = None,
+    images: _IndexImages = None, views: _IndexViews = None, allow_no_report: _IndexAllowNoReport = False,
+    hash_files: _IndexHashFiles = False, limit: _IndexLimit = 0.05, force: _IndexForce = False,
 ):
     "Read a dataset folder and write its manifest."
     from neural.layouts import free_manifest, index_dataset, index_files, write_index
     from neural.study import NeuralError
     inputs = (labels, views, root if root.is_file() else None)
     goal = free_manifest(inputs) if out is None else index_files(out, inputs)[0]
-    named = {name: path and path.absolute() for name, path in (("labels", labels), ("images", images), ("views", views))}    # as typed, seen from here
-    manifest, excluded = index_dataset(layout, root.absolute(), **named, need_report=not allow_no_report, hash_files=hash_files, progress=True)
+    # as typed, seen from here
+    named = {
+        name: path and path.absolute() for name, path in (("labels", labels), ("images", images), ("views", views))}
+    manifest, excluded = index_dataset(
+        layout, root.absolute(), **named, need_report=not allow_no_report, hash_files=hash_files, progress=True)
     try: excluded.check(len(manifest) + len({study for study, *_ in excluded}), limit)
-    except NeuralError as e: raise NeuralError(f"{e}; nothing was written, with --limit 1 all of them are listed in exclusions.csv") from e
+    except NeuralError as e:
+        raise NeuralError(f"{e}; nothing was written, with --limit 1 all of them are listed in exclusions.csv") from e
     before = write_index(manifest, excluded, goal, inputs, force)
-    typer.echo("\n".join([*index_summary(manifest, excluded), f"manifest: {goal}" + (f", in place of {before}" if before else "")]))
+    typer.echo(
+        "\n".join(
+            [*index_summary(manifest, excluded), f"manifest: {goal}" + (f", in place of {before}" if before else "")])
+    )
 
 # %% ../nbs/api/42_cli.ipynb #2075c948
 def stage_folder(
     named=None,  # folder given by the user, if any
     run=None,    # run folder, if there is one: it remembers where its stages are
 ) -> Path:       # folder of the stage notebooks
-    "Where the stage notebooks are: the folder named, that of the run, `nbs/paper` here, or `nbs/paper` of the library's checkout."
+    """Where the stage notebooks are: the folder named, that of the run, `nbs/paper` here, or `nbs/paper` of the
+    library's checkout."""
     from neural.pipeline import run_notes
     if named is not None: return Path(named)
     if run is not None and (own := run_notes(run).get("stages")): return Path(run).resolve()/own
@@ -202,26 +245,64 @@ def read_assignments(
         found[name] = value
     return found
 
+# %% ../nbs/api/42_cli.ipynb #fc14445aopts
+_RunStages = Annotated[
+    Optional[list[str]],
+    typer.Argument(
+        metavar="[STAGE]...",
+        help=("Stages by number, name, word or range, such as 20, prune or 51-58; none means those the preset lists,"
+              " or all."),
+    ),
+]
+_RunPreset = Annotated[
+    Optional[str], typer.Option(help="smoke, quickstart, paper, or a YAML file of parameters; a run remembers its own.")
+]
+_RunManifest = Annotated[Optional[Path], typer.Option(help="Manifest of the studies; a run remembers its own.")]
+_RunRoot = Annotated[
+    Optional[Path],
+    typer.Option("--root", help="Folder of the data set, if it has moved since it was indexed; the run remembers it.",
+                 exists=True, file_okay=False),
+]
+_RunImages = Annotated[
+    Optional[Path], typer.Option(help="Folder of the images, if they have moved, too.", exists=True, file_okay=False)]
+_RunFolder = Annotated[Optional[Path], typer.Option("--run", help="Run folder; runs/<preset> if left out.")]
+_RunNotebooks = Annotated[
+    Optional[Path], typer.Option("--stages", help="Folder of stage notebooks; nbs/paper if left out.")]
+
+# %% ../nbs/api/42_cli.ipynb #fc14445aomore
+_RunAssign = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "-p",
+        metavar="[STAGE.]NAME=VALUE",
+        help=("Set one parameter, for all stages that have it or, as in 60.epochs=3, for one; may be repeated. "
+              "A run remembers it."),
+    ),
+]
+_RunForce = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Run stages even if nothing changed, and replace those that another preset or other studies made."),
+]
+_RunVerbose = Annotated[bool, typer.Option("--verbose", help="Show what the cells print.")]
+_RunTimeLimit = Annotated[Optional[int], typer.Option(min=1, help="Seconds a single cell may take.")]
+_RunStrict = Annotated[
+    bool,
+    typer.Option(
+        "--strict",
+        help=("Fail a stage that opens a file of the run which it does not say it reads; "
+              "stages that are unchanged are not looked at. Linux only."),
+    ),
+]
+
 # %% ../nbs/api/42_cli.ipynb #fc14445a
 @app.command()
 def run(
-    stages: Annotated[Optional[list[str]], typer.Argument(metavar="[STAGE]...", help="Stages by number, name, word or range, such as 20, prune or 51-58; none means those the preset lists, or all.")] = None,
-    preset: Annotated[Optional[str], typer.Option(help="smoke, quickstart, paper, or a YAML file of parameters; a run remembers its own.")] = None,
-    manifest: Annotated[Optional[Path], typer.Option(help="Manifest of the studies; a run remembers its own.")] = None,
-    root: Annotated[Optional[Path], typer.Option("--root", help="Folder of the data set, if it has moved since it was indexed; the run remembers it.", exists=True, file_okay=False)] = None,
-    images: Annotated[Optional[Path], typer.Option(help="Folder of the images, if they have moved, too.", exists=True, file_okay=False)] = None,
-    folder: Annotated[Optional[Path], typer.Option("--run", help="Run folder; runs/<preset> if left out.")] = None,
-    notebooks: Annotated[Optional[Path], typer.Option("--stages", help="Folder of stage notebooks; nbs/paper if left out.")] = None,
-    assign: Annotated[Optional[list[str]], typer.Option(
-        "-p", metavar="[STAGE.]NAME=VALUE",
-        help="Set one parameter, for all stages that have it or, as in 60.epochs=3, for one; may be repeated. "
-             "A run remembers it.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Run stages even if nothing changed, and replace those that another preset or other studies made.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show what the cells print.")] = False,
-    time_limit: Annotated[Optional[int], typer.Option(min=1, help="Seconds a single cell may take.")] = None,
-    strict: Annotated[bool, typer.Option(
-        "--strict", help="Fail a stage that opens a file of the run which it does not say it reads; "
-                         "stages that are unchanged are not looked at. Linux only.")] = False,
+    stages: _RunStages = None, preset: _RunPreset = None, manifest: _RunManifest = None, root: _RunRoot = None,
+    images: _RunImages = None, folder: _RunFolder = None, notebooks: _RunNotebooks = None, assign: _RunAssign = None,
+    force: _RunForce = False, verbose: _RunVerbose = False, time_limit: _RunTimeLimit = None,
+    strict: _RunStrict = False,
 ):
     "Run the stages in order; skip those nothing changed for."
     from neural.pipeline import run_pipeline
@@ -230,13 +311,15 @@ def run(
     run_pipeline(stage_folder(notebooks, place), place, stages or (), preset, given, manifest, force, tell=typer.echo,
                  verbose=verbose, time_limit=time_limit, root=root, images=images, strict=strict)
     results = place/"tables/results.md"
-    typer.echo(f"run: {place}" + (f"\n\n{results.read_text(encoding='utf-8', errors='replace').strip()}" if results.is_file() else ""))
+    typer.echo(f"run: {place}"
+               + (f"\n\n{results.read_text(encoding='utf-8', errors='replace').strip()}" if results.is_file() else ""))
 
 # %% ../nbs/api/42_cli.ipynb #217530cb
 @app.command(hidden=True)
 def publish(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.", exists=True, file_okay=False)],
-    notebooks: Annotated[Optional[Path], typer.Option("--stages", help="Folder of stage notebooks; nbs/paper if left out.")] = None,
+    notebooks: Annotated[
+        Optional[Path], typer.Option("--stages", help="Folder of stage notebooks; nbs/paper if left out.")] = None,
     figures: Annotated[Path, typer.Option(help="Folder for figures, tables and records.")] = Path("figures"),
     numbers: Annotated[bool, typer.Option("--numbers", help="Leave the notebooks as they are.")] = False,
 ):
@@ -255,9 +338,11 @@ def tell_exclusions(
     if len(excluded) or path.exists(): excluded.save(path)
     for reason, n in excluded.counts().items():
         typer.echo(f"left out: {n} {reason}")
-        for study, _, detail in [r for r in excluded if r[1] == reason][:most]: typer.echo(f"  {study}" + (f": {' '.join(detail.split())}" if detail else ""))
+        for study, _, detail in [r for r in excluded if r[1] == reason][:most]:
+            typer.echo(f"  {study}" + (f": {' '.join(detail.split())}" if detail else ""))
     if len(excluded): typer.echo(f"listed in {path.name}")
 
+# %% ../nbs/api/42_cli.ipynb #tellexcl1x1
 def read_key(
     path,      # file of the key; None: no key
 ) -> bytes:    # what keys the study ids; an empty file gives an empty key, which is refused
@@ -273,9 +358,11 @@ def device_of(
     "The device that was asked for; auto takes a GPU where there is one."
     from torch import cuda
     if asked == "cuda" and not cuda.is_available():
-        raise typer.BadParameter("this machine has no GPU that PyTorch can use; leave --device out", param_hint="--device")
+        raise typer.BadParameter(
+            "this machine has no GPU that PyTorch can use; leave --device out", param_hint="--device")
     return asked if asked != "auto" else "cuda" if cuda.is_available() else "cpu"
 
+# %% ../nbs/api/42_cli.ipynb #c42devi1x1
 def packing_of(
     vlm,           # folder of the network, whose grid has the corners
     codec,         # of the patch features
@@ -292,30 +379,77 @@ def packing_of(
     hidden = corners(load_vlm(vlm).grid) if hide_corners else ()
     return Packing(codec, read_book(codebook) if codebook else None, thumbnail, pixels, read_key(key_file), hidden)
 
+# %% ../nbs/api/42_cli.ipynb #d3afc7acopts
+_BuildManifest = Annotated[Path, typer.Argument(help="Manifest of the studies.", exists=True, dir_okay=False)]
+_BuildStore = Annotated[Path, typer.Argument(help="Store to make, or to go on with.")]
+_BuildVlm = Annotated[
+    Path,
+    typer.Option(help="Folder of the fine-tuned network, such as runs/quickstart/vlm.", exists=True, file_okay=False)]
+_BuildRoot = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--root", help="Folder of the data set, if it has moved since it was indexed.", exists=True, file_okay=False),
+]
+_BuildImages = Annotated[
+    Optional[Path], typer.Option(help="Folder of the images, if they have moved, too.", exists=True, file_okay=False)]
+_BuildKeep = Annotated[
+    Optional[float],
+    typer.Option(help="Share of the patches to retain, such as 0.023; as in the network's run if left out.")]
+_BuildTrack = Annotated[
+    Literal["image+report", "image-only"], typer.Option(help="What is known: the report, or the film alone.")]
+_BuildScore = Annotated[
+    Optional[str],
+    typer.Option(help="What ranks the patches, by its name in `neural scorers`; as in the network's run if left out.")]
+_BuildShare = Annotated[
+    Optional[float],
+    typer.Option(min=0, max=1, help="Share of the second part of a mixture; as saved, or one half, if left out.")]
+_BuildCodec = Annotated[
+    Literal["int8", "f16", "f32", "pca", "pq"], typer.Option(help="How patch features are written.")]
+_BuildCodebook = Annotated[
+    Optional[Path],
+    typer.Option(help="Codebook of the codecs pca and pq, from `neural codebook`.", exists=True, dir_okay=False)]
+
+# %% ../nbs/api/42_cli.ipynb #d3afc7acomore
+_BuildThumbnail = Annotated[
+    int, typer.Option(min=0, max=65535, help="Bytes of a context thumbnail, such as 450; 0 for none.")]
+_BuildPixels = Annotated[bool, typer.Option("--pixels", help="Keep the retained patches' pixels, lossless.")]
+_BuildKeyFile = Annotated[
+    Optional[Path],
+    typer.Option(help="Replace study ids by a hash keyed with this file's bytes.", exists=True, dir_okay=False)]
+_BuildHideCorners = Annotated[
+    bool, typer.Option("--hide-corners", help="Retain and show no patch of the four corners, where names are burnt in.")
+]
+_BuildEngine = Annotated[
+    Literal["local", "ray"],
+    typer.Option(help="This machine, or the workers of Ray: those of RAY_ADDRESS, or new ones here.")]
+_BuildWorkers = Annotated[
+    int, typer.Option(min=0, help="Decoding processes; with ray, processes that hold the network.")]
+_BuildPrecision = Annotated[
+    Literal["float32", "bfloat16"],
+    typer.Option(
+        help=("bfloat16 reads close calls again in float32: faster where the network's choices are clear, slower"
+              " where most are close.")
+    ),
+]
+_BuildDevice = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option(help="Where the network runs; auto takes a GPU where there is one.")]
+_BuildLimit = Annotated[float, typer.Option(min=0, max=1, help="Stop if a larger share of the studies is left out.")]
+_BuildForce = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="Go on with the codebook of another network, or with another data set than the store's."),
+]
+
 # %% ../nbs/api/42_cli.ipynb #d3afc7ac
 @app.command()
 def build(
-    manifest: Annotated[Path, typer.Argument(help="Manifest of the studies.", exists=True, dir_okay=False)],
-    store: Annotated[Path, typer.Argument(help="Store to make, or to go on with.")],
-    vlm: Annotated[Path, typer.Option(help="Folder of the fine-tuned network, such as runs/quickstart/vlm.", exists=True, file_okay=False)],
-    root: Annotated[Optional[Path], typer.Option("--root", help="Folder of the data set, if it has moved since it was indexed.", exists=True, file_okay=False)] = None,
-    images: Annotated[Optional[Path], typer.Option(help="Folder of the images, if they have moved, too.", exists=True, file_okay=False)] = None,
-    keep: Annotated[Optional[float], typer.Option(help="Share of the patches to retain, such as 0.023; as in the network's run if left out.")] = None,
-    track: Annotated[Literal["image+report", "image-only"], typer.Option(help="What is known: the report, or the film alone.")] = "image+report",
-    score: Annotated[Optional[str], typer.Option(help="What ranks the patches, by its name in `neural scorers`; as in the network's run if left out.")] = None,
-    share: Annotated[Optional[float], typer.Option(min=0, max=1, help="Share of the second part of a mixture; as saved, or one half, if left out.")] = None,
-    codec: Annotated[Literal["int8", "f16", "f32", "pca", "pq"], typer.Option(help="How patch features are written.")] = "int8",
-    codebook: Annotated[Optional[Path], typer.Option(help="Codebook of the codecs pca and pq, from `neural codebook`.", exists=True, dir_okay=False)] = None,
-    thumbnail: Annotated[int, typer.Option(min=0, max=65535, help="Bytes of a context thumbnail, such as 450; 0 for none.")] = 0,
-    pixels: Annotated[bool, typer.Option("--pixels", help="Keep the retained patches' pixels, lossless.")] = False,
-    key_file: Annotated[Optional[Path], typer.Option(help="Replace study ids by a hash keyed with this file's bytes.", exists=True, dir_okay=False)] = None,
-    hide_corners: Annotated[bool, typer.Option("--hide-corners", help="Retain and show no patch of the four corners, where names are burnt in.")] = False,
-    engine: Annotated[Literal["local", "ray"], typer.Option(help="This machine, or the workers of Ray: those of RAY_ADDRESS, or new ones here.")] = "local",
-    workers: Annotated[int, typer.Option(min=0, help="Decoding processes; with ray, processes that hold the network.")] = 2,
-    precision: Annotated[Literal["float32", "bfloat16"], typer.Option(help="bfloat16 reads close calls again in float32: faster where the network's choices are clear, slower where most are close.")] = "float32",
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the network runs; auto takes a GPU where there is one.")] = "auto",
-    limit: Annotated[float, typer.Option(min=0, max=1, help="Stop if a larger share of the studies is left out.")] = 0.05,
-    force: Annotated[bool, typer.Option("--force", help="Go on with the codebook of another network, or with another data set than the store's.")] = False,
+    manifest: _BuildManifest, store: _BuildStore, vlm: _BuildVlm, root: _BuildRoot = None,
+    images: _BuildImages = None, keep: _BuildKeep = None, track: _BuildTrack = "image+report",
+    score: _BuildScore = None, share: _BuildShare = None, codec: _BuildCodec = "int8",
+    codebook: _BuildCodebook = None, thumbnail: _BuildThumbnail = 0, pixels: _BuildPixels = False,
+    key_file: _BuildKeyFile = None, hide_corners: _BuildHideCorners = False, engine: _BuildEngine = "local",
+    workers: _BuildWorkers = 2, precision: _BuildPrecision = "float32", device: _BuildDevice = "auto",
+    limit: _BuildLimit = 0.05, force: _BuildForce = False,
 ):
     "Build the store of a manifest with a fine-tuned network."
     from neural.asset import check_new, is_store
@@ -325,14 +459,18 @@ def build(
     from neural.study import Manifest, made_here, refuse_overwrite
     device = device_of(device)
     if not is_store(store): check_new(store)
-    listed = refuse_overwrite(Path(os.path.abspath(store) + "-exclusions.csv"), [manifest, vlm, *([codebook] if codebook else [])], made_here, force=True)
+    listed = refuse_overwrite(Path(os.path.abspath(store) + "-exclusions.csv"),
+                              [manifest, vlm, *([codebook] if codebook else [])], made_here, force=True)
     studies = Manifest.load(manifest, root, images)
     packing = packing_of(vlm, codec, codebook, thumbnail, pixels, key_file, hide_corners)
     scoring = load_scoring(vlm, score or "", share) if score or share is not None else None
-    made, excluded = {"local": build_store, "ray": build_on_cluster}[engine](studies, store, vlm, track, keep, packing=packing, workers=workers, precision=precision, device=device, force=force, scoring=scoring)
+    made, excluded = {"local": build_store, "ray": build_on_cluster}[engine](
+        studies, store, vlm, track, keep, packing=packing, workers=workers, precision=precision, device=device,
+        force=force, scoring=scoring)
     tell_exclusions(excluded, listed)
     excluded.check(len(studies), limit)
-    typer.echo(f"store: {store}, {len(made)} assets" + (f", {made.bytes_per_study():.0f} bytes a study" if len(made) else ""))
+    typer.echo(
+        f"store: {store}, {len(made)} assets" + (f", {made.bytes_per_study():.0f} bytes a study" if len(made) else ""))
 
 # %% ../nbs/api/42_cli.ipynb #c42scor2
 @app.command()
@@ -348,13 +486,20 @@ def scorers():
 @app.command()
 def baseline(
     manifest: Annotated[Path, typer.Argument(help="Manifest with training studies.", exists=True, dir_okay=False)],
-    vlm: Annotated[Path, typer.Option(help="Folder of the network, with its pruning stage finished.", exists=True, file_okay=False)],
-    root: Annotated[Optional[Path], typer.Option(help="Folder of the data set, if it has moved.", exists=True, file_okay=False)] = None,
-    images: Annotated[Optional[Path], typer.Option(help="Folder of the images, if they have moved.", exists=True, file_okay=False)] = None,
+    vlm: Annotated[
+        Path, typer.Option(help="Folder of the network, with its pruning stage finished.", exists=True, file_okay=False)
+    ],
+    root: Annotated[
+        Optional[Path], typer.Option(help="Folder of the data set, if it has moved.", exists=True, file_okay=False)
+    ] = None,
+    images: Annotated[
+        Optional[Path], typer.Option(help="Folder of the images, if they have moved.", exists=True, file_okay=False)
+    ] = None,
     studies: Annotated[int, typer.Option(min=1, help="Training studies that are read, at most.")] = 400,
     workers: Annotated[int, typer.Option(min=0, help="Decoding processes.")] = 2,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the network runs.")] = "auto",
-    limit: Annotated[float, typer.Option(min=0, max=1, help="Stop if a larger share of the studies is left out.")] = 0.05,
+    limit: Annotated[
+        float, typer.Option(min=0, max=1, help="Stop if a larger share of the studies is left out.")] = 0.05,
     force: Annotated[bool, typer.Option("--force", help="Measure again what is there already.")] = False,
 ):
     "Measure on training studies what scorers compare with, and keep it beside the network."
@@ -372,8 +517,11 @@ def baseline(
 # %% ../nbs/api/42_cli.ipynb #5d75d8f8
 @app.command()
 def codebook(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run with its pruning stage finished.", exists=True, file_okay=False)],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Codebook to write.", dir_okay=False)] = Path("codebook.safetensors"),
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run with its pruning stage finished.", exists=True, file_okay=False)
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Codebook to write.", dir_okay=False)] = Path(
+        "codebook.safetensors"),
     codec: Annotated[Literal["pca", "pq"], typer.Option(help="Principal components, or product quantisation.")] = "pq",
     size: Annotated[int, typer.Option("--bytes", min=1, help="Bytes per retained patch.")] = 64,
     force: Annotated[bool, typer.Option("--force", help="Replace a codebook that is there already.")] = False,
@@ -385,16 +533,23 @@ def codebook(
     from neural.build import TABLES, TRACKS, hash_of, load_readings
     from neural.codec import book_bytes, fit_pca, fit_pq, is_book, loss_of_codec
     from neural.study import Manifest, NeuralError, refuse_overwrite
-    refuse_overwrite(out, [folder / "manifest.csv", *(folder / f"{t}.parquet" for t in TABLES), folder / "vlm/model.safetensors"], is_book, force)
+    refuse_overwrite(
+        out, [folder / "manifest.csv", *(folder / f"{t}.parquet" for t in TABLES), folder / "vlm/model.safetensors"],
+        is_book, force)
     split = {s.study_id: s.split for s in Manifest.load(folder / "manifest.csv")}
     read = [r for t in TRACKS for r in load_readings(folder, t)]
     x = {part: [r.features for r in read if split.get(r.study_id) == part] for part in ("train", "validate")}
-    if not all(x.values()): raise NeuralError(f"{folder.name}: no readings of {' and '.join(p for p in x if not x[p])} studies; run the pruning stage on a manifest that has both splits")
+    if not all(x.values()):
+        raise NeuralError(
+            f"{folder.name}: no readings of {' and '.join(p for p in x if not x[p])} studies; run the pruning stage on"
+            " a manifest that has both splits")
     train, unseen = map(np.concatenate, x.values())
     book = replace({"pca": fit_pca, "pq": fit_pq}[codec](train, size), network=hash_of(folder / "vlm"))
     lost = loss_of_codec(unseen, codec, book)
     publish_bytes(out, book_bytes(book), "nothing was written")
-    typer.echo(f"codebook: {out}, {codec}, {book.width} bytes a patch instead of {4 * book.dim}, fitted on {len(train)} train patches of network {book.network}; share of the variance lost on {len(unseen)} validate patches: {lost:.4f}")
+    typer.echo(
+        f"codebook: {out}, {codec}, {book.width} bytes a patch instead of {4 * book.dim}, fitted on {len(train)} train"
+        f" patches of network {book.network}; share of the variance lost on {len(unseen)} validate patches: {lost:.4f}")
 
 # %% ../nbs/api/42_cli.ipynb #9ce26f45
 def outside(
@@ -403,21 +558,45 @@ def outside(
 ) -> Path:            # the same path
     "Refuses to put a file among those of a folder that is read."
     from neural.study import NeuralError
-    if inside := [f for f in folders if path.resolve().is_relative_to(f.resolve())]: raise NeuralError(f"{path}: lies inside {inside[0]}, which is read here; name a file outside")
+    if inside := [f for f in folders if path.resolve().is_relative_to(f.resolve())]:
+        raise NeuralError(f"{path}: lies inside {inside[0]}, which is read here; name a file outside")
     return path
 
+# %% ../nbs/api/42_cli.ipynb #9ce26f45xopts
+_PredictStore = Annotated[Path, typer.Argument(help="Folder of an asset store.", exists=True, file_okay=False)]
+_PredictClassifier = Annotated[
+    Path,
+    typer.Option(help="Folder of a classifier, such as runs/quickstart/classifier/image-only/Pneumonia/gcn.",
+                 exists=True, file_okay=False),
+]
+_PredictOut = Annotated[
+    Path,
+    typer.Option(
+        "-o", "--out",
+        help="CSV to write: study_id, p, classifier (a hash of its weights); p is blank where an asset is damaged.",
+        dir_okay=False),
+]
+_PredictAnyway = Annotated[
+    bool,
+    typer.Option(
+        "--anyway",
+        help=("Read a store of another network, track, vocabulary, codec, fusion, grid or number of patches than the"
+              " classifier was trained on, too."),
+    ),
+]
+_PredictForce = Annotated[bool, typer.Option("--force", help="Replace predictions that are there.")]
+_PredictLimit = Annotated[float, typer.Option(min=0, max=1, help="Stop if a larger share of the studies is damaged.")]
+
+# %% ../nbs/api/42_cli.ipynb #9ce26f45x1
 @app.command()
 def predict(
-    store: Annotated[Path, typer.Argument(help="Folder of an asset store.", exists=True, file_okay=False)],
-    classifier: Annotated[Path, typer.Option(help="Folder of a classifier, such as runs/quickstart/classifier/image-only/Pneumonia/gcn.", exists=True, file_okay=False)],
-    out: Annotated[Path, typer.Option("-o", "--out", help="CSV to write: study_id, p, classifier (a hash of its weights); p is blank where an asset is damaged.", dir_okay=False)] = Path("predictions.csv"),
-    anyway: Annotated[bool, typer.Option("--anyway", help="Read a store of another network, track, vocabulary, codec, fusion, grid or number of patches than the classifier was trained on, too.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace predictions that are there.")] = False,
-    limit: Annotated[float, typer.Option(min=0, max=1, help="Stop if a larger share of the studies is damaged.")] = 0.05,
+    store: _PredictStore, classifier: _PredictClassifier, out: _PredictOut = Path("predictions.csv"),
+    anyway: _PredictAnyway = False, force: _PredictForce = False, limit: _PredictLimit = 0.05,
 ):
     "Let a classifier read a store; films and reports are not needed."
     from neural.asset import AssetStore
-    from neural.classify import is_predictions, load_classifier, predict as scores, save_predictions, unrecorded, whole_assets
+    from neural.classify import (is_predictions, load_classifier, predict as scores, save_predictions, unrecorded,
+                                 whole_assets)
     from neural.study import NeuralError, make_folder, refuse_overwrite
     refuse_overwrite(outside(out, (store, classifier)), ours=is_predictions, force=force)
     assets, model = AssetStore(store.resolve()), load_classifier(classifier)
@@ -427,10 +606,12 @@ def predict(
     for reason, n in lost.counts().items(): typer.echo(f"left out: {n} {reason}")
     lost.check(len(whole) + len(lost), limit)
     said = dict(zip((a.study_id for a in whole), scores(model, whole, anyway=anyway)))
-    make_folder(out.parent); save_predictions(out, {i: said.get(i) for i in [*said, *(i for i, *_ in lost)]}, classifier)
+    make_folder(out.parent)
+    save_predictions(out, {i: said.get(i) for i in [*said, *(i for i, *_ in lost)]}, classifier)
     typer.echo(f"predictions: {out}, {len(said)} studies")
     if blank := unrecorded(model): typer.echo(f"not recorded by this classifier, so not compared: {', '.join(blank)}")
 
+# %% ../nbs/api/42_cli.ipynb #9ce26f45x2
 def refuse_store(model, assets, anyway):
     "Refuses a store that a classifier was not trained for, and says how to go on."
     from neural.classify import known_origin, origin, refuse_strangers
@@ -443,10 +624,13 @@ def settings_lines(
     "What a store remembers of how it was made, and what it does not know."
     from neural.asset import in_words
     known = {name: in_words(value) for name, value in store.settings.items() if value is not None}
-    idle = {"score", "share", "draw", *(("tokens", "lift", "places") if known.get("guide") == "named" else ())}  # said where they apply
+    # said where they apply
+    idle = {"score", "share", "draw", *(("tokens", "lift", "places") if known.get("guide") == "named" else ())}
     unknown = [name for name, value in store.settings.items() if value is None and name not in idle]
-    return [*(f"  {name:10} {value}" for name, value in known.items()), *([f"  unknown    {', '.join(unknown)}"] if unknown else [])]
+    return [*(f"  {name:10} {value}" for name, value in known.items()),
+            *([f"  unknown    {', '.join(unknown)}"] if unknown else [])]
 
+# %% ../nbs/api/42_cli.ipynb #50181496x1
 @app.command()
 def verify(
     store: Annotated[Path, typer.Argument(help="Folder of an asset store.", exists=True, file_okay=False)],
@@ -457,7 +641,10 @@ def verify(
     assets = AssetStore(store.resolve())
     damaged = assets.verify()
     for where, reason in damaged: typer.echo(reason if reason.startswith(str(where)) else f"{where}: {reason}")
-    if damaged: raise NeuralError(f"{store} is damaged, or cannot be read, in {len(damaged)} place{'s' * (len(damaged) > 1)}, named above; fetch it again or build it again")
+    if damaged:
+        raise NeuralError(
+            f"{store} is damaged, or cannot be read, in {len(damaged)} place{'s' * (len(damaged) > 1)}, named above;"
+            " fetch it again or build it again")
     typer.echo("\n".join([f"assets: {len(assets)}, all whole", *settings_lines(assets)]))
 
 # %% ../nbs/api/42_cli.ipynb #54b3ebcf
@@ -470,7 +657,8 @@ def compact(
     from neural.asset import AssetStore
     assets = AssetStore(store.resolve())
     before, after = assets.compact(size)
-    typer.echo(f"shards: {before} before, {after} now, {len(assets)} assets, {assets.bytes_per_study():.0f} bytes a study")
+    typer.echo(
+        f"shards: {before} before, {after} now, {len(assets)} assets, {assets.bytes_per_study():.0f} bytes a study")
 
 # %% ../nbs/api/42_cli.ipynb #b02f8933
 @app.command()
@@ -481,12 +669,15 @@ def describe(
     url: Annotated[str, typer.Option(help="Where it is had.")],
     creator: Annotated[str, typer.Option(help="Who made it.")],
     published: Annotated[str, typer.Option(help="When, as YYYY-MM-DD.")],
-    description: Annotated[str, typer.Option(help="What it is, in a sentence.")] = "Chest X-ray studies as pruned graphs: patch features, concepts of the report, and the edges between them.",
+    description: Annotated[
+        str, typer.Option(help="What it is, in a sentence.")
+    ] = "Chest X-ray studies as pruned graphs: patch features, concepts of the report, and the edges between them.",
     force: Annotated[bool, typer.Option("--force", help="Replace a description that is there.")] = False,
 ):
     "Write a Croissant description into a store."
     from neural.export import write_croissant
-    path = write_croissant(store.resolve(), name, description=description, licence=licence, url=url, creator=creator, published=published, force=force)
+    path = write_croissant(store.resolve(), name, description=description, licence=licence, url=url, creator=creator,
+                           published=published, force=force)
     typer.echo(f"described: {store / path.name}")
 
 # %% ../nbs/api/42_cli.ipynb #drawcli1
@@ -496,9 +687,12 @@ def read_seeds(
 ) -> list[int]:
     "Seeds that were typed as one word."
     words = re.split(r"[,\s]+", text.strip(" ,"))
-    if odd := [w for w in words if w and not re.fullmatch(r"\d{1,9}", w)]: raise typer.BadParameter(f"{option} takes whole numbers with commas between them, such as 101,102,103; got {odd[0]}")
+    if odd := [w for w in words if w and not re.fullmatch(r"\d{1,9}", w)]:
+        raise typer.BadParameter(
+            f"{option} takes whole numbers with commas between them, such as 101,102,103; got {odd[0]}")
     return [int(w) for w in words if w]
 
+# %% ../nbs/api/42_cli.ipynb #drawcli1x1
 def stage_values(
     preset: str,  # name or path of a preset
     names: list,  # stages whose parameters are meant; the first has the last word
@@ -516,6 +710,7 @@ def stage_values(
     if "recipe" not in found: return found
     return found | vars(recipe_of(found["recipe"], FROM_IMAGENET if found.get("imagenet") else Recipe()))
 
+# %% ../nbs/api/42_cli.ipynb #drawcli1x2
 def how_drawn(
     given: dict,  # what `--small` and `--studies` say
     small: bool,  # as few test studies as there are in a trial
@@ -528,30 +723,95 @@ def how_drawn(
     values = stage_values("quickstart", ["10_finetune", "53_controls"]) | given
     values |= ({"warm_epochs": epochs, "film_epochs": epochs} if epochs else {}) | ({"size": size} if size else {})
     settings = draw_settings(values, **{k: values[k] for k in COHORT if k in values})
-    return dict(settings=settings, least=3 if small else LEAST, **{n: read_seeds(text, f"--{n}") for n, text in seeds.items()})
+    return dict(
+        settings=settings, least=3 if small else LEAST, **{n: read_seeds(text, f"--{n}") for n, text in seeds.items()})
 
 # %% ../nbs/api/42_cli.ipynb #smallbench
-SMALL = dict(build=dict(studies=2, side=300, rounds=2), finetune=dict(steps=6), read=dict(studies=256, dim=64, hidden=32, growth=(1, 2), rounds=3), gpu=dict(tiny=True),
-             index=dict(studies=250, rounds=1, beside=(250, 500)), bytes=dict(studies=60, dim=128, counts=(4,), size=16, side=256), store=dict(studies=300, dim=64, size=16, batch=100),
-             draws=dict(studies=100, size=96, image_size=96, width=32, d_model=32, layers=1, vocab_size=300, warm_epochs=1, film_epochs=1))
+SMALL = dict(
+    build=dict(studies=2, side=300, rounds=2),
+    finetune=dict(steps=6),
+    read=dict(studies=256, dim=64, hidden=32, growth=(1, 2), rounds=3),
+    gpu=dict(tiny=True),
+    index=dict(studies=250, rounds=1, beside=(250, 500)),
+    bytes=dict(studies=60, dim=128, counts=(4,), size=16, side=256),
+    store=dict(studies=300, dim=64, size=16, batch=100),
+    draws=dict(studies=100, size=96, image_size=96, width=32, d_model=32, layers=1, vocab_size=300, warm_epochs=1,
+               film_epochs=1),
+)
+
+# %% ../nbs/api/42_cli.ipynb #4ed5c21copts
+_BenchWhat = Annotated[
+    Literal["build", "finetune", "gpu", "read", "index", "bytes", "store", "draws"],
+    typer.Argument(
+        help=("What is measured: building, learning to write, both on a GPU, reading graphs, indexing; bytes of a"
+              " study, a large store; how far numbers move from draw to draw.")
+    ),
+]
+_BenchStudies = Annotated[
+    Optional[int], typer.Option(min=2, help="Studies at 1x the work, instead of the usual number.")]
+_BenchSmall = Annotated[
+    bool,
+    typer.Option("--small", help="Small networks and few studies: seconds instead of minutes, to see that it works.")]
+_BenchDevice = Annotated[
+    Literal["cuda", "cpu"], typer.Option(help="Of `gpu`; cpu tries its code without one, with --small.")]
+_BenchMinutes = Annotated[
+    float, typer.Option(min=0.1, max=1440, help="Of `gpu`, in all; where they are short, fewer rounds are taken.")]
+_BenchCohorts = Annotated[str, typer.Option(help="Of `draws`: seeds of the phantom cohorts, such as 101,102,103.")]
+_BenchSeeds = Annotated[str, typer.Option(help="Of `draws`: training seeds on each cohort.")]
+_BenchCheck = Annotated[
+    str,
+    typer.Option(help="Of `draws`: seeds of cohorts that are held against the others and take no part in the summary.")]
+_BenchEpochs = Annotated[
+    Optional[int], typer.Option(min=1, help="Of `draws`: passes of both trainings, instead of the preset's.")]
+_BenchSize = Annotated[Optional[int], typer.Option(min=64, max=4096, help="Of `draws`: pixels of the films as drawn.")]
+_BenchWork = Annotated[
+    Path,
+    typer.Option(help="Of `draws`: folder in which they are made and kept; a stopped command goes on from there.",
+                 file_okay=False),
+]
+_BenchWorkers = Annotated[
+    Optional[int],
+    typer.Option(min=1, help="Of `draws`: how many are made side by side, each on one core; all cores if left out.")]
+_BenchOut = Annotated[Optional[Path], typer.Option(help="Write the tables as JSON, too.", dir_okay=False)]
+_BenchForce = Annotated[
+    bool, typer.Option("--force", help="Replace tables that are there, and draws that were made otherwise.")]
+
+# %% ../nbs/api/42_cli.ipynb #benchhelp1
+def _named_of_draws(seeded, epochs, size, work, workers) -> dict:
+    "Which options of `neural bench draws` differ from what they are when left out."
+    usual = ("101,102,103", "0,1,2", "")
+    named = {f"--{name}": text != left_out and text for (name, text), left_out in zip(seeded.items(), usual)}
+    place = work != Path("build/draws") and str(work)
+    return named | {"--epochs": epochs, "--size": size, "--work": place, "--workers": workers}
+
+# %% ../nbs/api/42_cli.ipynb #benchhelp2
+def _refuse_misplaced(what, studies, device, minutes, of_draws) -> None:
+    "Refuses options that belong to another benchmark than the one asked for."
+    if what != "draws" and any(of_draws.values()):
+        name = next(n for n, v in of_draws.items() if v)
+        raise typer.BadParameter(f"{name} is of `neural bench draws`; leave it out of `neural bench {what}`")
+    if what == "finetune" and studies:
+        raise typer.BadParameter("a step of fine-tuning always sees the same eight studies; leave --studies out")
+    if what != "gpu" and (device, minutes) != ("cuda", 8.0):
+        raise typer.BadParameter(
+            f"--device and --minutes are of `neural bench gpu`; leave them out of `neural bench {what}`")
+
+# %% ../nbs/api/42_cli.ipynb #benchhelp3
+def _echo_tables(tables: dict) -> None:
+    "Shows tables by name; one of a single row is turned on its side."
+    for name, table in tables.items():
+        wide = len(table) > 1
+        text = (table if wide else table.T).to_string(float_format=lambda x: f"{x:.4g}", header=wide)
+        typer.echo(f"{name}\n{text}\n")
 
 # %% ../nbs/api/42_cli.ipynb #4ed5c21c
 @app.command()
 def bench(
-    what: Annotated[Literal["build", "finetune", "gpu", "read", "index", "bytes", "store", "draws"], typer.Argument(help="What is measured: building, learning to write, both on a GPU, reading graphs, indexing; bytes of a study, a large store; how far numbers move from draw to draw.")],
-    studies: Annotated[Optional[int], typer.Option(min=2, help="Studies at 1x the work, instead of the usual number.")] = None,
-    small: Annotated[bool, typer.Option("--small", help="Small networks and few studies: seconds instead of minutes, to see that it works.")] = False,
-    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="Of `gpu`; cpu tries its code without one, with --small.")] = "cuda",
-    minutes: Annotated[float, typer.Option(min=0.1, max=1440, help="Of `gpu`, in all; where they are short, fewer rounds are taken.")] = 8.0,
-    cohorts: Annotated[str, typer.Option(help="Of `draws`: seeds of the phantom cohorts, such as 101,102,103.")] = "101,102,103",
-    seeds: Annotated[str, typer.Option(help="Of `draws`: training seeds on each cohort.")] = "0,1,2",
-    check: Annotated[str, typer.Option(help="Of `draws`: seeds of cohorts that are held against the others and take no part in the summary.")] = "",
-    epochs: Annotated[Optional[int], typer.Option(min=1, help="Of `draws`: passes of both trainings, instead of the preset's.")] = None,
-    size: Annotated[Optional[int], typer.Option(min=64, max=4096, help="Of `draws`: pixels of the films as drawn.")] = None,
-    work: Annotated[Path, typer.Option(help="Of `draws`: folder in which they are made and kept; a stopped command goes on from there.", file_okay=False)] = Path("build/draws"),
-    workers: Annotated[Optional[int], typer.Option(min=1, help="Of `draws`: how many are made side by side, each on one core; all cores if left out.")] = None,
-    out: Annotated[Optional[Path], typer.Option(help="Write the tables as JSON, too.", dir_okay=False)] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace tables that are there, and draws that were made otherwise.")] = False,
+    what: _BenchWhat, studies: _BenchStudies = None, small: _BenchSmall = False, device: _BenchDevice = "cuda",
+    minutes: _BenchMinutes = 8.0, cohorts: _BenchCohorts = "101,102,103", seeds: _BenchSeeds = "0,1,2",
+    check: _BenchCheck = "", epochs: _BenchEpochs = None, size: _BenchSize = None,
+    work: _BenchWork = Path("build/draws"), workers: _BenchWorkers = None, out: _BenchOut = None,
+    force: _BenchForce = False,
 ):
     "Measure, and set beside a plain reference path."
     from neural import bench, draws, race
@@ -559,37 +819,55 @@ def bench(
     from neural.study import make_folder, refuse_overwrite
     from neural.yardstick import check_device, is_tables, machine, write_tables
     seeded = dict(cohorts=cohorts, seeds=seeds, check=check)
-    options = {"--studies": studies, "--small": small, "--device": device != "cuda" and device, "--minutes": minutes != 8 and f"{minutes:g}"}
-    of_draws = {f"--{n}": text != usual and text for (n, text), usual in zip(seeded.items(), ("101,102,103", "0,1,2", ""))} | {"--epochs": epochs, "--size": size, "--work": work != Path("build/draws") and str(work), "--workers": workers}
-    if what != "draws" and any(of_draws.values()): raise typer.BadParameter(f"{next(n for n, v in of_draws.items() if v)} is of `neural bench draws`; leave it out of `neural bench {what}`")
-    command = " ".join(["neural bench", what, *(w for name, value in (options | of_draws).items() if value for w in ([name] if value is True else [name, str(value)]))])
-    if what == "finetune" and studies: raise typer.BadParameter("a step of fine-tuning always sees the same eight studies; leave --studies out")
+    options = {"--studies": studies, "--small": small, "--device": device != "cuda" and device,
+               "--minutes": minutes != 8 and f"{minutes:g}"}
+    of_draws = _named_of_draws(seeded, epochs, size, work, workers)
+    _refuse_misplaced(what, studies, device, minutes, of_draws)
+    words = [w for name, value in (options | of_draws).items() if value
+             for w in ([name] if value is True else [name, str(value)])]
+    command = " ".join(["neural bench", what, *words])
     if what == "gpu": check_device(device)
-    elif (device, minutes) != ("cuda", 8.0): raise typer.BadParameter(f"--device and --minutes are of `neural bench gpu`; leave them out of `neural bench {what}`")
-    if out: refuse_overwrite(out, ours=is_tables, force=force); make_folder(out.parent)
-    how = (SMALL[what] | ({"config": small_config(200, 96, width=64, d_model=64)} if what == "build" else {})) if small else {"finetune": dict(paper=True)}.get(what, {})
+    if out:
+        refuse_overwrite(out, ours=is_tables, force=force)
+        make_folder(out.parent)
+    how = ((SMALL[what] | ({"config": small_config(200, 96, width=64, d_model=64)} if what == "build" else {}))
+           if small else {"finetune": dict(paper=True)}.get(what, {}))
     how |= ({"studies": studies} if studies else {}) | (dict(device=device, minutes=minutes) if what == "gpu" else {})
-    if what == "draws": how = how_drawn(how, small, epochs, size, **seeded) | dict(work=work, workers=workers, force=force, keep=out and (lambda tables: write_tables(out, command, tables)))
+    if what == "draws":
+        how = how_drawn(how, small, epochs, size, **seeded) | dict(
+            work=work, workers=workers, force=force, keep=out and (lambda tables: write_tables(out, command, tables)))
     found = next(getattr(m, f"bench_{what}") for m in (bench, race, draws) if hasattr(m, f"bench_{what}"))
     tables = found(**how)
     tables = tables if isinstance(tables, dict) else {what: tables}
-    for name, table in tables.items() if what != "draws" else [("summary", tables["summary"])]: typer.echo(f"{name}\n{(table if len(table) > 1 else table.T).to_string(float_format=lambda x: f'{x:.4g}', header=len(table) > 1)}\n")
+    _echo_tables({"summary": tables["summary"]} if what == "draws" else tables)
     typer.echo(machine())
     if out: write_tables(out, command, tables)
+
+# %% ../nbs/api/42_cli.ipynb #startcli1opts
+_StartsManifest = Annotated[Path, typer.Argument(help="A manifest.csv of `neural index`.", exists=True, dir_okay=False)]
+_StartsPreset = Annotated[str, typer.Option(help="Its film size, draw and audited findings are used.")]
+_StartsEpochs = Annotated[int, typer.Option(min=1, help="Passes over the training films, the same for all.")]
+_StartsSeeds = Annotated[str, typer.Option(help="Training seeds.")]
+_StartsFindings = Annotated[
+    str, typer.Option(help="Findings in the mean, with commas between them, instead of the preset's.")]
+_StartsWork = Annotated[
+    Path,
+    typer.Option(
+        help="Folder in which trainings are made and kept; a stopped command goes on from there.", file_okay=False),
+]
+_StartsWorkers = Annotated[
+    Optional[int], typer.Option(min=1, help="Trainings side by side, each on one core; all cores if left out.")]
+_StartsSmall = Annotated[bool, typer.Option("--small", help="Films of 96 pixels and one rate, to see that it works.")]
+_StartsOut = Annotated[Optional[Path], typer.Option(help="Write the tables as JSON, too.", dir_okay=False)]
+_StartsForce = Annotated[
+    bool, typer.Option("--force", help="Replace tables that are there, and trainings that were made otherwise.")]
 
 # %% ../nbs/api/42_cli.ipynb #startcli1
 @app.command()
 def starts(
-    manifest: Annotated[Path, typer.Argument(help="A manifest.csv of `neural index`.", exists=True, dir_okay=False)],
-    preset: Annotated[str, typer.Option(help="Its film size, draw and audited findings are used.")] = "open-i",
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training films, the same for all.")] = 6,
-    seeds: Annotated[str, typer.Option(help="Training seeds.")] = "0,1,2",
-    findings: Annotated[str, typer.Option(help="Findings in the mean, with commas between them, instead of the preset's.")] = "",
-    work: Annotated[Path, typer.Option(help="Folder in which trainings are made and kept; a stopped command goes on from there.", file_okay=False)] = Path("build/starts"),
-    workers: Annotated[Optional[int], typer.Option(min=1, help="Trainings side by side, each on one core; all cores if left out.")] = None,
-    small: Annotated[bool, typer.Option("--small", help="Films of 96 pixels and one rate, to see that it works.")] = False,
-    out: Annotated[Optional[Path], typer.Option(help="Write the tables as JSON, too.", dir_okay=False)] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace tables that are there, and trainings that were made otherwise.")] = False,
+    manifest: _StartsManifest, preset: _StartsPreset = "open-i", epochs: _StartsEpochs = 6,
+    seeds: _StartsSeeds = "0,1,2", findings: _StartsFindings = "", work: _StartsWork = Path("build/starts"),
+    workers: _StartsWorkers = None, small: _StartsSmall = False, out: _StartsOut = None, force: _StartsForce = False,
 ):
     "Train whole-film networks from nothing and from ImageNet at equal passes, and compare them."
     from neural.starts import RATES, bench_starts, start_settings
@@ -599,10 +877,14 @@ def starts(
         refuse_overwrite(out, ours=is_tables, force=force)
         make_folder(out.parent)
     wanted = [w.strip() for w in findings.split(",") if w.strip()]
-    settings = start_settings(stage_values(preset, ["10_finetune", "53_controls"]), epochs=epochs, findings=wanted, image_size=96 * small)
-    command = " ".join(["neural starts", manifest.name, "--preset", Path(preset).stem, "--epochs", str(epochs), "--seeds", seeds] + ["--small"] * small)
+    settings = start_settings(
+        stage_values(preset, ["10_finetune", "53_controls"]), epochs=epochs, findings=wanted, image_size=96 * small)
+    command = " ".join(
+        ["neural starts", manifest.name, "--preset", Path(preset).stem, "--epochs", str(epochs), "--seeds", seeds]
+        + ["--small"] * small)
     keep = lambda tables: write_tables(out, command, tables) if out else None
-    tables = bench_starts(manifest, settings, read_seeds(seeds, "--seeds"), RATES[-1:] if small else RATES, work, workers, force, keep)
+    tables = bench_starts(
+        manifest, settings, read_seeds(seeds, "--seeds"), RATES[-1:] if small else RATES, work, workers, force, keep)
     for name in ("auc", "differences", "trainings"):
         typer.echo(f"{name}\n{tables[name].round(3).to_string(index=False)}\n")
 
@@ -614,12 +896,16 @@ def asset_lines(
     "What an asset holds, in plain text."
     from neural.viewer import sureness_words
     said, linked = ("present", "uncertain", "absent"), ("located at", "modifies", "suggests")
-    name = lambda i: "".join(c if c.isprintable() else "\ufffd" for c in vocabulary[asset.concepts[i]])     # a store may come from anywhere, and a terminal obeys
-    lines = [f"{asset.study_id}  {asset.track}  {len(asset.to_bytes())} bytes  {len(asset.patches)} of {asset.grid[0] * asset.grid[1]} patches retained"]
-    lines += [f"  patch {p:4}  row {p // asset.grid[1]:2}  column {p % asset.grid[1]:2}  relevance {r:.4f}" for p, r in zip(asset.patches, asset.relevance)]
+    # a store may come from anywhere, and a terminal obeys
+    name = lambda i: "".join(c if c.isprintable() else "\ufffd" for c in vocabulary[asset.concepts[i]])
+    lines = [f"{asset.study_id}  {asset.track}  {len(asset.to_bytes())} bytes  {len(asset.patches)} of"
+             f" {asset.grid[0] * asset.grid[1]} patches retained"]
+    lines += [f"  patch {p:4}  row {p // asset.grid[1]:2}  column {p % asset.grid[1]:2}  relevance {r:.4f}"
+              for p, r in zip(asset.patches, asset.relevance)]
     sure = lambda i: f"  ({words} sure that it is there)" if (words := sureness_words(asset, i)) else ""
     lines += [f"  {said[a]:9}  {name(i)}{sure(i)}" for i, a in enumerate(asset.assertions)]
-    return lines + [f"  {name(h)} {linked[t]} {name(o)}" for h, o, t in asset.relations] + [f"  {k}: {v}" for k, v in asset.provenance.items()]
+    return (lines + [f"  {name(h)} {linked[t]} {name(o)}" for h, o, t in asset.relations]
+            + [f"  {k}: {v}" for k, v in asset.provenance.items()])
 
 # %% ../nbs/api/42_cli.ipynb #0f06e0b8
 def find_asset(
@@ -631,21 +917,28 @@ def find_asset(
     from neural.asset import AssetError, is_keyed, key_check, keyed_id
     from neural.study import NeuralError
     if secret is not None and (made := assets.settings["key"]) not in (None, key_check(secret)):
-        raise NeuralError(f"{assets.folder.name}: its study ids are {'not keyed, leave the key out' if made == 'none' else 'keyed with another key; give that one'}")
+        raise NeuralError(
+            f"{assets.folder.name}: its study ids are"
+            f" {'not keyed, leave the key out' if made == 'none' else 'keyed with another key; give that one'}")
     for name in (study, *([] if secret is None else [keyed_id(study, secret)])):
-        try: return assets[name]
+        try:return assets[name]
         except AssetError as e: why = str(e)
     if "is not in" not in why: raise NeuralError(why)
     some = assets.ids[:3]
-    hint = ", not by this key either" if secret is not None else "; ids here are keyed, give the key with --key-file" if any(map(is_keyed, some)) else ""
-    raise NeuralError(f"no study {study} in {assets.folder.name}{hint}; it holds {len(assets)}, such as {', '.join(some) or 'none'}")
+    hint = (", not by this key either" if secret is not None
+            else "; ids here are keyed, give the key with --key-file" if any(map(is_keyed, some)) else "")
+    raise NeuralError(
+        f"no study {study} in {assets.folder.name}{hint}; it holds {len(assets)}, such as {', '.join(some) or 'none'}")
 
+# %% ../nbs/api/42_cli.ipynb #0f06e0b8x1
 @app.command()
 def inspect(
     store: Annotated[Path, typer.Argument(help="Folder of an asset store.", exists=True, file_okay=False)],
     study: Annotated[str, typer.Argument(help="Study id; with --key-file also the hospital's own.")],
     html: Annotated[Optional[Path], typer.Option(help="Write a page to this file instead.", dir_okay=False)] = None,
-    key_file: Annotated[Optional[Path], typer.Option(help="File of the key by which study ids were replaced.", exists=True, dir_okay=False)] = None,
+    key_file: Annotated[
+        Optional[Path],
+        typer.Option(help="File of the key by which study ids were replaced.", exists=True, dir_okay=False)] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a page that is there.")] = False,
 ):
     "Show what one asset holds, as text or as a page."
@@ -667,4 +960,5 @@ def main():
     try: app(prog_name="neural")
     finally:
         try: sys.stdout.flush()
-        except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # told already; Python would tell it again on its way out
+        # told already; Python would tell it again on its way out
+        except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -37,7 +37,8 @@ class Worker:
         precision: str,      # "float32" or "bfloat16", as in `build_store`
     ):
         torch.set_num_threads(threads)
-        self.manifest, self.batches, self.track, self.fusion, self.packing, self.precision = manifest, batches, track, fusion, packing, precision
+        self.manifest, self.batches, self.track, self.fusion, self.packing, self.precision = (
+            manifest, batches, track, fusion, packing, precision)
         self.network = load_network(vlm, device, precision, scoring)
 
     def __call__(self, row):
@@ -45,18 +46,22 @@ class Worker:
         found = decode_films(film_paths(self.manifest, part), self.network.model.encoder.config.image_size)
         studies = usable(self.manifest, part, found, self.track, left)
         read = shard_of(self.network, studies, self.track, self.packing.never, self.precision)
-        assets = packed_shard(self.manifest, studies, read, self.network.reader.vocabulary, self.fusion, self.packing, left)
+        assets = packed_shard(
+            self.manifest, studies, read, self.network.reader.vocabulary, self.fusion, self.packing, left)
         made = [(a.study_id, a.to_bytes(), "", "") for a in assets]
-        return [dict(batch=row["id"], study=i, data=data, reason=reason, detail=detail) for i, data, reason, detail in [*made, *((i, b"", reason, detail) for i, reason, detail in left)]]
+        return [dict(batch=row["id"], study=i, data=data, reason=reason, detail=detail)
+                for i, data, reason, detail in [*made, *((i, b"", reason, detail) for i, reason, detail in left)]]
 
 # %% ../nbs/api/29_cluster.ipynb #tokenfun
 TOKEN = secrets.token_hex(32)    # of this process
 
 @contextmanager
 def own_token():
-    "A token for the Ray that this process starts, where the user has none; nothing is written (this companion's choice)."
+    """A token for the Ray that this process starts, where the user has none; nothing is written (this companion's
+    choice)."""
     home = os.environ.get("HOME")
-    told = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or (home and os.access(Path(home)/".ray/auth_token", os.R_OK))
+    told = (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+            or (home and os.access(Path(home) / ".ray/auth_token", os.R_OK)))
     if not told: os.environ["RAY_AUTH_TOKEN"] = TOKEN
     try: yield
     finally:
@@ -68,14 +73,21 @@ def ray_session(
     workers: int,  # processes, where no cluster is named
 ):
     "Ray's data module, connected; what was started here is stopped here."
-    for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_BACKEND_LOG_LEVEL", "fatal")): os.environ.setdefault(name, value)
+    for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_BACKEND_LOG_LEVEL", "fatal")):
+        os.environ.setdefault(name, value)
     logging.getLogger("ray.widgets").setLevel(logging.ERROR)       # asks for a notebook's widgets while it is imported
-    try: import ray, ray.data
-    except ImportError: raise NeuralError("the ray engine needs Ray, which is not installed: pip install 'neural-companion[ray]', or build with the local engine") from None
+    try:
+        import ray, ray.data
+    except ImportError:
+        raise NeuralError(
+            "the ray engine needs Ray, which is not installed: pip install 'neural-companion[ray]', or build with the"
+            " local engine") from None
     mine = not ray.is_initialized()
     named = bool(os.environ.get("RAY_ADDRESS"))
     with own_token() if mine and not named else nullcontext():
-        if mine: ray.init(logging_level=logging.ERROR, log_to_driver=False, **({} if named else dict(num_cpus=workers, include_dashboard=False)))
+        if mine:
+            ray.init(logging_level=logging.ERROR, log_to_driver=False,
+                     **({} if named else dict(num_cpus=workers, include_dashboard=False)))
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         try: yield ray
         finally:
@@ -99,22 +111,26 @@ def build_on_cluster(
     scoring: Scoring | None = None,  # from `load_scoring`, such as one of another scorer; None: as the run chose
 ) -> tuple[AssetStore, Exclusions]:  # the store, and what was left out
     "The store that `build_store` makes, by Ray's workers (this companion's choice)."
-    if workers < 1 or batch_size < 1: raise NeuralError(f"the ray engine needs at least one process that holds the network, and one study per pass; got workers={workers}, batch_size={batch_size}")
+    if workers < 1 or batch_size < 1:
+        raise NeuralError("the ray engine needs at least one process that holds the network, and one study per pass;"
+                          f" got workers={workers}, batch_size={batch_size}")
     if not is_store(folder): check_new(folder)
     network, excluded = load_network(vlm, precision=None, scoring=scoring, keep=keep), Exclusions()
     store, todo = begin(manifest, folder, vlm, network, track, fusion, packing, precision, force)
-    todo = [s.study_id for s in todo]
-    batches = [todo[n : n + batch_size] for n in range(0, len(todo), batch_size)]
+    batches = [[s.study_id for s in todo[n : n + batch_size]] for n in range(0, len(todo), batch_size)]
     if not batches: return store, excluded
-    settings = (manifest, batches, str(Path(vlm).resolve()), track, network.scoring, fusion, packing, device, torch.get_num_threads(), precision)
+    network_folder, threads = str(Path(vlm).resolve()), torch.get_num_threads()
+    settings = manifest, batches, network_folder, track, network.scoring, fusion, packing, device, threads, precision
     with ray_session(workers) as ray:
         data = ray.data.range(len(batches), override_num_blocks=len(batches))
         data.context.enable_progress_bars, data.context.execution_options.preserve_order = False, True
-        rows = data.flat_map(Worker, fn_constructor_args=settings, compute=ray.data.ActorPoolStrategy(size=workers), num_cpus=1, num_gpus=int(device == "cuda")).iter_rows()
-        for _, part in tqdm(groupby(rows, lambda r: r["batch"]), desc=track, total=len(batches), disable=None if progress is None else not progress):
-            part = list(part)
+        rows = data.flat_map(Worker, fn_constructor_args=settings, num_cpus=1, num_gpus=int(device == "cuda"),
+                             compute=ray.data.ActorPoolStrategy(size=workers)).iter_rows()
+        hidden, parts = None if progress is None else not progress, groupby(rows, lambda r: r["batch"])
+        for part in tqdm((list(part) for _, part in parts), desc=track, total=len(batches), disable=hidden):
             for r in part:
                 if r["reason"]: excluded.add(r["study"], r["reason"], r["detail"])
-            if made := [StudyAsset.from_bytes(r["data"], packing.book) for r in part if r["data"]]:
-                store.append(made if store.certain else [replace(a, certainty=()) for a in made], again="skip")      # a store that was begun without takes none
+            made = [StudyAsset.from_bytes(r["data"], packing.book) for r in part if r["data"]]
+            if not store.certain: made = [replace(a, certainty=()) for a in made]   # as the store was begun
+            if made: store.append(made, again="skip")
     return store, unnamed(excluded, manifest, packing)

@@ -28,8 +28,10 @@ def finite(
     most=1e30,    # largest magnitude allowed
 ) -> np.ndarray:  # the same as float64
     "Features that can be coded at all, or a refusal (this companion's choice)."
-    with np.errstate(invalid='ignore'): x = np.asarray(x, np.float64)                 # signalling nans, refused in the next line
-    if x.ndim != 2 or not np.isfinite(x).all() or np.abs(x).max(initial=0) > most: raise NeuralError(f"features must be a finite (n, d) array within {most:g}, got shape {x.shape}")
+    # signalling nans, refused in the next line
+    with np.errstate(invalid='ignore'): x = np.asarray(x, np.float64)
+    if x.ndim != 2 or not np.isfinite(x).all() or np.abs(x).max(initial=0) > most:
+        raise NeuralError(f"features must be a finite (n, d) array within {most:g}, got shape {x.shape}")
     return x
 
 # %% ../nbs/api/19_codec.ipynb #8906553c
@@ -53,7 +55,8 @@ def dequantise(
     return codes.astype(np.float32)*scales[:, None]
 
 # %% ../nbs/api/19_codec.ipynb #d9f5d9e7
-TABLES = {'pca': {'mean': ('<f4', 1), 'basis': ('<f2', 2), 'scales': ('<f4', 1)}, 'pq': {'centroids': ('<f2', 3)}}   # name -> dtype, dimensions
+# name -> dtype, dimensions
+TABLES = {'pca': {'mean': ('<f4', 1), 'basis': ('<f2', 2), 'scales': ('<f4', 1)}, 'pq': {'centroids': ('<f2', 3)}}
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Codebook:
@@ -63,15 +66,38 @@ class Codebook:
     network: str = ''   # hash of the network whose features it was fitted on; '' is unknown
     def __post_init__(self): object.__setattr__(self, 'tables', checked_tables(self.kind, self.tables, self.network))
     @property
-    def dim(self) -> int: return self.tables['basis'].shape[1] if self.kind == 'pca' else self.tables['centroids'].shape[0]*self.tables['centroids'].shape[2]  # numbers per feature before coding
+    # numbers per feature before coding
+    def dim(self) -> int:
+        return (self.tables['basis'].shape[1] if self.kind == 'pca'
+                else self.tables['centroids'].shape[0] * self.tables['centroids'].shape[2])
+
     @property
-    def width(self) -> int: return len(self.tables['scales' if self.kind == 'pca' else 'centroids'])                                                              # bytes per feature after coding
+    # bytes per feature after coding
+    def width(self) -> int:
+        return len(self.tables['scales' if self.kind == 'pca' else 'centroids'])
+
     @cached_property
-    def hash(self) -> str: return hashlib.blake2b(b''.join(f"{n}{t.shape}".encode() + t.tobytes() for n, t in sorted(self.tables.items())), digest_size=8).hexdigest()  # 16 hex characters
+    # 16 hex characters
+    def hash(self) -> str:
+        return hashlib.blake2b(
+            b''.join(f"{n}{t.shape}".encode() + t.tobytes() for n, t in sorted(self.tables.items())), digest_size=8
+        ).hexdigest()
     @cached_property
-    def first(self) -> np.ndarray: return np.stack([[int(i) for i in np.unique(c, axis=0, return_index=True)[1][np.unique(c, axis=0, return_inverse=True)[1].ravel()]] for c in self.tables['centroids']])  # of equal prototypes, the one that is written
+    # of equal prototypes, the one that is written
+    def first(self) -> np.ndarray:
+        return np.stack([
+            [
+                int(i)
+                for i in np.unique(c, axis=0, return_index=True)[1][
+                    np.unique(c, axis=0, return_inverse=True)[1].ravel()]
+            ]
+            for c in self.tables['centroids']
+        ])
+
     @cached_property
-    def inverse(self) -> np.ndarray: return np.linalg.pinv(self.tables['basis'].astype(float))       # of the rounded basis, so that coding twice is coding once
+    # of the rounded basis, so that coding twice is coding once
+    def inverse(self) -> np.ndarray:
+        return np.linalg.pinv(self.tables['basis'].astype(float))
 
 # %% ../nbs/api/19_codec.ipynb #c42a05ef
 def checked_tables(
@@ -81,15 +107,25 @@ def checked_tables(
 ) -> dict:         # the same, read-only
     "The tables of a codebook, or what is wrong with them."
     if kind not in TABLES: raise NeuralError(f"a codebook is of kind {' or '.join(TABLES)}, got {str(kind)[:30]!r}")
-    if set(tables) != set(TABLES[kind]): raise NeuralError(f"a {kind} codebook holds {', '.join(TABLES[kind])}; got {', '.join(map(str, tables))[:80]}")
-    if not isinstance(network, str) or not re.fullmatch('([0-9a-f]{16})?', network): raise NeuralError(f"the network of a codebook is named by 16 hex characters, got {str(network)[:40]!r}")
+    if set(tables) != set(TABLES[kind]):
+        raise NeuralError(f"a {kind} codebook holds {', '.join(TABLES[kind])}; got {', '.join(map(str, tables))[:80]}")
+    if not isinstance(network, str) or not re.fullmatch('([0-9a-f]{16})?', network):
+        raise NeuralError(f"the network of a codebook is named by 16 hex characters, got {str(network)[:40]!r}")
     out = {}
     for name, (dtype, dims) in TABLES[kind].items():
-        t = np.ascontiguousarray(tables[name]); t.setflags(write=False); out[name] = t
-        if t.dtype != np.dtype(dtype) or t.ndim != dims or not t.size or not np.isfinite(t).all(): raise NeuralError(f"codebook table {name} must be finite numbers, {np.dtype(dtype)}, of {dims} dimensions; got {t.dtype} of shape {t.shape}")
+        t = np.ascontiguousarray(tables[name])
+        t.setflags(write=False)
+        out[name] = t
+        if t.dtype != np.dtype(dtype) or t.ndim != dims or not t.size or not np.isfinite(t).all():
+            raise NeuralError(
+                f"codebook table {name} must be finite numbers, {np.dtype(dtype)}, of {dims} dimensions; got {t.dtype}"
+                f" of shape {t.shape}")
     shapes = {n: t.shape for n, t in out.items()}
-    if kind == 'pca' and (shapes['basis'] != (*shapes['scales'], *shapes['mean']) or (out['scales'] <= 0).any() or shapes['basis'][0] > shapes['basis'][1]): raise NeuralError(f"the tables of this pca codebook do not fit each other: {shapes}")
-    if kind == 'pq' and shapes['centroids'][1] > 256: raise NeuralError(f"a pq codebook holds at most 256 prototypes a group, got {shapes['centroids'][1]}")
+    if kind == 'pca' and (shapes['basis'] != (*shapes['scales'], *shapes['mean']) or (out['scales'] <= 0).any()
+                          or shapes['basis'][0] > shapes['basis'][1]):
+        raise NeuralError(f"the tables of this pca codebook do not fit each other: {shapes}")
+    if kind == 'pq' and shapes['centroids'][1] > 256:
+        raise NeuralError(f"a pq codebook holds at most 256 prototypes a group, got {shapes['centroids'][1]}")
     return out
 
 # %% ../nbs/api/19_codec.ipynb #c25ed8a0
@@ -100,7 +136,9 @@ def fit_pca(
 ) -> Codebook:    # of kind 'pca'
     "Principal components of train features (Pearson 1901), their numbers in 8 bits."
     x = finite(x)
-    if not 0 < components < min(x.shape) + 1: raise NeuralError(f"{components} components from {len(x)} features of {x.shape[1]} numbers: at most {min(x.shape)}")
+    if not 0 < components < min(x.shape) + 1:
+        raise NeuralError(
+            f"{components} components from {len(x)} features of {x.shape[1]} numbers: at most {min(x.shape)}")
     pca = PCA(components, random_state=seed).fit(x)
     basis = pca.components_.astype('<f2')
     along = np.abs((x - pca.mean_) @ np.linalg.pinv(basis.astype(float)))
@@ -117,11 +155,16 @@ def fit_pq(
     "Product quantisation (Jégou et al. 2011): 256 prototypes for each group of numbers, by k-means."
     x = finite(x, 65000)
     if most < 1: raise NeuralError(f"prototypes are drawn from at least one feature, got most={most}")
-    if groups < 1 or x.shape[1] % groups: raise NeuralError(f"{x.shape[1]} numbers cannot be split into {groups} groups of one size; take a divisor")
-    x = x[np.random.default_rng(seed).permutation(len(x))[:most]].astype(np.float32).reshape(-1, groups, x.shape[1]//groups)
-    book = [KMeans(min(256, len(np.unique(part, axis=0))), n_init=1, max_iter=30, random_state=seed).fit(part).cluster_centers_ for part in x.swapaxes(0, 1)]
+    if groups < 1 or x.shape[1] % groups:
+        raise NeuralError(f"{x.shape[1]} numbers cannot be split into {groups} groups of one size; take a divisor")
+    x = (x[np.random.default_rng(seed).permutation(len(x))[:most]] .astype(np.float32)
+         .reshape(-1, groups, x.shape[1] // groups))
+    book = [KMeans(min(256, len(np.unique(part, axis=0))), n_init=1, max_iter=30, random_state=seed) .fit(part)
+            .cluster_centers_ for part in x.swapaxes(0, 1)]
     n = max(map(len, book))
-    return Codebook('pq', dict(centroids=np.stack([np.concatenate([c, np.repeat(c[:1], n - len(c), 0)]) for c in book]).astype('<f2')))
+    return Codebook(
+        'pq',
+        dict(centroids=np.stack([np.concatenate([c, np.repeat(c[:1], n - len(c), 0)]) for c in book]).astype('<f2')))
 
 # %% ../nbs/api/19_codec.ipynb #3c6d90e1
 def check_codec(
@@ -131,8 +174,11 @@ def check_codec(
 ) -> int:                  # bytes per feature
     "The bytes a feature takes, or what is wrong with the codec."
     if codec not in CODECS: raise NeuralError(f"codec must be one of {', '.join(CODECS)}, got {str(codec)[:30]!r}")
-    if (book is not None) != (codec in FITTED): raise NeuralError(f"codec {codec} needs " + ("a codebook, fitted on train features" if codec in FITTED else "no codebook"))
-    if book is not None and (book.kind, book.dim) != (codec, dim): raise NeuralError(f"a {book.kind} codebook for {book.dim} numbers cannot code {dim} numbers as {codec}")
+    if (book is not None) != (codec in FITTED):
+        raise NeuralError(
+            f"codec {codec} needs " + ("a codebook, fitted on train features" if codec in FITTED else "no codebook"))
+    if book is not None and (book.kind, book.dim) != (codec, dim):
+        raise NeuralError(f"a {book.kind} codebook for {book.dim} numbers cannot code {dim} numbers as {codec}")
     return book.width if book is not None else {'f32': 4*dim, 'f16': 2*dim, 'int8': dim + 4}[codec]
 
 # %% ../nbs/api/19_codec.ipynb #45de240e
@@ -144,10 +190,16 @@ def encode(
     "Features as rows of bytes (answers defect A8)."
     x = finite(x, 65000 if codec in ('f16', 'pq') else 1e30)
     width = check_codec(codec, x.shape[1], book)
-    if codec in ('f32', 'f16'): rows = x.astype('<f4' if codec == 'f32' else '<f2')
-    elif codec == 'int8': codes, scales = quantise(x); return np.concatenate([codes.view(np.uint8), scales.astype('<f4')[:, None].view(np.uint8)], 1)
-    elif codec == 'pca': rows = np.clip(np.rint((x - book.tables['mean']) @ book.inverse/book.tables['scales']), -127, 127).astype(np.int8)
-    else: rows = nearest(x, book.tables['centroids'].astype(np.float32))
+    if codec in ('f32', 'f16'):
+        rows = x.astype('<f4' if codec == 'f32' else '<f2')
+    elif codec == 'int8':
+        codes, scales = quantise(x)
+        return np.concatenate([codes.view(np.uint8), scales.astype('<f4')[:, None].view(np.uint8)], 1)
+    elif codec == 'pca':
+        rows = np.clip(np.rint((x - book.tables['mean']) @ book.inverse / book.tables['scales']), -127, 127).astype(
+            np.int8)
+    else:
+        rows = nearest(x, book.tables['centroids'].astype(np.float32))
     return np.ascontiguousarray(rows).view(np.uint8).reshape(len(x), width)
 
 # %% ../nbs/api/19_codec.ipynb #a52c533f
@@ -168,13 +220,21 @@ def decode(
 ) -> np.ndarray:           # float32 (n, d)
     "The numbers that rows of bytes stand for."
     rows = np.ascontiguousarray(rows)
-    if rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != (width := check_codec(codec, dim, book)): raise NeuralError(f"codes of {codec} for {dim} numbers are rows of {width} bytes, got {rows.dtype} of shape {rows.shape}")
+    if rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != (width := check_codec(codec, dim, book)):
+        raise NeuralError(
+            f"codes of {codec} for {dim} numbers are rows of {width} bytes, got {rows.dtype} of shape {rows.shape}")
     if codec in ('f32', 'f16'): return rows.view('<f4' if codec == 'f32' else '<f2').astype(np.float32)
     if codec == 'int8':
-        with np.errstate(all='ignore'): return dequantise(rows[:, :dim].view(np.int8), np.ascontiguousarray(rows[:, dim:]).view('<f4')[:, 0])
-    if codec == 'pca': t = book.tables; return ((rows.view(np.int8)*t['scales']).astype(np.float64) @ t['basis'].astype(np.float64) + t['mean']).astype(np.float32)
+        with np.errstate(all='ignore'):
+            return dequantise(rows[:, :dim].view(np.int8), np.ascontiguousarray(rows[:, dim:]).view('<f4')[:, 0])
+    if codec == 'pca':
+        t = book.tables
+        return (
+            (rows.view(np.int8) * t['scales']).astype(np.float64) @ t['basis'].astype(np.float64) + t['mean']
+        ).astype(np.float32)
     c = book.tables['centroids'].astype(np.float32)
-    if len(rows) and rows.max() >= c.shape[1]: raise NeuralError(f"codes speak of prototype {rows.max()}, the codebook has {c.shape[1]}")
+    if len(rows) and rows.max() >= c.shape[1]:
+        raise NeuralError(f"codes speak of prototype {rows.max()}, the codebook has {c.shape[1]}")
     return c[np.arange(len(c)), rows].reshape(len(rows), dim)
 
 # %% ../nbs/api/19_codec.ipynb #5bef3a7b
@@ -185,10 +245,13 @@ def canonical(
     book: Codebook=None,   # of a fitted codec
 ) -> bool:                 # True if `encode` would have written them so
     "Whether codes are the one way of writing what they say."
-    if codec == 'pca': return not (rows == 128).any()                                             # -128 is never written
-    if codec == 'pq': return bool((rows < book.first.shape[1]).all() and (book.first[np.arange(rows.shape[1]), rows] == rows).all())
+    # -128 is never written
+    if codec == 'pca': return not (rows == 128).any()
+    if codec == 'pq':
+        return bool((rows < book.first.shape[1]).all() and (book.first[np.arange(rows.shape[1]), rows] == rows).all())
     x = decode(rows, codec, dim, book)
-    return bool(np.isfinite(x).all() and np.abs(x).max(initial=0) <= (65000 if codec == 'f16' else 1e30) and np.array_equal(encode(x, codec), rows))
+    return bool(np.isfinite(x).all() and np.abs(x).max(initial=0) <= (65000 if codec == 'f16' else 1e30)
+                and np.array_equal(encode(x, codec), rows))
 
 # %% ../nbs/api/19_codec.ipynb #710ac6b2
 def loss_of_codec(
@@ -208,9 +271,11 @@ def codec_name(
 ) -> str:         # 'int8', or 'pca, 24 bytes'
     "A codec and its setting in words, as the column `codec` of predictions and cards holds them."
     if codec not in CODECS: raise NeuralError(f"codec must be one of {', '.join(CODECS)}, got {str(codec)[:30]!r}")
-    if (size > 0) != (codec in FITTED): raise NeuralError(f"codec {codec} has {'a' if codec in FITTED else 'no'} size to set, got {size}")
+    if (size > 0) != (codec in FITTED):
+        raise NeuralError(f"codec {codec} has {'a' if codec in FITTED else 'no'} size to set, got {size}")
     return f"{codec}, {size} bytes" if size else codec
 
+# %% ../nbs/api/19_codec.ipynb #name19bx1
 def codec_size(
     name: str,  # of `codec_name`, or the name of a picture's codec
 ) -> int:       # bytes per patch of a fitted codec; 0 for the others
@@ -225,7 +290,8 @@ def book_bytes(
     book: Codebook,
 ) -> bytes:           # of a safetensors file
     "A codebook as a safetensors file."
-    return save({n: np.asarray(t) for n, t in book.tables.items()}, {'kind': book.kind, 'hash': book.hash, **({'network': book.network} if book.network else {})})
+    return save({n: np.asarray(t) for n, t in book.tables.items()},
+                {'kind': book.kind, 'hash': book.hash, **({'network': book.network} if book.network else {})})
 
 # %% ../nbs/api/19_codec.ipynb #46bf1c21
 def book_from(
@@ -233,22 +299,30 @@ def book_from(
     name='the codebook',   # where they come from, for messages
 ) -> Codebook:
     "Reads a codebook from its bytes, or says why not."
-    try: tables, about = load(data), json.loads(data[8:8 + int.from_bytes(data[:8], 'little')]).get('__metadata__') or {}
-    except (SafetensorError, ValueError, TypeError, LookupError, RecursionError) as e: raise NeuralError(f"{name} is damaged or no codebook ({type(e).__name__})") from None
+    try:
+        tables, about = load(data), json.loads(data[8:8 + int.from_bytes(data[:8], 'little')]).get('__metadata__') or {}
+    except (SafetensorError, ValueError, TypeError, LookupError, RecursionError) as e:
+        raise NeuralError(f"{name} is damaged or no codebook ({type(e).__name__})") from None
     book = Codebook(about.get('kind', ''), tables, about.get('network', ''))
     if about.get('hash') != book.hash: raise NeuralError(f"{name} is damaged: its content is not what its hash names")
     return book
 
+# %% ../nbs/api/19_codec.ipynb #46bf1c21x1
 def read_book(
     path,   # a file of `book_bytes`, from anyone
 ) -> Codebook:
     "Reads a codebook from its file, or says why not."
     path = Path(path)
     with readable(path.name):
-        if path.is_symlink() or not path.is_file(): raise NeuralError(f"{path.name} is missing or a link: a codec that was fitted cannot be read without its codebook")
-        if path.stat().st_size > MAX_BOOK: raise NeuralError(f"{path.name} is larger than {MAX_BOOK:,} bytes: no codebook")
+        if path.is_symlink() or not path.is_file():
+            raise NeuralError(
+                f"{path.name} is missing or a link: a codec that was fitted cannot be read without its codebook")
+        if path.stat().st_size > MAX_BOOK:
+            raise NeuralError(f"{path.name} is larger than {MAX_BOOK:,} bytes: no codebook")
         data = path.read_bytes()
     return book_from(data, path.name)
+
+# %% ../nbs/api/19_codec.ipynb #46bf1c21x2
 def is_book(
     path,   # any file
 ) -> bool:  # True if it is a codebook

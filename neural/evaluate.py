@@ -25,7 +25,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from .radiograph import box_mask, fit_mask, patch_coverage, read_radiograph
 from .report import labels_of
-from .study import LABELS, SPLITS, Manifest, NeuralError, Study, above, apply_policy, at_least, system_reason, targets
+from .study import (LABELS, SPLITS, Manifest, NeuralError, Study, above, apply_policy, at_least, system_reason,
+                          targets)
 
 # %% ../nbs/api/24_evaluate.ipynb #1b173b9d
 def known(
@@ -35,7 +36,8 @@ def known(
     "Leaves out the studies whose target is unknown (this companion's choice)."
     y = np.asarray(y, float)
     for c in columns:
-        if len(c) != len(y): raise NeuralError(f"{len(y)} targets but a column of {len(c)}: they must belong to the same studies")
+        if len(c) != len(y):
+            raise NeuralError(f"{len(y)} targets but a column of {len(c)}: they must belong to the same studies")
     keep = ~np.isnan(y)
     return (y[keep], *(np.asarray(c)[keep] for c in columns))
 
@@ -47,12 +49,19 @@ def check_scores(
 ) -> tuple[np.ndarray, np.ndarray]: # y as float64 [n], p as float64 [n]
     "Refuses targets and scores that no metric can answer honestly (this companion's choice)."
     y, p = np.asarray(y, float), np.asarray(p, float)
-    if y.ndim != 1 or y.shape != p.shape: raise NeuralError(f"targets {y.shape} and scores {p.shape} must be two vectors of one length")
-    if unknown := int(np.isnan(y).sum()): raise NeuralError(f"{unknown} of {len(y)} targets are unknown (nan): leave them out with `known` and report the number")
-    if odd := int((~np.isin(y, (0, 1))).sum()): raise NeuralError(f"{odd} of {len(y)} targets are neither 0 nor 1: apply a label policy first")
-    if bad := int((~np.isfinite(p)).sum()): raise NeuralError(f"{bad} of {len(p)} scores are nan or infinite: find out which model wrote them")
+    if y.ndim != 1 or y.shape != p.shape:
+        raise NeuralError(f"targets {y.shape} and scores {p.shape} must be two vectors of one length")
+    if unknown := int(np.isnan(y).sum()):
+        raise NeuralError(
+            f"{unknown} of {len(y)} targets are unknown (nan): leave them out with `known` and report the number")
+    if odd := int((~np.isin(y, (0, 1))).sum()):
+        raise NeuralError(f"{odd} of {len(y)} targets are neither 0 nor 1: apply a label policy first")
+    if bad := int((~np.isfinite(p)).sum()):
+        raise NeuralError(f"{bad} of {len(p)} scores are nan or infinite: find out which model wrote them")
     pos = int(y.sum())
-    if min(pos, len(y)-pos) < least: raise NeuralError(f"{pos} positive of {len(y)} studies ({len(y)-pos} negative): at least {least} of each is needed")
+    if min(pos, len(y)-pos) < least:
+        raise NeuralError(
+            f"{pos} positive of {len(y)} studies ({len(y)-pos} negative): at least {least} of each is needed")
     return y, p
 
 # %% ../nbs/api/24_evaluate.ipynb #36375392
@@ -60,25 +69,37 @@ def target_counts(
     studies,          # a Manifest, or studies
     label,            # a label column, such as 'Pneumonia'
     policy='ones',    # what uncertain becomes, see chapter 00
-) -> pd.DataFrame:    # one row per split: positive, negative, unknown (studies); ill, well (patients with a positive, a negative study)
+    # one row per split: positive, negative, unknown (studies); ill, well (patients with a positive, a negative study)
+) -> pd.DataFrame:
     "How many studies and patients of each class every split holds (this companion's choice)."
     studies = list(studies)
-    t = pd.DataFrame(dict(split=[s.split for s in studies], who=[s.patient_id for s in studies], y=targets(studies, label, policy)))
+    t = pd.DataFrame(
+        dict(split=[s.split for s in studies], who=[s.patient_id for s in studies], y=targets(studies, label, policy)))
     parts = {split: t[t.split == split] for split in SPLITS}
-    return pd.DataFrame({split: dict(positive=(p.y == 1).sum(), negative=(p.y == 0).sum(), unknown=p.y.isna().sum(),
-                                     ill=p.who[p.y == 1].nunique(), well=p.who[p.y == 0].nunique()) for split, p in parts.items()}).T.astype(int)
+    return pd.DataFrame({
+        split: dict(positive=(p.y == 1).sum(), negative=(p.y == 0).sum(), unknown=p.y.isna().sum(),
+                    ill=p.who[p.y == 1].nunique(), well=p.who[p.y == 0].nunique())
+        for split, p in parts.items()
+    }).T.astype(int)
 
 # %% ../nbs/api/24_evaluate.ipynb #bf5b3a0e
 def _shortcoming(t, least, each):
     "Why a target cannot be audited, and what to do; two empty texts where it can."
-    if not (total := t.sum())[['positive', 'negative']].sum(): return f"is unknown in all {total.unknown} studies", "choose another label, or index again with labels that know it"
+    if not (total := t.sum())[['positive', 'negative']].sum():
+        return (f"is unknown in all {total.unknown} studies",
+                "choose another label, or index again with labels that know it")
     bare = [s for s, r in t.iterrows() if not r.positive or not r.negative]
     if bare: return f"has one class only in {' and '.join(bare)}", "choose another target, or a larger cohort"
-    if total.positive < least: return f"has {total.positive} positives where {least} are needed", "choose a commoner target, or a larger cohort"
+    if total.positive < least:
+        return (f"has {total.positive} positives where {least} are needed",
+                "choose a commoner target, or a larger cohort")
     test = t.loc['test']
-    if min(test.ill, test.well) < each: return f"has {test.ill} ill and {test.well} well patients in test where {each} of each are needed", "choose a commoner target, or a larger test split"
+    if min(test.ill, test.well) < each:
+        return (f"has {test.ill} ill and {test.well} well patients in test where {each} of each are needed",
+                "choose a commoner target, or a larger test split")
     return "", ""
 
+# %% ../nbs/api/24_evaluate.ipynb #bf5b3a0ex1
 def check_target(
     studies,          # a Manifest, or studies
     label,            # a label column, such as 'Pneumonia'
@@ -86,11 +107,14 @@ def check_target(
     least=10,         # positive studies needed over all splits
     each=5,           # patients of each class needed in test, the `least` of `auc_interval`
 ) -> pd.DataFrame:    # its `target_counts`
-    "Refuses a target that cannot be learnt, chosen or tested, with the counts of every split (this companion's choice)."
+    """Refuses a target that cannot be learnt, chosen or tested, with the counts of every split (this companion's
+    choice)."""
     at_least(0, least=least, each=each)
     t = target_counts(studies, label, policy)
     why, do = _shortcoming(t, least, each)
-    if why: raise NeuralError(f"target {label!r} {why} ({'; '.join(f'{s} {r.positive} positive, {r.negative} negative, {r.unknown} unknown' for s, r in t.iterrows())}): {do}")
+    if why:
+        counts = (f"{s} {r.positive} positive, {r.negative} negative, {r.unknown} unknown" for s, r in t.iterrows())
+        raise NeuralError(f"target {label!r} {why} ({'; '.join(counts)}): {do}")
     return t
 
 # %% ../nbs/api/24_evaluate.ipynb #0ea293a0
@@ -177,7 +201,9 @@ def patients_or_studies(
     who = np.arange(len(y)).astype(str) if patients is None else np.asarray(patients).astype(str)
     if who.shape != y.shape: raise NeuralError(f"{len(y)} studies but {len(who)} patients: give one patient per study")
     pos, neg = len(set(who[y == 1])), len(set(who[y == 0]))
-    if min(pos, neg) < least: raise NeuralError(f"positive studies from {pos} patients, negative from {neg}: an interval needs at least {least} of each")
+    if min(pos, neg) < least:
+        raise NeuralError(
+            f"positive studies from {pos} patients, negative from {neg}: an interval needs at least {least} of each")
     return who
 
 # %% ../nbs/api/24_evaluate.ipynb #5515d788
@@ -216,6 +242,7 @@ def weight_blocks(
     for i, start in enumerate(range(0, samples, block)):
         yield patient_weights(who, min(block, samples-start), seed=[seed, i])
 
+# %% ../nbs/api/24_evaluate.ipynb #0ccb99cbx1
 def _bootstrap(statistic, who, samples, seed, cells=4_000_000):
     "Values of `statistic(weights [s, n]) -> [s]` over resampled patients; samples without a value are left out."
     draws = np.concatenate([statistic(w) for w in weight_blocks(who, samples, seed, cells)])
@@ -231,7 +258,9 @@ def _refuse_rows(table, bad, what, do):
     "Refuses a table with wrong rows: how many, the first of them, what to do."
     if not (n := int(np.sum(bad))): return
     first = table[np.asarray(bad)].iloc[0]
-    raise NeuralError(f"{n} of {len(table)} predictions {what} (first: study {first.study_id}, {first.target}, {first.track}, {first.variant}, seed {first.seed}): {do}")
+    raise NeuralError(
+        f"{n} of {len(table)} predictions {what} (first: study {first.study_id}, {first.target}, {first.track},"
+        f" {first.variant}, seed {first.seed}): {do}")
 
 # %% ../nbs/api/24_evaluate.ipynb #6e038b99
 def check_predictions(
@@ -240,17 +269,29 @@ def check_predictions(
     policy='ones',         # label policy that y was made with
 ) -> pd.DataFrame:         # the same table
     "Refuses predictions that do not belong to the manifest (answers defect A3)."
-    if missing := [c for c in PREDICTION_COLUMNS if c not in table]: raise NeuralError(f"predictions without the column {', '.join(missing)}: write {', '.join(PREDICTION_COLUMNS)}")
+    if missing := [c for c in PREDICTION_COLUMNS if c not in table]:
+        raise NeuralError(f"predictions without the column {', '.join(missing)}: write {', '.join(PREDICTION_COLUMNS)}")
     if not len(table): raise NeuralError("a table of predictions without a row: run the stage that writes it again")
     split = {s.study_id: s.split for s in manifest}
-    _refuse_rows(table, ~table.study_id.isin(split), "are of studies that the manifest does not know", f"predict for this manifest of {len(split)} studies, such as {', '.join(list(split)[:3]) or 'none'}, or name the manifest they were made for")
-    _refuse_rows(table, ~table.target.isin(manifest.label_names), "are of targets that are no label of the manifest", f"use one of {', '.join(manifest.label_names)}")
-    _refuse_rows(table, table.duplicated(list(PREDICTION_KEY)), "repeat a study for the same target, track, variant and seed", "keep one prediction of each")
-    _refuse_rows(table, table.split != table.study_id.map(split), "name another split than the manifest", "predict again with the split of the manifest; a study that moved may have been trained on")
+    _refuse_rows(
+        table, ~table.study_id.isin(split), "are of studies that the manifest does not know",
+        f"predict for this manifest of {len(split)} studies, such as {', '.join(list(split)[:3]) or 'none'}, or name"
+        " the manifest they were made for",)
+    _refuse_rows(table, ~table.target.isin(manifest.label_names), "are of targets that are no label of the manifest",
+                 f"use one of {', '.join(manifest.label_names)}")
+    _refuse_rows(table, table.duplicated(list(PREDICTION_KEY)),
+                 "repeat a study for the same target, track, variant and seed", "keep one prediction of each")
+    _refuse_rows(table, table.split != table.study_id.map(split), "name another split than the manifest",
+                 "predict again with the split of the manifest; a study that moved may have been trained on")
     truth = {t: dict(zip(split, targets(manifest, t, policy))) for t in table.target.unique()}
-    y, true = pd.to_numeric(table.y, errors='coerce').to_numpy(float), np.array([truth[t][i] for t, i in zip(table.target, table.study_id)], float)
-    _refuse_rows(table, ~((y == true) | (np.isnan(true) & table.y.isna().to_numpy())), f"carry another target than the manifest under the policy {policy!r}", "predict again, or name the policy they were made with")
-    _refuse_rows(table, ~pd.to_numeric(table.p, errors='coerce').between(0, 1), "have a p that is not a number from 0 to 1", "apply the sigmoid once, and find out which model wrote them")
+    y, true = pd.to_numeric(table.y, errors='coerce').to_numpy(float), np.array(
+        [truth[t][i] for t, i in zip(table.target, table.study_id)], float)
+    _refuse_rows(table, ~((y == true) | (np.isnan(true) & table.y.isna().to_numpy())),
+                 f"carry another target than the manifest under the policy {policy!r}",
+                 "predict again, or name the policy they were made with")
+    _refuse_rows(table, ~pd.to_numeric(table.p, errors='coerce').between(0, 1),
+                 "have a p that is not a number from 0 to 1",
+                 "apply the sigmoid once, and find out which model wrote them")
     return table
 
 # %% ../nbs/api/24_evaluate.ipynb #6a3ee0d9
@@ -270,6 +311,7 @@ def parquet_table(
         raise NeuralError(f"{why}: run the stage that writes it again") from None
     except OSError as e: raise NeuralError(f"{path.name}: cannot be read, {system_reason(e)}") from None
 
+# %% ../nbs/api/24_evaluate.ipynb #6a3ee0d9x1
 def read_predictions(
     path,                  # a Parquet file of PREDICTION_COLUMNS
     manifest: Manifest,    # that the predictions belong to
@@ -296,7 +338,8 @@ def seed_summary(
     a, low, high = auc_interval(y, scores, patients, **kw)
     e, elow, ehigh = auc_interval(y, scores.mean(0), patients, **kw)
     return dict(auc=a, low=low, high=high, seed_sd=float(np.std(each, ddof=1)) if len(each) > 1 else float('nan'),
-                ensemble=e, ensemble_low=elow, ensemble_high=ehigh, seeds=len(each), studies=len(y), positives=int(np.sum(y)))
+                ensemble=e, ensemble_low=elow, ensemble_high=ehigh, seeds=len(each), studies=len(y),
+                positives=int(np.sum(y)))
 
 # %% ../nbs/api/24_evaluate.ipynb #108d76da
 def seed_scores(
@@ -307,11 +350,16 @@ def seed_scores(
     split='test',          # split to take
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # study ids [n], targets [n] (unknown ones left out), scores (seeds, n)
     "The scores of one variant, one row per seed (this companion's choice)."
-    part = table[(table.target == target) & (table.track == track) & (table.variant == variant) & (table.split == split)]
-    if part.empty: raise NeuralError(f"no prediction of {variant!r} for {target} on {track}, {split}: the table holds {', '.join(sorted(table.variant.unique()))}")
-    if part.duplicated(['study_id', 'seed']).any(): raise NeuralError(f"{variant!r} predicts a study twice with one seed: check the table with `check_predictions`")
+    part = table[
+        (table.target == target) & (table.track == track) & (table.variant == variant) & (table.split == split)]
+    if part.empty:
+        raise NeuralError(f"no prediction of {variant!r} for {target} on {track}, {split}: the table holds"
+                          f" {', '.join(sorted(table.variant.unique()))}")
+    if part.duplicated(['study_id', 'seed']).any():
+        raise NeuralError(f"{variant!r} predicts a study twice with one seed: check the table with `check_predictions`")
     wide, y = part.pivot(index='study_id', columns='seed', values='p'), part.groupby('study_id').y.first()
-    if wide.isna().any(axis=None): raise NeuralError(f"the seeds of {variant!r} met different studies: predict for all of them with every seed")
+    if wide.isna().any(axis=None):
+        raise NeuralError(f"the seeds of {variant!r} met different studies: predict for all of them with every seed")
     keep = y.notna().to_numpy()
     return wide.index.to_numpy()[keep], y.to_numpy(float)[keep], wide.to_numpy().T[:, keep]
 
@@ -341,16 +389,20 @@ def delong(
     b,           # scores of the other, shape [n]
     level=0.95,  # confidence level
 ) -> tuple[float, float, float, float]: # (AUC of a minus AUC of b, low, high, two-sided p)
-    "Paired difference of two AUCs by the shares of single studies, taken as independent (DeLong, DeLong and Clarke-Pearson 1988)."
-    y, a = check_scores(y, a); b = check_scores(y, b)[1]
+    """Paired difference of two AUCs by the shares of single studies, taken as independent (DeLong, DeLong and
+    Clarke-Pearson 1988)."""
+    y, a = check_scores(y, a)
+    b = check_scores(y, b)[1]
     shares = []
     for s in (a, b):
         every, ill, well = rankdata(s), rankdata(s[y == 1]), rankdata(s[y == 0])
         shares.append(((every[y == 1] - ill) / len(well), 1 - (every[y == 0] - well) / len(ill)))
     (ia, wa), (ib, wb) = shares
-    gap, spread = ia.mean() - ib.mean(), math.sqrt(np.var(ia - ib, ddof=1) / len(ia) + np.var(wa - wb, ddof=1) / len(wa))
+    gap = ia.mean() - ib.mean()
+    spread = math.sqrt(np.var(ia - ib, ddof=1) / len(ia) + np.var(wa - wb, ddof=1) / len(wa))
     reach = norm.ppf(ends(level)[1]) * spread
-    return float(gap), float(gap - reach), float(gap + reach), float(2 * norm.sf(abs(gap) / spread)) if spread else float(gap == 0)
+    p = 2 * norm.sf(abs(gap) / spread) if spread else gap == 0
+    return float(gap), float(gap - reach), float(gap + reach), float(p)
 
 # %% ../nbs/api/24_evaluate.ipynb #6d8fd3f4
 def paired_summary(
@@ -362,11 +414,13 @@ def paired_summary(
 ) -> dict:           # difference, low, high, seed_sd, seeds, seeds_better, delong_p (of the seed-averaged scores)
     "Paired difference of two models over patients and over seeds (this companion's choice)."
     a, b = np.atleast_2d(np.asarray(a, float)), np.atleast_2d(np.asarray(b, float))
-    if len(a) != len(b) and 1 not in (len(a), len(b)): raise NeuralError(f"{len(a)} seeds against {len(b)}: pair each seed with the same seed, or average one side on purpose")
+    if len(a) != len(b) and 1 not in (len(a), len(b)):
+        raise NeuralError(
+            f"{len(a)} seeds against {len(b)}: pair each seed with the same seed, or average one side on purpose")
     gaps = np.subtract(*np.broadcast_arrays([auc(y, s) for s in a], [auc(y, s) for s in b]))
     d, low, high = auc_difference(y, a, b, patients, **kw)
-    return dict(difference=d, low=low, high=high, seed_sd=float(gaps.std(ddof=1)) if len(gaps) > 1 else float('nan'), seeds=len(gaps),
-                seeds_better=int((gaps > 0).sum()), delong_p=delong(y, a.mean(0), b.mean(0))[3])
+    return dict(difference=d, low=low, high=high, seed_sd=float(gaps.std(ddof=1)) if len(gaps) > 1 else float('nan'),
+                seeds=len(gaps), seeds_better=int((gaps > 0).sum()), delong_p=delong(y, a.mean(0), b.mean(0))[3])
 
 # %% ../nbs/api/24_evaluate.ipynb #7a9a3c64
 def auprc(
@@ -389,7 +443,9 @@ def brier(
 def _probabilities(y, p):
     "Checked targets and probabilities; a value outside [0, 1] is refused."
     y, p = check_scores(y, p)
-    if (p < 0).any() or (p > 1).any(): raise NeuralError(f"scores run from {p.min():.3g} to {p.max():.3g}: probabilities are needed, apply the sigmoid once")
+    if (p < 0).any() or (p > 1).any():
+        raise NeuralError(
+            f"scores run from {p.min():.3g} to {p.max():.3g}: probabilities are needed, apply the sigmoid once")
     return y, p
 
 # %% ../nbs/api/24_evaluate.ipynb #0334c766
@@ -442,7 +498,8 @@ def roc_band(
     points=101,      # false positive rates from 0 to 1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: # false positive rate, sensitivity, low, high; each [points]
     "ROC curve with a pointwise 95 % band over resampled patients (this companion's choice)."
-    at_least(1, samples=samples); at_least(2, points=points)
+    at_least(1, samples=samples)
+    at_least(2, points=points)
     y, p = check_scores(y, p)
     who, grid = patients_or_studies(y, patients, least), np.linspace(0, 1, points)
     curve = lambda w: np.interp(grid, *roc_curve(y, p, sample_weight=w, drop_intermediate=False)[:2])
@@ -474,8 +531,11 @@ def finding_patches(
     "Which patches are on the finding; at least the most covered one is (this companion's choice)."
     above(0, threshold=threshold)                          # 0 would put every patch on the finding
     c = np.asarray(coverage, float)
-    if not np.isfinite(c).all() or c.min(initial=0) < 0 or c.max(initial=0) > 1+1e-6: raise NeuralError("coverage must lie in [0, 1]")
-    if empty := int((c.max(-1) <= 0).sum()): raise NeuralError(f"{empty} of {c[..., 0].size} coverages are empty: leave studies without a mask out of localisation")
+    if not np.isfinite(c).all() or c.min(initial=0) < 0 or c.max(initial=0) > 1+1e-6:
+        raise NeuralError("coverage must lie in [0, 1]")
+    if empty := int((c.max(-1) <= 0).sum()):
+        raise NeuralError(
+            f"{empty} of {c[..., 0].size} coverages are empty: leave studies without a mask out of localisation")
     best = c.max(-1, keepdims=True)
     return c >= np.minimum(threshold, best)
 
@@ -493,7 +553,8 @@ def _on_finding(patches, coverage, threshold):
     "For each retained patch, whether it is on the finding, bool [k]; refuses an index off the grid or repeated."
     k, truth = np.asarray(patches), finding_patches(coverage, threshold)
     if k.ndim != 1 or not k.size or len(np.unique(k)) != len(k) or k.min() < 0 or k.max() >= len(truth):
-        raise NeuralError(f"retained patches must be distinct indices below {len(truth)}, at least one; got {k.tolist()[:8]}")
+        raise NeuralError(
+            f"retained patches must be distinct indices below {len(truth)}, at least one; got {k.tolist()[:8]}")
     return truth[k]
 
 # %% ../nbs/api/24_evaluate.ipynb #ec0335f6
@@ -505,9 +566,12 @@ def _read_mask(
     "Reads the mask of a finding (this companion's choice)."
     try:
         with Image.open(path) as im:
-            if im.width*im.height > 100_000_000: raise NeuralError(f"mask {Path(path).name} is larger than 100 million pixels")
+            if im.width*im.height > 100_000_000:
+                raise NeuralError(f"mask {Path(path).name} is larger than 100 million pixels")
             return np.asarray(im.convert('L')) > 127
-    except (OSError, Image.DecompressionBombError) as e: raise NeuralError(f"mask {Path(path).name} cannot be read ({system_reason(e) if getattr(e, 'errno', None) else type(e).__name__})") from None
+    except (OSError, Image.DecompressionBombError) as e:
+        raise NeuralError(f"mask {Path(path).name} cannot be read"
+                          f" ({system_reason(e) if getattr(e, 'errno', None) else type(e).__name__})") from None
 
 # %% ../nbs/api/24_evaluate.ipynb #9a8a88b2
 def lesion_mask(
@@ -516,15 +580,18 @@ def lesion_mask(
     size,                 # side of the square, pixels
     label=None,           # finding, e.g. 'Pneumonia'; None: every finding that is drawn
 ) -> np.ndarray | None:   # share of each pixel that is covered, float32 (size, size); None without a mask or box
-    "What a dataset marks on the frontal film: the mask of each finding, or its boxes where it has none (this companion's choice)."
+    """What a dataset marks on the frontal film: the mask of each finding, or its boxes where it has none (this
+    companion's choice)."""
     plain = lambda name: name.lower().replace('_', ' ')
     named = lambda name: plain(name) == plain(label) if label else plain(name) not in ANATOMY
     view = study.frontal
     masks = {plain(m.rpartition('__')[2].removesuffix('.png')): m for m in view.masks}
     found = [_read_mask(manifest.mask_path(m)) for name, m in masks.items() if named(name)]
-    if boxes := [b for b in view.boxes if named(b.label) and plain(b.label) not in masks]: found.append(box_mask(boxes, read_radiograph(manifest.image_path(view)).shape[1:]))
+    if boxes := [b for b in view.boxes if named(b.label) and plain(b.label) not in masks]:
+        found.append(box_mask(boxes, read_radiograph(manifest.image_path(view)).shape[1:]))
     return np.max([fit_mask(m, size) for m in found], 0) if found else None
 
+# %% ../nbs/api/24_evaluate.ipynb #9a8a88b2x1
 def lesion_coverage(
     manifest: Manifest,   # names the folders
     study: Study,         # whose frontal film is asked for
@@ -556,9 +623,13 @@ def precision(
     _paired(patches, coverage)
     return float(np.mean([_on_finding(k, c, threshold).mean() for k, c in zip(patches, coverage)]))
 
+# %% ../nbs/api/24_evaluate.ipynb #b0bbe7cdx1
 def _paired(patches, coverage):
     "Refuses lists that do not belong together."
-    if len(patches) != len(coverage) or not len(patches): raise NeuralError(f"retained patches of {len(patches)} studies but {len(coverage)} coverages: one of each per study, at least one")
+    if len(patches) != len(coverage) or not len(patches):
+        raise NeuralError(
+            f"retained patches of {len(patches)} studies but {len(coverage)} coverages: one of each per study, at"
+            " least one")
 
 # %% ../nbs/api/24_evaluate.ipynb #1413112c
 def random_hit_rate(
@@ -589,9 +660,12 @@ def relevance_mass(
     "How much of the relevance lies on the finding (this companion's choice)."
     _paired(relevance, coverage)
     r, on = np.asarray(relevance, float), np.atleast_2d(finding_patches(coverage, threshold))
-    if r.shape != on.shape or not (r >= 0).all() or not (r.sum(-1) > 0).all(): raise NeuralError(f"relevance must be non-negative maps of {on.shape[1]} patches that do not vanish, got shape {r.shape}")
+    if r.shape != on.shape or not (r >= 0).all() or not (r.sum(-1) > 0).all():
+        raise NeuralError(
+            f"relevance must be non-negative maps of {on.shape[1]} patches that do not vanish, got shape {r.shape}")
     return float(np.mean((r * on).sum(-1) / r.sum(-1)))
 
+# %% ../nbs/api/24_evaluate.ipynb #9d627d2ex1
 def pointing_game(
     relevance,        # one map [N] per study
     coverage,         # one coverage [N] per study
@@ -610,7 +684,8 @@ def mean_interval(
 ) -> tuple[float, float, float]: # (mean, low, high)
     "A mean over studies with a percentile interval over resampled patients (this companion's choice)."
     v = np.asarray(values, float)
-    if v.ndim != 1 or not v.size or not np.isfinite(v).all(): raise NeuralError(f"a mean needs a vector of finite values, at least one; got shape {v.shape}")
+    if v.ndim != 1 or not v.size or not np.isfinite(v).all():
+        raise NeuralError(f"a mean needs a vector of finite values, at least one; got shape {v.shape}")
     who = np.arange(len(v)).astype(str) if patients is None else np.asarray(patients)
     if who.shape != v.shape: raise NeuralError(f"{len(v)} values but {len(who)} patients: give one patient per study")
     draws = _bootstrap(lambda w: w@v/w.sum(1), who, samples, seed)
@@ -627,9 +702,12 @@ def finding_counts(
     silent=0.,         # what None in `truth` means: 0.: not there, as between two reports; nan: unknown, and left out
 ) -> np.ndarray:       # int64 (4, n, L): right, false alarm, missed, rightly not named
     "Study by study and finding by finding, what was said against what is so (this companion's choice)."
-    if len(truth) != len(said) or not len(truth): raise NeuralError(f"labels of {len(truth)} studies against {len(said)}: one of each per study, at least one")
+    if len(truth) != len(said) or not len(truth):
+        raise NeuralError(f"labels of {len(truth)} studies against {len(said)}: one of each per study, at least one")
     if not len(labels): raise NeuralError("no finding to compare: name at least one label")
-    value = lambda rows, none: np.array([[none if r.get(l) is None else apply_policy(r[l], policy) for l in labels] for r in rows], float).reshape(len(rows), len(labels))
+    value = lambda rows, none: np.array(
+        [[none if r.get(l) is None else apply_policy(r[l], policy) for l in labels] for r in rows], float
+    ).reshape(len(rows), len(labels))
     t, s = value(truth, silent), value(said, 0.) == 1
     return np.stack([(t == 1) & s, (t == 0) & s, (t == 1) & ~s, (t == 0) & ~s]).astype(np.int64)
 
@@ -637,14 +715,20 @@ def finding_counts(
 def finding_table(
     counts: np.ndarray,   # (4, n, L) of `finding_counts`
     labels=FINDINGS,      # the L labels
-) -> pd.DataFrame:        # one row per label: studies, true, said, right, precision, recall, f1, kappa; nan where not defined
+    # one row per label: studies, true, said, right, precision, recall, f1, kappa; nan where not defined
+) -> pd.DataFrame:
     "Precision, recall, F1 and Cohen's kappa of each finding (this companion's choice)."
     tp, fp, fn, tn = counts.sum(1).astype(float)
     n = tp + fp + fn + tn
     with np.errstate(invalid='ignore', divide='ignore'):
         chance = ((tp+fp)*(tp+fn) + (fn+tn)*(fp+tn))/n**2
-        scores = dict(precision=tp/(tp+fp), recall=tp/(tp+fn), f1=2*tp/(2*tp+fp+fn), kappa=((tp+tn)/n - chance)/(1-chance))
-    return pd.DataFrame(dict(studies=n.astype(int), true=(tp+fn).astype(int), said=(tp+fp).astype(int), right=tp.astype(int), **scores), index=list(labels))
+        scores = dict(precision=tp / (tp + fp), recall=tp / (tp + fn), f1=2 * tp / (2 * tp + fp + fn),
+                      kappa=((tp + tn) / n - chance) / (1 - chance))
+    return pd.DataFrame(
+        dict(studies=n.astype(int), true=(tp + fn).astype(int), said=(tp + fp).astype(int), right=tp.astype(int),
+             **scores),
+        index=list(labels),
+    )
 
 # %% ../nbs/api/24_evaluate.ipynb #44a3efd1
 def _micro_f1(counts, w):
@@ -652,22 +736,30 @@ def _micro_f1(counts, w):
     tp, fp, fn, _ = counts.sum(2).astype(float)                # (n,) each
     return np.divide(2*(w@tp), w@(2*tp+fp+fn), out=np.full(len(w), np.nan), where=w@(2*tp+fp+fn) > 0)
 
+# %% ../nbs/api/24_evaluate.ipynb #44a3efd1x1
 def _with_ends(statistic, n, patients, samples, seed):
     "[value, low, high] of a statistic over resampled patients; nan where it is not defined."
     who, point = np.arange(n) if patients is None else np.asarray(patients), float(statistic(np.ones((1, n)))[0])
     if len(who) != n: raise NeuralError(f"{n} studies but {len(who)} patients: give one patient per study")
-    return [point, *([float('nan')]*2 if math.isnan(point) else np.quantile(_bootstrap(statistic, who, samples, seed), (.025, .975)).tolist())]
+    return [
+        point,
+        *([float('nan')] * 2 if math.isnan(point)
+          else np.quantile(_bootstrap(statistic, who, samples, seed), (0.025, 0.975)).tolist()),
+    ]
 
+# %% ../nbs/api/24_evaluate.ipynb #44a3efd1x2
 def finding_summary(
     counts: np.ndarray,   # (4, n, L) of `finding_counts`
     patients=None,        # patient of each study, shape [n]
     samples=1000,         # bootstrap samples
     seed=0,               # of the bootstrap
-) -> dict:                # 'F1, micro': [value, low, high]; precision, recall, 'F1, macro'; nan where no finding is true or said
+    # 'F1, micro': [value, low, high]; precision, recall, 'F1, macro'; nan where no finding is true or said
+) -> dict:
     "Findings of all kinds in one figure, with a patient interval (this companion's choice)."
     (tp, fp, fn, _), t = counts.sum(2), finding_table(counts, range(counts.shape[2]))
     ratio = lambda a, b: float(a.sum()/b.sum()) if b.sum() else float('nan')
-    return {'F1, micro': _with_ends(lambda w: _micro_f1(counts, w), counts.shape[1], patients, samples, seed), 'precision': ratio(tp, tp+fp), 'recall': ratio(tp, tp+fn), 'F1, macro': float(t.f1[t.true > 0].mean())}
+    return {'F1, micro': _with_ends(lambda w: _micro_f1(counts, w), counts.shape[1], patients, samples, seed),
+            'precision': ratio(tp, tp + fp), 'recall': ratio(tp, tp + fn), 'F1, macro': float(t.f1[t.true > 0].mean())}
 
 # %% ../nbs/api/24_evaluate.ipynb #e2dbf04a
 def finding_difference(
@@ -678,7 +770,10 @@ def finding_difference(
     seed=0,          # of the bootstrap
 ) -> list:           # [F1 of a minus F1 of b, low, high]
     "Paired difference of two micro F1 over resampled patients (this companion's choice)."
-    if a.shape != b.shape: raise NeuralError(f"{a.shape[1]} studies against {b.shape[1]}, {a.shape[2]} labels against {b.shape[2]}: compare reports of the same studies, label by label")
+    if a.shape != b.shape:
+        raise NeuralError(
+            f"{a.shape[1]} studies against {b.shape[1]}, {a.shape[2]} labels against {b.shape[2]}: compare reports of"
+            " the same studies, label by label")
     return _with_ends(lambda w: _micro_f1(a, w) - _micro_f1(b, w), a.shape[1], patients, samples, seed)
 
 # %% ../nbs/api/24_evaluate.ipynb #6ba315a3
@@ -688,21 +783,34 @@ def negation_table(
     labels=FINDINGS,   # labels to compare
 ) -> pd.DataFrame:     # one row per label: denied, kept, silent, turned (into present or uncertain); studies
     "What became of the denials of a report (this companion's choice)."
-    if len(truth) != len(said): raise NeuralError(f"labels of {len(truth)} studies against {len(said)}: one of each per study")
+    if len(truth) != len(said):
+        raise NeuralError(f"labels of {len(truth)} studies against {len(said)}: one of each per study")
     pairs = {l: [s.get(l) for t, s in zip(truth, said) if t.get(l) == 0] for l in labels}
-    return pd.DataFrame({l: dict(denied=len(v), kept=sum(x == 0 for x in v), silent=sum(x is None for x in v), turned=sum(x in (1, -1) for x in v)) for l, v in pairs.items()}).T
+    return pd.DataFrame({
+        l: dict(denied=len(v), kept=sum(x == 0 for x in v), silent=sum(x is None for x in v),
+                turned=sum(x in (1, -1) for x in v))
+        for l, v in pairs.items()
+    }).T
 
 # %% ../nbs/api/24_evaluate.ipynb #46dc960e
 def text_metrics() -> dict: # name -> package, version and settings
     "Which packages score the words, with what settings (this companion's choice)."
     from sacrebleu import BLEU                              # late: these two packages take seconds to import
-    score = BLEU(lowercase=True); score.corpus_score(["a"], [["a"]])
-    return {'ROUGE-L': f"rouge-score {version('rouge-score')}, F-measure, no stemmer, mean over reports", 'BLEU': f"sacrebleu, {score.get_signature()}, 0 to 1"}
+    score = BLEU(lowercase=True)
+    score.corpus_score(["a"], [["a"]])
+    return {'ROUGE-L': f"rouge-score {version('rouge-score')}, F-measure, no stemmer, mean over reports",
+            'BLEU': f"sacrebleu, {score.get_signature()}, 0 to 1"}
 
+# %% ../nbs/api/24_evaluate.ipynb #46dc960ex1
 def _texts(references, written):
     "Refuses lists of reports that cannot be compared."
-    if len(references) != len(written) or not len(references): raise NeuralError(f"{len(references)} reference reports against {len(written)} written ones: one of each per study, at least one")
-    if blank := sum(not r.strip() for r in references): raise NeuralError(f"{blank} of {len(references)} reference reports are empty: leave those studies out, and say how many")
+    if len(references) != len(written) or not len(references):
+        raise NeuralError(
+            f"{len(references)} reference reports against {len(written)} written ones: one of each per study, at"
+            " least one")
+    if blank := sum(not r.strip() for r in references):
+        raise NeuralError(
+            f"{blank} of {len(references)} reference reports are empty: leave those studies out, and say how many")
 
 # %% ../nbs/api/24_evaluate.ipynb #a6c05e74
 def rouge_l(
@@ -715,6 +823,7 @@ def rouge_l(
     score = RougeScorer(['rougeL'])
     return np.array([score.score(r, w)['rougeL'].fmeasure for r, w in zip(references, written)], float)
 
+# %% ../nbs/api/24_evaluate.ipynb #a6c05e74x1
 def bleu(
     references: list[str],  # the radiologists' reports, none empty
     written: list[str],     # the reports under test
@@ -729,19 +838,26 @@ def typical_report(
     texts: list[str],   # training reports
 ) -> int:               # place of the most typical one, the first of equals
     "Which report is nearest to all the others, in words and pairs of words (this companion's control)."
-    if not any(t.strip() for t in texts): raise NeuralError("no report to choose a typical one from: give training reports")
-    x = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\b\w+\b").fit_transform(texts)      # rows of length 1, or 0 where empty
+    if not any(t.strip() for t in texts):
+        raise NeuralError("no report to choose a typical one from: give training reports")
+    # rows of length 1, or 0 where empty
+    x = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\b\w+\b").fit_transform(texts)
     return int(np.argmax(np.round(x @ np.asarray(x.sum(0)).ravel(), 9)))
 
+# %% ../nbs/api/24_evaluate.ipynb #d3c966d9x1
 def other_patient(
     patients,   # patient of each study, shape [n]
     seed=0,     # of the draw
 ) -> np.ndarray: # int64 [n]: for each study, the place of a study of another patient; each is used once
     "Deals the studies out anew, so that none stays with its patient (this companion's control)."
     names, of, sizes = np.unique(np.asarray(patients).astype(str), return_inverse=True, return_counts=True)
-    if len(of) < 2*sizes.max(initial=1): raise NeuralError(f"{sizes.max(initial=0)} of {len(of)} studies are of one patient: nobody else's report is left for them")
-    order = np.argsort(np.random.default_rng(seed).permutation(len(names))[of], kind='stable')       # patients in random order, their studies together
-    out = np.empty(len(of), np.int64); out[order] = np.roll(order, -sizes.max())
+    if len(of) < 2*sizes.max(initial=1):
+        raise NeuralError(
+            f"{sizes.max(initial=0)} of {len(of)} studies are of one patient: nobody else's report is left for them")
+    # patients in random order, their studies together
+    order = np.argsort(np.random.default_rng(seed).permutation(len(names))[of], kind='stable')
+    out = np.empty(len(of), np.int64)
+    out[order] = np.roll(order, -sizes.max())
     return out
 
 # %% ../nbs/api/24_evaluate.ipynb #evdist02
@@ -751,10 +867,14 @@ def nearest_report(
 ) -> np.ndarray:        # int64 [n], place of the nearest training study, the first of equals
     "The training study whose label head speaks most alike, in logits (retrieval, this companion's control)."
     p, stock = (np.asarray(a, float) for a in (p, stock))
-    if p.ndim != 2 or not len(stock) or stock.shape[1:] != p.shape[1:]: raise NeuralError(f"probabilities {p.shape} and {stock.shape} must be (studies, findings) of the same findings, with at least one study to choose from")
+    if p.ndim != 2 or not len(stock) or stock.shape[1:] != p.shape[1:]:
+        raise NeuralError(
+            f"probabilities {p.shape} and {stock.shape} must be (studies, findings) of the same findings, with at least"
+            " one study to choose from")
     z, s = (np.log(a/(1-a)) for a in (np.clip(v, 1e-4, 1-1e-4) for v in (p, stock)))
     return np.array([np.argmin(np.round(((s - row)**2).sum(1), 9)) for row in z], np.int64)
 
+# %% ../nbs/api/24_evaluate.ipynb #evdist02x1
 def sentences(
     text: str,    # one report
 ) -> list[str]:   # in lower case, single spaces, without their end marks
@@ -762,13 +882,16 @@ def sentences(
     parts = (" ".join(p.casefold().split()).rstrip(" .!?;") for p in re.split(r"(?<=[.!?;])\s+|\n\s*\n", text))
     return [p for p in parts if p]
 
+# %% ../nbs/api/24_evaluate.ipynb #evdist02x2
 def variety(
     written: list[str],   # reports
-) -> dict:                # share of distinct reports; reports in which a sentence stands twice in a row, and such sentences
+    # share of distinct reports; reports in which a sentence stands twice in a row, and such sentences
+) -> dict:
     "Whether a writer says something of its own about each film (this companion's choice)."
     if not len(written): raise NeuralError("no report to look at")
     twice = [sum(a == b for a, b in zip(s, s[1:])) for s in map(sentences, written)]
-    return {'distinct': len({" ".join(w.casefold().split()) for w in written})/len(written), 'with a repeat': sum(n > 0 for n in twice), 'repeats': sum(twice)}
+    return {'distinct': len({" ".join(w.casefold().split()) for w in written}) / len(written),
+            'with a repeat': sum(n > 0 for n in twice), 'repeats': sum(twice)}
 
 # %% ../nbs/api/24_evaluate.ipynb #e62bad71
 def report_quality(
@@ -780,16 +903,23 @@ def report_quality(
     policy='ones',          # what uncertain counts as
     samples=1000,           # bootstrap samples
     seed=0,                 # of the bootstrap
-    truth=None,             # label -> 1, 0, -1 or None of each study, from the manifest; None: what the radiologists' reports say
-) -> dict:                  # studies, empty, distinct and repeated, figures of `finding_summary`, denials kept and turned, ROUGE-L [value, low, high], BLEU
+    # label -> 1, 0, -1 or None of each study, from the manifest; None: what the radiologists' reports say
+    truth=None,
+    # studies, empty, distinct and repeated, figures of `finding_summary`, denials kept and turned, ROUGE-L [value, low,
+    # high], BLEU
+) -> dict:
     "How good written reports are: findings first, then denials, then words (this companion's choice)."
     _texts(references, written)
     told, said = ([labels_of(a) for a in reader.pipe(texts)] for texts in (references, written))
     denials = negation_table(told, said, labels).sum()
-    counts = finding_counts(told, said, labels, policy) if truth is None else finding_counts(truth, said, labels, policy, silent=np.nan)
+    counts = (finding_counts(told, said, labels, policy) if truth is None
+              else finding_counts(truth, said, labels, policy, silent=np.nan))
     share = lambda name: float(denials[name]/denials.denied) if denials.denied else float('nan')
-    return {'studies': len(written), 'empty': sum(not w.strip() for w in written), **variety(written), **finding_summary(counts, patients, samples, seed),
-            'denials kept': share('kept'), 'denials turned': share('turned'), 'ROUGE-L': list(mean_interval(rouge_l(references, written), patients, samples, seed)), 'BLEU': bleu(references, written)}
+    return {'studies': len(written), 'empty': sum(not w.strip() for w in written), **variety(written),
+            **finding_summary(counts, patients, samples, seed), 'denials kept': share('kept'),
+            'denials turned': share('turned'),
+            'ROUGE-L': list(mean_interval(rouge_l(references, written), patients, samples, seed)),
+            'BLEU': bleu(references, written)}
 
 # %% ../nbs/api/24_evaluate.ipynb #b85db485
 def file_bytes(
@@ -811,10 +941,12 @@ def image_bytes(
     x = np.squeeze(np.asarray(image, np.float32))
     codec = str(codec).lower()
     if codec not in ('png', 'jpeg', 'webp'): raise NeuralError(f"codec must be png, jpeg or webp, got {codec}")
-    if x.ndim != 2 or not np.isfinite(x).all() or x.min() < 0 or x.max() > 1: raise NeuralError(f"an image [1, H, W] in [0, 1] is needed, got shape {np.shape(image)}")
+    if x.ndim != 2 or not np.isfinite(x).all() or x.min() < 0 or x.max() > 1:
+        raise NeuralError(f"an image [1, H, W] in [0, 1] is needed, got shape {np.shape(image)}")
     if not 1 <= quality <= 100: raise NeuralError(f"quality must lie between 1 and 100, got {quality}")
     out = io.BytesIO()
-    Image.fromarray((x*255).round().astype(np.uint8)).save(out, codec, **({'optimize': True} if codec == 'png' else {'quality': quality}))
+    Image.fromarray((x * 255).round().astype(np.uint8)).save(
+        out, codec, **({'optimize': True} if codec == 'png' else {'quality': quality}))
     return out.tell()
 
 # %% ../nbs/api/24_evaluate.ipynb #f95ac633
@@ -828,5 +960,6 @@ def markdown_table(
         return str(v).replace('|', r'\|').replace('\n', ' ')
     line = lambda values: '| ' + ' | '.join(values) + ' |'
     code = lambda v: f"`{cell(v)}`" if v else ''
-    rows = [line(code(v) if c == 'command' else cell(v) for c, v in zip(table, r)) for r in table.itertuples(index=False)]
+    rows = [
+        line(code(v) if c == 'command' else cell(v) for c, v in zip(table, r)) for r in table.itertuples(index=False)]
     return '\n'.join([line(map(str, table)), line(['---']*table.shape[1]), *rows])

