@@ -29,7 +29,8 @@ from pathlib import Path
 MODULES = ("neural.cli", "neural.bench", "neural.build", "neural.classify", "neural.cluster", "neural.export",
            "neural.layouts", "neural.phantom", "neural.pipeline", "neural.race", "neural.viewer", "neural.yardstick",
            "papermill", "papermill.inspection", "nbclient", "nbdev.clean", "execnb.nbio", "pandas", "spacy",
-           "jupyter_client.provisioning", "IPython.core.interactiveshell", "sklearn.cluster", "fsspec.implementations.local")
+           "jupyter_client.provisioning", "IPython.core.interactiveshell", "sklearn.cluster",
+           "fsspec.implementations.local")
 CLONE_NEWNS, MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 0x20000, 1, 32, 4096, 16384, 1 << 18
 PAGE = 4096
 
@@ -44,7 +45,8 @@ class Faults:
     """
     def __init__(self, folder, kind, at=0, number=0, log=-1):
         self.folder, self.kind, self.at, self.number, self.log = os.path.realpath(folder), kind, at, number, log
-        self.seen, self.real = 0, (io.open, os.open, os.replace, os.rename, os.mkdir, os.fsync, fcntl.flock, fcntl.lockf)
+        self.seen, self.real = 0, (io.open, os.open, os.replace, os.rename, os.mkdir, os.fsync, fcntl.flock,
+                                   fcntl.lockf)
 
     def mine(self, path) -> bool:
         "Whether a path, or an open file, is under the folder."
@@ -65,7 +67,8 @@ class Faults:
 
     def lock(self, real, handle, how, *more):
         "A lock, or why there is none."
-        if self.kind == "locks" and how & ~fcntl.LOCK_UN and self.mine(handle): raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        if self.kind == "locks" and how & ~fcntl.LOCK_UN and self.mine(handle):
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
         return real(handle, how, *more)
 
     def open(self, file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, closefd=True, opener=None):
@@ -118,7 +121,8 @@ class Watched(io.FileIO):
 
 def _system(name, *words):
     "A call of the C library, or the error it gives."
-    if getattr(ctypes.CDLL(None, use_errno=True), name)(*words): raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    if getattr(ctypes.CDLL(None, use_errno=True), name)(*words):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def mount(path, kind, room=0):
@@ -153,7 +157,8 @@ def tree(folder) -> dict:
             path = os.path.join(top, name)
             here = os.path.normpath(os.path.join(place, name))
             if os.path.islink(path): found[here] = "-> " + os.readlink(path)
-            elif os.path.isfile(path): found[here] = Path(path).read_bytes().hex() if os.path.getsize(path) < 64 else _digest(path)
+            elif os.path.isfile(path):
+                found[here] = Path(path).read_bytes().hex() if os.path.getsize(path) < 64 else _digest(path)
     return found
 
 
@@ -168,7 +173,8 @@ def serve():
     "Takes one job a line on stdin, answers one line each; the library is imported once."
     import importlib
     for name in MODULES: importlib.import_module(name)
-    for farewell in list(weakref.finalize._registry): farewell.atexit = False       # what importing leaves to be done at the end
+    # what importing leaves to be done at the end
+    for farewell in list(weakref.finalize._registry): farewell.atexit = False
     gc.collect()
     gc.freeze()
     answers = os.fdopen(os.dup(1), "w")
@@ -260,7 +266,8 @@ def start(job, streams, log):
         status = command(job)
     except BaseException: traceback.print_exc()
     finally:
-        weakref.finalize._exitfunc()                        # temporary folders; the library's own farewells cost more than most commands
+        # temporary folders; the library's own farewells cost more than most commands
+        weakref.finalize._exitfunc()
         for stream in (sys.stdout, sys.stderr): stream.flush()
         os._exit(status)
 
@@ -284,8 +291,10 @@ class Nursery:
     def __init__(self):
         from neural.cli import QUIET
         env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **QUIET}
-        env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        env["PYTHONPATH"] = os.pathsep.join(
+            [str(Path(__file__).resolve().parents[1]), env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         self._answer()
 
     def _answer(self) -> dict:

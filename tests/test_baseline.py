@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 import torch
 
-from neural.baseline import (FilmArray, film_logits, film_network, linear_reader, only_patches, patch_tokens, pool_cells, pooled_bytes, random_map, read_films, read_graphs,
-                             train_graphs, visual_data, centre_prior, train_film_cnn)
+from neural.baseline import (FilmArray, film_logits, film_network, linear_reader, only_patches, patch_tokens,
+                             pool_cells, pooled_bytes, random_map, read_films, read_graphs, train_graphs, visual_data,
+                             centre_prior, train_film_cnn)
 from neural.evaluate import auc
 from neural.finetune import StudyDataset
 from neural.phantom import toy_study
@@ -54,7 +55,8 @@ def test_random_budgets_nest(k):
 
 def test_a_patch_hears_the_whole_film_only_after_mixing(model):
     shown = np.asarray(toy_study("Pneumonia", size=96, seed=1).image, np.float32)[None]
-    other = shown.copy(); other[..., :24, :24] = 1 - other[..., :24, :24]
+    other = shown.copy()
+    other[..., :24, :24] = 1 - other[..., :24, :24]
     seen = lambda x, depth: patch_tokens(model, FilmArray(["a"], x), ["a"], depth)[0, 143].astype(np.float32)
     assert np.array_equal(seen(shown, "stem"), seen(other, "stem"))
     assert not np.array_equal(seen(shown, "mixed"), seen(other, "mixed"))
@@ -62,7 +64,9 @@ def test_a_patch_hears_the_whole_film_only_after_mixing(model):
 
 def test_nothing_outside_the_patches_reaches_a_film_of_patches():
     rng = np.random.default_rng(0)
-    a = rng.random((2, 1, 96, 96)).astype(np.float32); b = a.copy(); b[:, :, 40:48, 40:48] = 0
+    a = rng.random((2, 1, 96, 96)).astype(np.float32)
+    b = a.copy()
+    b[:, :, 40:48, 40:48] = 0
     kept = np.array([[0, 1, 2], [100, 101, 143]])
     assert np.array_equal(only_patches(a, kept), only_patches(b, kept))
     assert not np.array_equal(only_patches(a, np.array([[65], [65]])), only_patches(b, np.array([[65], [65]])))
@@ -70,11 +74,18 @@ def test_nothing_outside_the_patches_reaches_a_film_of_patches():
 
 
 def test_graph_reader_learns_what_is_retained_and_ignores_unknown_targets():
-    rng = np.random.default_rng(1); y = rng.integers(0, 2, (240, 2)).astype(float)
-    x = rng.normal(size=(240, 16, 6)); x[:, 3, 0] += 4 * y[:, 0]; x[:, 9, 1] += 4 * y[:, 1]
+    rng = np.random.default_rng(1)
+    y = rng.integers(0, 2, (240, 2)).astype(float)
+    x = rng.normal(size=(240, 16, 6))
+    x[:, 3, 0] += 4 * y[:, 0]
+    x[:, 9, 1] += 4 * y[:, 1]
     graphs, unknown = [visual_data(t, [3, 5], (4, 4)) for t in x], y.copy()
     unknown[::3, 0] = np.nan
-    fit = lambda seed: read_graphs(train_graphs(graphs[:120], unknown[:120], graphs[120:160], y[120:160], batch_size=16, epochs=20, hidden=16, seed=seed), graphs[160:])
+    fit = lambda seed: read_graphs(
+        train_graphs(
+            graphs[:120], unknown[:120], graphs[120:160], y[120:160], batch_size=16, epochs=20, hidden=16, seed=seed),
+        graphs[160:],
+    )
     scores = fit(0)
     assert auc(y[160:, 0], scores[:, 0]) > 0.9 and auc(y[160:, 1], scores[:, 1]) < 0.75
     assert np.array_equal(scores, fit(0)) and not np.array_equal(scores, fit(1))
@@ -89,16 +100,30 @@ def test_pooled_cells_are_means_in_eight_bits():
 
 def test_linear_reader_refuses_what_it_cannot_learn():
     x = np.eye(4)
-    with pytest.raises(NeuralError, match="1 positive, 0 negative"): linear_reader(x, [1, np.nan, np.nan, np.nan], x, [0, 1, 0, 1], x)
+    with pytest.raises(NeuralError, match="1 positive, 0 negative"):
+        linear_reader(x, [1, np.nan, np.nan, np.nan], x, [0, 1, 0, 1], x)
     with pytest.raises(NeuralError, match="0 known in validate"): linear_reader(x, [1, 0, 1, 0], x, [np.nan] * 4, x)
 
 
-@pytest.mark.parametrize("call, said", [
-    (lambda data: train_film_cnn(data, data, epochs=0), "epochs must be 1 or more, got 0"), (lambda data: train_film_cnn(data, data, batch_size=0), "batch_size"), (lambda data: train_film_cnn(data, data, lr=0), "lr must be above 0"),
-    (lambda data: train_film_cnn(data, data, width=0), "width"), (lambda data: read_films(film_network(2, 96, 32), data, batch_size=0), "batch_size"), (lambda data: random_map(["a"], patches=0), "patches"), (lambda data: centre_prior([], 3), "at least one"),
-    (lambda data: pool_cells(np.zeros((1, 144, 4)), (0, 2)), "rows of cells"), (lambda data: linear_reader(np.eye(4), [0, 1, 0, 1], np.eye(4), [0, 1, 0, 1], np.eye(4), strengths=()), "strengths"), (lambda data: train_graphs([], np.zeros((0, 1)), [], np.zeros((0, 1))), "train and validate, got 0 and 0")])
+@pytest.mark.parametrize(
+    "call, said",
+    [
+        (lambda data: train_film_cnn(data, data, epochs=0), "epochs must be 1 or more, got 0"),
+        (lambda data: train_film_cnn(data, data, batch_size=0), "batch_size"),
+        (lambda data: train_film_cnn(data, data, lr=0), "lr must be above 0"),
+        (lambda data: train_film_cnn(data, data, width=0), "width"),
+        (lambda data: read_films(film_network(2, 96, 32), data, batch_size=0), "batch_size"),
+        (lambda data: random_map(["a"], patches=0), "patches"),
+        (lambda data: centre_prior([], 3), "at least one"),
+        (lambda data: pool_cells(np.zeros((1, 144, 4)), (0, 2)), "rows of cells"),
+        (lambda data: linear_reader(np.eye(4), [0, 1, 0, 1], np.eye(4), [0, 1, 0, 1], np.eye(4), strengths=()),
+         "strengths"),
+        (lambda data: train_graphs([], np.zeros((0, 1)), [], np.zeros((0, 1))), "train and validate, got 0 and 0"),
+    ],
+)
 def test_zero_and_nothing_are_refused_by_name(call, said):
-    data = StudyDataset(FilmArray(["a", "b"], np.zeros((2, 96, 96))), ["a", "b"], ["", ""], np.array([[0., 1.], [1., 0.]]))
+    data = StudyDataset(
+        FilmArray(["a", "b"], np.zeros((2, 96, 96))), ["a", "b"], ["", ""], np.array([[0.0, 1.0], [1.0, 0.0]]))
     with pytest.raises(NeuralError, match=said): call(data)
 
 

@@ -32,7 +32,8 @@ def cohort(tmp_path_factory):
     manifest, _ = index_dataset("mimic-cxr", home / "data", labels="truth/labels.csv")
     torch.manual_seed(0)
     tokenizer = train_tokenizer([report_text(manifest, s) for s in manifest], 300)
-    for part in (ReportVLM(small_config(len(tokenizer), 96, width=64, d_model=64, layers=1)), tokenizer): part.save_pretrained(home / "vlm")
+    for part in (ReportVLM(small_config(len(tokenizer), 96, width=64, d_model=64, layers=1)), tokenizer):
+        part.save_pretrained(home / "vlm")
     save_aggregation(home / "vlm", Aggregation(lift=False), None, 4, 40)
     manifest.image_path(list(manifest)[5].frontal).write_bytes(b"no film")
     return home, manifest
@@ -58,9 +59,12 @@ def test_a_worker_killed_midway_changes_nothing(cohort, tmp_path):
     def kill():
         "The first worker there is, once the store has begun to fill, however long Ray takes to start."
         while not built.wait(0.01):
-            if list((tmp_path / "together").glob("shard-*.parquet")) and (found := workers()): found[0].kill(); return killed.append(found[0].pid)
+            if list((tmp_path / "together").glob("shard-*.parquet")) and (found := workers()):
+                found[0].kill()
+                return killed.append(found[0].pid)
 
-    thread = threading.Thread(target=kill); thread.start()
+    thread = threading.Thread(target=kill)
+    thread.start()
     try: together, left_out = build_on_cluster(manifest, tmp_path / "together", home / "vlm", batch_size=2, workers=2)
     finally: built.set()
     thread.join()
@@ -71,12 +75,18 @@ def test_a_worker_killed_midway_changes_nothing(cohort, tmp_path):
 
 def test_a_store_begun_here_is_finished_there(cohort, tmp_path):
     home, manifest = cohort
-    whole, _ = build_store(manifest, tmp_path / "whole", home / "vlm", "image-only", batch_size=6, workers=0, packing=Packing(thumbnail=300, secret=b"sixteen bytes or more"))
+    whole, _ = build_store(manifest, tmp_path / "whole", home / "vlm", "image-only", batch_size=6, workers=0,
+                           packing=Packing(thumbnail=300, secret=b"sixteen bytes or more"))
     first = tmp_path / "first"
-    first.mkdir(); names = sorted(p.name for p in (tmp_path / "whole").iterdir() if p.suffix == ".parquet")
-    for name in ("store.parquet", *[n for n in names if n.startswith("shard")][:2]): (first / name).write_bytes((tmp_path / "whole" / name).read_bytes())
-    store, _ = build_on_cluster(manifest, first, home / "vlm", "image-only", batch_size=6, workers=2, packing=Packing(thumbnail=300, secret=b"sixteen bytes or more"))
-    assert sorted(store.ids) == sorted(whole.ids) and all(store[i] == whole[i] for i in whole.ids) and store.verify() == []
+    first.mkdir()
+    names = sorted(p.name for p in (tmp_path / "whole").iterdir() if p.suffix == ".parquet")
+    for name in ("store.parquet", *[n for n in names if n.startswith("shard")][:2]):
+        (first / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    store, _ = build_on_cluster(manifest, first, home / "vlm", "image-only", batch_size=6, workers=2,
+                                packing=Packing(thumbnail=300, secret=b"sixteen bytes or more"))
+    assert (
+        sorted(store.ids) == sorted(whole.ids) and all(store[i] == whole[i] for i in whole.ids) and store.verify() == []
+    )
 
 
 def test_without_ray_one_line_says_what_to_do(cohort, tmp_path, monkeypatch):
@@ -90,16 +100,20 @@ BUILD = """
 import sys
 from neural.cluster import build_on_cluster
 from neural.study import Manifest
-store, left = build_on_cluster(Manifest.load(sys.argv[1]), sys.argv[2], sys.argv[3], "image-only", batch_size=2, workers=1)
+manifest, folder, vlm = Manifest.load(sys.argv[1]), sys.argv[2], sys.argv[3]
+store, left = build_on_cluster(manifest, folder, vlm, "image-only", batch_size=2, workers=1)
 print(len(store), len(left))
 """
 
 
 def test_ray_needs_no_home_folder(cohort, tmp_path):
     home, manifest = cohort
-    (tmp_path / "file").write_text("no folder"); Manifest(list(manifest)[:4], manifest.root, manifest.layout).save(tmp_path / "m.csv")
+    (tmp_path / "file").write_text("no folder")
+    Manifest(list(manifest)[:4], manifest.root, manifest.layout).save(tmp_path / "m.csv")
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    done = subprocess.run([sys.executable, "-c", BUILD, "m.csv", "s", str(home / "vlm")], cwd=tmp_path, env=clean | {"HOME": str(tmp_path / "file/home")}, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", BUILD, "m.csv", "s", str(home / "vlm")], cwd=tmp_path,
+                          env=clean | {"HOME": str(tmp_path / "file/home")}, capture_output=True, text=True,
+                          timeout=240)
     assert (done.returncode, done.stdout.strip()) == (0, "4 0"), done.stderr[-2000:]
 
 
@@ -107,27 +121,34 @@ def test_ray_needs_no_home_folder(cohort, tmp_path):
 def nobody(monkeypatch, tmp_path):
     "A home folder without a token, and none in a variable; the session that Ray is asked for, and its token."
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"): monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path)); asked = []
-    monkeypatch.setattr("ray.is_initialized", lambda: False); monkeypatch.setattr("ray.shutdown", lambda: asked.append(os.environ.get("RAY_AUTH_TOKEN")))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    asked = []
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.shutdown", lambda: asked.append(os.environ.get("RAY_AUTH_TOKEN")))
     monkeypatch.setattr("ray.init", lambda **options: asked.append((os.environ.get("RAY_AUTH_TOKEN"), options)))
     return asked
 
 
 def test_a_session_of_our_own_has_a_token_that_lies_in_no_file(nobody, tmp_path):
-    for _ in range(2):                                                               # the second session of a process talks to Ray by the same token
+    # the second session of a process talks to Ray by the same token
+    for _ in range(2):
         with cluster_module.ray_session(3): pass
     (first, options), last, (second, _), _ = nobody
-    assert first == last == second and len(first) == 64 and options["num_cpus"] == 3 and "RAY_AUTH_TOKEN" not in os.environ and list(tmp_path.iterdir()) == []
+    assert (first == last == second and len(first) == 64 and options["num_cpus"] == 3
+            and "RAY_AUTH_TOKEN" not in os.environ and list(tmp_path.iterdir()) == [])
 
 
 @pytest.mark.parametrize("where", ["variable", "path", "file"])
 def test_a_token_of_the_user_is_used_as_it_is(nobody, monkeypatch, tmp_path, where):
     if where == "variable": monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
     if where == "path": monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "t"))
-    if where == "file": (tmp_path / ".ray").mkdir(); (tmp_path / ".ray/auth_token").write_text("mine")
+    if where == "file":
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray/auth_token").write_text("mine")
     before = dict(os.environ)
     with cluster_module.ray_session(1): pass
-    assert nobody[0][0] == ("mine" if where == "variable" else None) and {k: v for k, v in os.environ.items() if "AUTH" in k} == {k: v for k, v in before.items() if "AUTH" in k}
+    assert nobody[0][0] == ("mine" if where == "variable" else None) and {
+        k: v for k, v in os.environ.items() if "AUTH" in k} == {k: v for k, v in before.items() if "AUTH" in k}
 
 
 def test_a_cluster_that_is_named_keeps_its_own_rules(nobody, monkeypatch):
@@ -142,34 +163,51 @@ class Here:
     "As much of Ray as the driver asks for, without another process."
     def __init__(self): self.data, self.context = self, SimpleNamespace(execution_options=SimpleNamespace())
     def ActorPoolStrategy(self, size): return size
-    def range(self, n, override_num_blocks): self.n = n; return self
-    def flat_map(self, worker, fn_constructor_args, **_): self.worker = worker(*fn_constructor_args); return self
+    def range(self, n, override_num_blocks):
+        self.n = n
+        return self
+    def flat_map(self, worker, fn_constructor_args, **_):
+        self.worker = worker(*fn_constructor_args)
+        return self
     def iter_rows(self): return (row for n in range(self.n) for row in self.worker({"id": n}))
 
 
 @pytest.fixture
-def here(monkeypatch): monkeypatch.setattr(cluster_module, "ray_session", lambda workers: contextlib.nullcontext(Here()))
+def here(monkeypatch):
+    monkeypatch.setattr(cluster_module, "ray_session", lambda workers: contextlib.nullcontext(Here()))
 
 
 def test_a_store_is_gone_on_with_elsewhere_as_it_was_begun_or_not_at_all(cohort, tmp_path, here):
     home, manifest = cohort
     packing = Packing(secret=b"sixteen bytes or more", never=(0, 11))
-    first, _ = build_store(Manifest(list(manifest)[:4], manifest.root, manifest.layout), tmp_path / "s", home / "vlm", packing=packing, workers=0)
+    first, _ = build_store(Manifest(list(manifest)[:4], manifest.root, manifest.layout), tmp_path / "s", home / "vlm",
+                           packing=packing, workers=0)
     before = files(first)
-    for other, said in ((dict(), "key [0-9a-f]{16}, now none; hidden 0, 11, now none"), (dict(packing=replace(packing, thumbnail=300)), "thumbnail 0, now 300"), (dict(packing=packing, keep=0.2), "keep [0-9]+, now 29"), (dict(packing=packing, keep=0), "keep ratio"),
-                        (dict(packing=packing, precision="bfloat16"), "precision float32, now bfloat16"), (dict(packing=packing, workers=0), "at least one process"), (dict(packing=packing, batch_size=0), "one study per pass")):
+    for other, said in ((dict(), "key [0-9a-f]{16}, now none; hidden 0, 11, now none"),
+                        (dict(packing=replace(packing, thumbnail=300)), "thumbnail 0, now 300"),
+                        (dict(packing=packing, keep=0.2), "keep [0-9]+, now 29"),
+                        (dict(packing=packing, keep=0), "keep ratio"),
+                        (dict(packing=packing, precision="bfloat16"), "precision float32, now bfloat16"),
+                        (dict(packing=packing, workers=0), "at least one process"),
+                        (dict(packing=packing, batch_size=0), "one study per pass")):
         with pytest.raises(NeuralError, match=said): build_on_cluster(manifest, tmp_path / "s", home / "vlm", **other)
         assert files(first) == before
     store, _ = build_on_cluster(manifest, tmp_path / "s", home / "vlm", packing=packing)
     whole, _ = build_store(manifest, tmp_path / "whole", home / "vlm", packing=packing, workers=0)
-    assert sorted(store.ids) == sorted(whole.ids) and all(is_keyed(i) for i in store.ids) and all(store[i] == whole[i] for i in whole.ids) and store.settings == whole.settings
+    assert (sorted(store.ids) == sorted(whole.ids) and all(is_keyed(i) for i in store.ids)
+            and all(store[i] == whole[i] for i in whole.ids) and store.settings == whole.settings)
 
 
 def test_what_cannot_be_read_elsewhere_is_left_out_by_the_name_it_would_have_had(cohort, tmp_path, here):
-    home, manifest = cohort; key = b"sixteen bytes or more"
-    studies = [replace(s, views=(replace(s.frontal, image=s.frontal.image + ".gone"),)) if i < 2 else s for i, s in enumerate(manifest)]
+    home, manifest = cohort
+    key = b"sixteen bytes or more"
+    studies = [replace(s, views=(replace(s.frontal, image=s.frontal.image + ".gone"),)) if i < 2 else s
+               for i, s in enumerate(manifest)]
     _, plain = build_on_cluster(Manifest(studies, manifest.root, manifest.layout), tmp_path / "s", home / "vlm")
-    _, keyed = build_on_cluster(Manifest(studies, manifest.root, manifest.layout), tmp_path / "t", home / "vlm", packing=Packing(secret=key))
+    _, keyed = build_on_cluster(
+        Manifest(studies, manifest.root, manifest.layout), tmp_path / "t", home / "vlm", packing=Packing(secret=key))
     gone, lost = [*studies[:2], studies[5]], lambda left: [r for r in left if r[1] == "film not readable"]
-    assert {i for i, *_ in lost(plain)} == {s.study_id for s in gone} and {i for i, *_ in lost(keyed)} == {keyed_id(s.study_id, key) for s in gone}
-    assert sum(".gone" in d for *_, d in lost(plain)) == 2 and not any(".gone" in d or i in d for *_, d in lost(keyed) for i in [s.study_id for s in studies])
+    assert {i for i, *_ in lost(plain)} == {s.study_id for s in gone} and {i for i, *_ in lost(keyed)} == {
+        keyed_id(s.study_id, key) for s in gone}
+    assert sum(".gone" in d for *_, d in lost(plain)) == 2 and not any(
+        ".gone" in d or i in d for *_, d in lost(keyed) for i in [s.study_id for s in studies])

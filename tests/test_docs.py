@@ -1,4 +1,5 @@
-"The pages, built once: no broken link, no request to elsewhere, every figure numbered and described, nothing wider than a phone."
+"""The pages, built once: no broken link, no request to elsewhere, every figure numbered and described, nothing wider
+than a phone."""
 import functools
 import http.server
 import json
@@ -18,7 +19,8 @@ from bs4 import BeautifulSoup
 from neural.docs import MARK, cell_options, empty_pages, listed_notebooks, main, page_faults, page_name
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted(p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+NOTEBOOKS = sorted(p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb")
+                   if ".ipynb_checkpoints" not in p.parts)
 
 
 @pytest.fixture(scope="session")
@@ -37,22 +39,32 @@ def site(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def pages(site) -> dict[str, BeautifulSoup]:
     "Page name -> the page."
-    return {p.relative_to(site).as_posix(): BeautifulSoup(p.read_text(encoding="utf-8"), "html.parser") for p in sorted(site.rglob("*.html"))}
+    return {p.relative_to(site).as_posix(): BeautifulSoup(p.read_text(encoding="utf-8"), "html.parser")
+            for p in sorted(site.rglob("*.html"))}
 
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
     "As little of a checkout as can be told apart from a folder of pages."
     for name in ("nbs/index.ipynb", "figures/roc.png", "neural/study.py"):
-        (tmp_path / "here" / name).parent.mkdir(parents=True, exist_ok=True); (tmp_path / "here" / name).write_text("ours")
+        (tmp_path / "here" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "here" / name).write_text("ours")
     shutil.copy(ROOT / "settings.ini", tmp_path / "here")
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Home\n\n> One page.")]), tmp_path / "here/nbs/index.ipynb")
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Home\n\n> One page.")]),
+                   tmp_path / "here/nbs/index.ipynb")
     return tmp_path / "here"
 
 
-@pytest.mark.parametrize("out, why", [(".", "made from"), ("..", "made from"), ("nbs", "made from"), ("figures/pages", "made from"), ("neural", "made from"), ("settings.ini", "is a file"), ("../photos", "no pages of ours"), ("../link", "no pages of ours")])
+@pytest.mark.parametrize(
+    "out, why",
+    [(".", "made from"), ("..", "made from"), ("nbs", "made from"), ("figures/pages", "made from"),
+     ("neural", "made from"), ("settings.ini", "is a file"), ("../photos", "no pages of ours"),
+     ("../link", "no pages of ours")],
+)
 def test_pages_are_never_written_over_what_is_no_page(checkout, monkeypatch, out, why):
-    (checkout.parent / "photos").mkdir(); (checkout.parent / "photos/film.png").write_text("mine"); (checkout.parent / "link").symlink_to("photos")
+    (checkout.parent / "photos").mkdir()
+    (checkout.parent / "photos/film.png").write_text("mine")
+    (checkout.parent / "link").symlink_to("photos")
     monkeypatch.chdir(checkout)
     before = {p: p.read_bytes() for p in checkout.parent.rglob("*") if p.is_file()}
     with pytest.raises(SystemExit, match=f"docs: .*{why}"): main(["--out", out])
@@ -61,7 +73,9 @@ def test_pages_are_never_written_over_what_is_no_page(checkout, monkeypatch, out
 
 def test_pages_of_an_earlier_build_are_replaced(checkout, site):
     for folder in (checkout / "_docs", checkout.parent / "pages"):
-        folder.mkdir(); (folder / "old.html").write_text("old"); (folder / MARK).write_text("")
+        folder.mkdir()
+        (folder / "old.html").write_text("old")
+        (folder / MARK).write_text("")
         assert list(empty_pages(folder, checkout).iterdir()) == []
     assert (site / MARK).is_file()
 
@@ -69,9 +83,11 @@ def test_pages_of_an_earlier_build_are_replaced(checkout, site):
 def test_a_readme_of_something_else_is_left_alone(checkout, monkeypatch):
     monkeypatch.chdir(checkout)
     (checkout / "README.md").write_text("# Notes of the ward\n")
-    with pytest.raises(SystemExit, match="README.md: is there already and was not made by this command"): main(["--readme"])
+    with pytest.raises(SystemExit, match="README.md: is there already and was not made by this command"):
+        main(["--readme"])
     assert (checkout / "README.md").read_text() == "# Notes of the ward\n"
-    (checkout / "README.md").write_text("# Home\n\nas it was before\n"); main(["--readme"])
+    (checkout / "README.md").write_text("# Home\n\nas it was before\n")
+    main(["--readme"])
     assert "One page" in (checkout / "README.md").read_text()
 
 
@@ -99,7 +115,9 @@ def test_every_link_leads_somewhere(site, pages):
 def test_nothing_is_fetched_from_elsewhere(site, pages):
     assert {n: f for n, s in pages.items() if (f := page_faults(str(s)))} == {}
     for sheet in site.rglob("*.css"):
-        assert re.findall(r"(?:url\(|@import)\s*['\"]?\s*(?:https?:)?//[^)'\"]+", sheet.read_text(errors="replace")) == [], sheet.name
+        assert (
+            re.findall(r"(?:url\(|@import)\s*['\"]?\s*(?:https?:)?//[^)'\"]+", sheet.read_text(errors="replace")) == []
+        ), sheet.name
     inline = [s.get_text() for soup in pages.values() for s in soup.select("script:not([src]), style")]
     assert not [t for t in inline if re.search(r"(?:fetch|import|url)\(['\"]https?://|src=['\"]https?://", t)]
 
@@ -113,14 +131,18 @@ def test_every_figure_has_number_caption_and_words(pages):
             number += 1
             place = soup.find(id=label)
             assert place is not None, f"{name}: {label} is not on the page"
-            assert place.select_one("figcaption") is not None, f"{name}: {label} has no picture: run the notebook and keep its outputs"
-            assert place.select_one("figcaption").get_text(strip=True).startswith(f"Figure {number}."), f"{name}: {label}"
+            assert (
+                place.select_one("figcaption") is not None
+            ), f"{name}: {label} has no picture: run the notebook and keep its outputs"
+            assert (
+                place.select_one("figcaption").get_text(strip=True).startswith(f"Figure {number}.")), f"{name}: {label}"
             assert all((img.get("alt") or "").strip() for img in place.select("img"))
     assert not [n for n, s in pages.items() for i in s.select("main img") if not (i.get("alt") or "").strip()]
 
 
 def test_formulas_are_set(pages):
-    written = sum(len(re.findall(r"\$\$.+?\$\$", c.source, re.S)) for n in NOTEBOOKS for c in nbformat.read(ROOT / "nbs" / n, 4).cells if c.cell_type == "markdown")
+    written = sum(len(re.findall(r"\$\$.+?\$\$", c.source, re.S)) for n in NOTEBOOKS
+                  for c in nbformat.read(ROOT / "nbs" / n, 4).cells if c.cell_type == "markdown")
     assert sum(len(s.select('math[display="block"]')) for s in pages.values()) >= written > 0
     assert not [n for n, s in pages.items() if s.select("span.math")]
     assert not [n for n, s in pages.items() for m in s.select("math") if re.search(r"\\[a-zA-Z]", m.get_text())]
@@ -133,16 +155,22 @@ def test_search_knows_the_pages(site):
 
 # with a browser, where there is one
 
-PROBE = """<script>window.addEventListener('load', () => { const wide = [...document.querySelectorAll('main *')].filter(e => {
+PROBE = """<script>window.addEventListener('load', () => {
+  const rolls = ['auto', 'scroll', 'hidden'];
+  const wide = [...document.querySelectorAll('main *')].filter(e => {
   if (e.getBoundingClientRect().right <= innerWidth + 1) return false;
-  for (let p = e.parentElement; p; p = p.parentElement) if (['auto', 'scroll', 'hidden'].includes(getComputedStyle(p).overflowX)) return false;
+  for (let p = e.parentElement; p; p = p.parentElement) if (rolls.includes(getComputedStyle(p).overflowX)) return false;
   return true }).map(e => e.tagName + '.' + e.className + '#' + e.id);
   parent.postMessage(JSON.stringify({inner: innerWidth, page: document.documentElement.scrollWidth, wide: wide.slice(0, 3),
-    flat: [...document.querySelectorAll('math')].filter(m => m.getBoundingClientRect().height < 3 && m.offsetParent !== null).length,
-    fetched: performance.getEntriesByType('resource').map(r => r.name).filter(n => !n.startsWith(location.origin) && !n.startsWith('data:'))}), '*') })</script>"""
+    flat: [...document.querySelectorAll('math')]
+      .filter(m => m.getBoundingClientRect().height < 3 && m.offsetParent !== null).length,
+    fetched: performance.getEntriesByType('resource').map(r => r.name)
+      .filter(n => !n.startsWith(location.origin) && !n.startsWith('data:'))}), '*') })</script>"""
+# a desktop window cannot be as narrow as a phone, a frame can
 FRAME = """<!doctype html><script>const seen = {}; addEventListener('message', e => {
-  for (const f of document.querySelectorAll('iframe')) if (f.contentWindow === e.source) seen[f.dataset.page] = JSON.parse(e.data);
-  document.getElementById('probe').textContent = JSON.stringify(seen) })</script><pre id="probe">{}</pre>"""    # a desktop window cannot be as narrow as a phone, a frame can
+  for (const f of document.querySelectorAll('iframe'))
+    if (f.contentWindow === e.source) seen[f.dataset.page] = JSON.parse(e.data);
+  document.getElementById('probe').textContent = JSON.stringify(seen) })</script><pre id="probe">{}</pre>"""
 
 
 @pytest.fixture(scope="session")
@@ -153,8 +181,11 @@ def measured(site, tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("probed")
     probed = shutil.copytree(site, folder / "site")
     names = sorted(p.relative_to(probed).as_posix() for p in probed.rglob("*.html"))
-    for name in names: (probed / name).write_text((probed / name).read_text(encoding="utf-8").replace("</head>", PROBE + "</head>", 1), encoding="utf-8")
-    frames = "".join(f'<iframe data-page="{n}" src="{n}" style="width:390px;height:800px;border:0"></iframe>' for n in names)
+    for name in names:
+        (probed / name).write_text(
+            (probed / name).read_text(encoding="utf-8").replace("</head>", PROBE + "</head>", 1), encoding="utf-8")
+    frames = "".join(
+        f'<iframe data-page="{n}" src="{n}" style="width:390px;height:800px;border:0"></iframe>' for n in names)
     (probed / "probe.html").write_text(FRAME + frames)
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -162,9 +193,15 @@ def measured(site, tmp_path_factory) -> dict[str, dict]:
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(probed))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-        done = subprocess.run([program, *flags, f"--user-data-dir={folder / 'profile'}", "--window-size=900,900", "--virtual-time-budget=20000", "--dump-dom",
-                               f"http://127.0.0.1:{server.server_port}/probe.html"], capture_output=True, text=True, timeout=180)
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+                 "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+        done = subprocess.run(
+            [program, *flags, f"--user-data-dir={folder / 'profile'}", "--window-size=900,900",
+             "--virtual-time-budget=20000", "--dump-dom", f"http://127.0.0.1:{server.server_port}/probe.html"],
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
         server.shutdown()
     return json.loads(BeautifulSoup(done.stdout, "html.parser").find(id="probe").get_text())
 

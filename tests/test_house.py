@@ -13,7 +13,8 @@ import nbformat
 import pytest
 import yaml
 
-from neural.pipeline import code_cells, find_stages, imported_modules, is_fresh, machine_paths, parameters_cell, pick_stages, sha256_of, stage_parameters
+from neural.pipeline import (code_cells, find_stages, imported_modules, is_fresh, machine_paths, parameters_cell,
+                             pick_stages, sha256_of, stage_parameters)
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "nbs/api").glob("*.ipynb"))
@@ -45,7 +46,8 @@ def fresh_export(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("export")
     shutil.copytree(ROOT / "nbs", out / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     shutil.copy(ROOT / "settings.ini", out)
-    (out / "neural").mkdir(); shutil.copy(ROOT / "neural/__init__.py", out / "neural")
+    (out / "neural").mkdir()
+    shutil.copy(ROOT / "neural/__init__.py", out / "neural")
     for tool in ("nbdev_export", "nbdev_clean"):
         done = subprocess.run([Path(sys.executable).parent / tool], cwd=out, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -53,13 +55,15 @@ def fresh_export(tmp_path_factory) -> Path:
 
 
 def test_modules_are_what_the_notebooks_export(fresh_export):
-    made, kept = ({p.name: p.read_text() for p in folder.glob("*.py") if p.name != "__init__.py"} for folder in (fresh_export / "neural", ROOT / "neural"))
+    made, kept = ({p.name: p.read_text() for p in folder.glob("*.py") if p.name != "__init__.py"}
+                  for folder in (fresh_export / "neural", ROOT / "neural"))
     assert sorted(made) == sorted(kept), "a module without a notebook, or a notebook not exported: run nbdev_export"
     assert [n for n in made if made[n] != kept[n]] == [], "modules and notebooks have drifted apart: run nbdev_export"
 
 
 def test_notebooks_are_clean(fresh_export):
-    dirty = [p.relative_to(ROOT).as_posix() for p in NOTEBOOKS if (fresh_export / p.relative_to(ROOT)).read_text() != p.read_text()]
+    dirty = [p.relative_to(ROOT).as_posix() for p in NOTEBOOKS
+             if (fresh_export / p.relative_to(ROOT)).read_text() != p.read_text()]
     assert dirty == [], "run nbdev_clean"
 
 
@@ -78,7 +82,8 @@ def test_notebook_is_fit_to_be_committed(path):
     assert path.stat().st_size <= 400_000, "larger than 400 KB: smaller pictures"
     outputs = [o for c in nb.cells for o in c.get("outputs", [])]
     assert not [o for o in outputs if o.output_type == "error"]
-    text = "\n".join(c.source for c in nb.cells) + json.dumps([{k: v for k, v in o.get("data", {}).items() if k != "image/png"} or o.get("text") for o in outputs])
+    text = "\n".join(c.source for c in nb.cells) + json.dumps(
+        [{k: v for k, v in o.get("data", {}).items() if k != "image/png"} or o.get("text") for o in outputs])
     assert machine_paths(text) == [], "a path of this machine"
     assert re.findall(r"(?<![\w.])/(?:home|root|Users|tmp|work)/[\w./-]+", text) == [], "a path of some machine"
     assert not [c for c in nb.cells if re.search(r"eval:\s*false|skip_exec", options(c.source))], "every cell runs"
@@ -87,7 +92,9 @@ def test_notebook_is_fit_to_be_committed(path):
 @by_name("path", NOTEBOOKS, ids=names)
 def test_first_visible_code_seeds(path):
     if path.name == "index.ipynb": pytest.skip("the home page runs nothing")
-    cells = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code" and not re.search(r"#\|\s*(export|default_exp|hide)", options(c.source)) and "parameters" not in c.metadata.get("tags", [])]
+    cells = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"
+             and not re.search(r"#\|\s*(export|default_exp|hide)", options(c.source))
+             and "parameters" not in c.metadata.get("tags", [])]
     assert cells and re.search(r"seed|default_rng|Random\(", cells[0]), "the first visible code cell seeds the notebook"
 
 
@@ -97,14 +104,18 @@ def test_figures_have_label_caption_and_words(path):
     for cell in nbformat.read(path, 4).cells:
         pictures = any("image/png" in o.get("data", {}) for o in cell.get("outputs", []))
         lines = options(cell.source)
-        if pictures: assert all(f"{need}: " in lines for need in ("label", "fig-cap", "fig-alt")), f"a picture without label, caption or alt text:\n{cell.source[:200]}"
+        if pictures:
+            assert all(
+                f"{need}: " in lines for need in ("label", "fig-cap", "fig-alt")
+            ), f"a picture without label, caption or alt text:\n{cell.source[:200]}"
         labels += re.findall(r"label:\s*(\S+)", lines)
     assert len(set(labels)) == len(labels), "two figures with one label"
 
 
 @by_name("path", CHAPTERS, ids=names)
 def test_export_cells_are_small(path):
-    cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code" and re.search(r"#\|\s*exports?\b", options(c.source))]
+    cells = [c for c in nbformat.read(path, 4).cells
+             if c.cell_type == "code" and re.search(r"#\|\s*exports?\b", options(c.source))]
     sizes = [len([l for l in c.source.splitlines() if l.strip() and not l.startswith("#|")]) for c in cells]
     assert max(sizes) <= 40, f"an export cell of {max(sizes)} lines"
 
@@ -123,7 +134,8 @@ def test_stage_form(path):
 
 @by_name("path", STAGES, ids=names)
 def test_stage_outputs_belong_to_its_code(path):
-    assert is_fresh(path), "the code changed since its outputs were made: run the quickstart preset and `neural publish` it"
+    assert is_fresh(
+        path), "the code changed since its outputs were made: run the quickstart preset and `neural publish` it"
 
 
 def test_presets_speak_to_some_stage():
@@ -140,12 +152,14 @@ def test_published_figures_are_those_of_the_run():
     published = ROOT / "figures/published.json"
     if not published.is_file(): pytest.skip("no run has been published yet")
     files = json.loads(published.read_text())["files"]
-    assert [n for n, digest in files.items() if not (ROOT / "figures" / n).is_file() or sha256_of(ROOT / "figures" / n) != digest] == []
+    assert [n for n, digest in files.items()
+            if not (ROOT / "figures" / n).is_file() or sha256_of(ROOT / "figures" / n) != digest] == []
 
 
 # forbidden things
 
-FORBIDDEN = {"pickle.load", "pickle.loads", "torch.load", "joblib.load", "np.load(allow_pickle=True)", "eval", "exec", "os.system", "yaml.load", "shelve.open", "marshal.loads"}
+FORBIDDEN = {"pickle.load", "pickle.loads", "torch.load", "joblib.load", "np.load(allow_pickle=True)", "eval", "exec",
+             "os.system", "yaml.load", "shelve.open", "marshal.loads"}
 
 
 def calls(source: str) -> set[str]:
@@ -155,7 +169,9 @@ def calls(source: str) -> set[str]:
         if not isinstance(node, ast.Call): continue
         only_tensors = any(k.arg == "weights_only" and getattr(k.value, "value", None) is True for k in node.keywords)
         found.add(ast.unparse(node.func) + "(weights_only=True)" * only_tensors)
-        if ast.unparse(node.func).endswith(".load") and any(k.arg == "allow_pickle" and getattr(k.value, "value", None) for k in node.keywords): found.add("np.load(allow_pickle=True)")
+        if ast.unparse(node.func).endswith(".load") and any(
+            k.arg == "allow_pickle" and getattr(k.value, "value", None) for k in node.keywords):
+            found.add("np.load(allow_pickle=True)")
         if any(k.arg == "shell" and getattr(k.value, "value", None) for k in node.keywords): found.add("shell=True")
     return found
 
@@ -163,18 +179,24 @@ def calls(source: str) -> set[str]:
 @by_name("path", MODULES, ids=names)
 def test_no_module_runs_what_it_reads(path):
     assert calls(path.read_text()) & (FORBIDDEN | {"shell=True"}) == set()
-    assert "torch.load(weights_only=True)" not in calls(path.read_text()) or path.name == "warmstart.py", "one module opens one file of known hash so"
+    assert (
+        "torch.load(weights_only=True)" not in calls(path.read_text()) or path.name == "warmstart.py"
+    ), "one module opens one file of known hash so"
 
 
 def test_the_check_for_forbidden_calls_works():
-    assert calls("import torch\ntorch.load(f); np.load(f, allow_pickle=True); subprocess.run(c, shell=True)") >= {"torch.load", "np.load(allow_pickle=True)", "shell=True"}
-    assert calls("torch.load(f, weights_only=False)") == {"torch.load"} and calls("torch.load(f, weights_only=True)") == {"torch.load(weights_only=True)"}
+    assert calls("import torch\ntorch.load(f); np.load(f, allow_pickle=True); subprocess.run(c, shell=True)") >= {
+        "torch.load", "np.load(allow_pickle=True)", "shell=True"}
+    assert calls("torch.load(f, weights_only=False)") == {"torch.load"} and calls(
+        "torch.load(f, weights_only=True)") == {"torch.load(weights_only=True)"}
 
 
 def test_nothing_is_left_unsaid():
-    texts = [*NOTEBOOKS, *MODULES, *(ROOT / "tests").glob("*.py"), ROOT / "Makefile", ROOT / "settings.ini", ROOT / "pyproject.toml", *ROOT.glob("*.md"), *(ROOT / "data_manifests").glob("*")]
+    texts = [*NOTEBOOKS, *MODULES, *(ROOT / "tests").glob("*.py"), ROOT / "Makefile", ROOT / "settings.ini",
+             ROOT / "pyproject.toml", *ROOT.glob("*.md"), *(ROOT / "data_manifests").glob("*")]
     words = "TO" + "DO", "FIX" + "ME", "XX" + "X:"
-    assert [(p.name, w) for p in texts if p.is_file() for w in words if re.search(rf"\b{w}\b", p.read_text(errors="replace"))] == []
+    assert [(p.name, w) for p in texts if p.is_file() for w in words
+            if re.search(rf"\b{w}\b", p.read_text(errors="replace"))] == []
 
 
 # environment
@@ -213,21 +235,26 @@ def test_this_environment_is_the_lock():
 def test_what_is_imported_is_named_as_a_direct_dependency():
     direct = {normal(p.split("==")[0]) for p in pins(LOCK.split("# what those pull in")[0])}
     homes = metadata.packages_distributions()
-    sources = [p.read_text() for p in MODULES + sorted((ROOT / "tests").glob("*.py"))] + [s for p in CHAPTERS + STAGES for s in code_cells(p)]
+    sources = [p.read_text() for p in MODULES + sorted((ROOT / "tests").glob("*.py"))] + [
+        s for p in CHAPTERS + STAGES for s in code_cells(p)]
     wanted = set()
     for source in sources:
         for node in ast.walk(ast.parse(bare(source))):
-            if isinstance(node, ast.Import): wanted |= {a.name.split(".")[0] for a in node.names}
+            if isinstance(node, ast.Import):wanted |= {a.name.split(".")[0] for a in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level: wanted.add(node.module.split(".")[0])
-    foreign = {m for m in wanted if m not in sys.stdlib_module_names and m != "neural" and not (ROOT / f"tests/{m}.py").is_file()}
-    assert {m for m in foreign if not {normal(d) for d in homes.get(m, [m])} & direct} == set(), "add it to requirements.lock with its reason"
+    foreign = {m for m in wanted
+               if m not in sys.stdlib_module_names and m != "neural" and not (ROOT / f"tests/{m}.py").is_file()}
+    assert {
+        m for m in foreign if not {normal(d) for d in homes.get(m, [m])} & direct
+    } == set(), "add it to requirements.lock with its reason"
 
 
 # papers and pages
 
 def test_citation_parses():
     cff = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert cff["cff-version"] == "1.2.0" and cff["title"] and cff["message"] and cff["authors"] and cff["license"] == "Apache-2.0"
+    assert (cff["cff-version"] == "1.2.0" and cff["title"] and cff["message"] and cff["authors"]
+            and cff["license"] == "Apache-2.0")
     from neural import __version__
     assert cff["version"] == __version__
     assert all(r["type"] and r["title"] and r["authors"] for r in cff["references"])
@@ -241,4 +268,6 @@ def test_licence_and_continuous_integration():
 def test_readme_is_the_home_page():
     from neural.docs import readme_text
     assert (ROOT / "README.md").read_text() == readme_text(ROOT / "nbs/index.ipynb"), "python -m neural.docs --readme"
-    assert [m for m in re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / "README.md").read_text()) if not (ROOT / m).exists()] == [], "a link of README.md leads nowhere"
+    assert [
+        m for m in re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / "README.md").read_text()) if not (ROOT / m).exists()
+    ] == [], "a link of README.md leads nowhere"

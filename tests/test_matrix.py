@@ -21,14 +21,18 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the hazards are
 STAGES = Path(__file__).parent / "fixtures/stages"
 LARDER = Path(__file__).parent / "fixtures/larder.py"
 ABOUT = "--name phantoms --licence CC0-1.0 --url https://example.org --creator nobody --published 2026-01-01"
-STUB = "import pandas, neural.bench; neural.bench.bench_store = lambda **k: {'store': pandas.DataFrame({'s': [1.5, 2]})}"
-DRAWS = "import neural.draws as d, pandas; d.bench_draws = lambda keep=None, **k: {'summary': pandas.DataFrame({'value': [0.5, k['settings']['studies']]})}"
+STUB = (
+    "import pandas, neural.bench; neural.bench.bench_store = lambda **k: {'store': pandas.DataFrame({'s': [1.5, 2]})}")
+DRAWS = (
+    "import neural.draws as d, pandas; d.bench_draws = lambda keep=None, **k: {'summary': pandas.DataFrame({'value':"
+    " [0.5, k['settings']['studies']]})}")
 STARTS = """
 import neural.starts as s, pandas
 from neural.study import Manifest
 def stub(manifest, settings, *more):
     Manifest.load(manifest)
-    tables = {name: pandas.DataFrame({"value": [0.5, settings["epochs"]]}) for name in ("auc", "differences", "trainings")}
+    names = "auc", "differences", "trainings"
+    tables = {name: pandas.DataFrame({"value": [0.5, settings["epochs"]]}) for name in names}
     more[-1](tables)
     return tables
 s.bench_starts = stub
@@ -82,7 +86,8 @@ def index(layout, data, more="") -> Row:
     "A row of `neural index`."
     words = f"index {layout} in/data -o {{out}} --limit 1{more}"
     beside = r"out/(exclusions\.csv|list\.json)$"
-    return Row(words, {"in/data": data, "in/labels.csv": "labels.csv"}, "out/list.csv", other=words + " --allow-no-report", leaves=beside)
+    return Row(words, {"in/data": data, "in/labels.csv": "labels.csv"}, "out/list.csv",
+               other=words + " --allow-no-report", leaves=beside)
 
 
 SHARDS = r"(out/store|in/store)/(store\.parquet|_?codebook\.safetensors|shard-[\w-]+\.parquet)$"
@@ -90,35 +95,62 @@ BUILD = "build in/list.csv {out} --vlm in/vlm --workers 0 --limit 1 --key-file i
 BASELINE = "baseline in/list.csv --vlm in/vlm --workers 0 --limit 1"
 MAPS = r"in/vlm/scores\.(json|safetensors)$"
 ROWS = {
-    "phantom": Row("phantom {out} --studies 3 --size 64", {}, "out/cohort", True, "phantom {out} --studies 3 --size 64 --seed 1"),
+    "phantom": Row(
+        "phantom {out} --studies 3 --size 64", {}, "out/cohort", True, "phantom {out} --studies 3 --size 64 --seed 1"),
     "index mimic-cxr": index("mimic-cxr", "cohort", " --labels in/data/truth/labels.csv"),
     "index chexpert-plus": index("chexpert-plus", "chexpert"),
     "index open-i": index("open-i", "openi"),
     "index folder": index("folder", "folder", " --labels in/labels.csv --hash"),
-    "run": Row("run 10 --stages in/stages --preset in/small.yaml --manifest in/list.csv --run {out}",
-               {"in/stages": "stages", "in/small.yaml": "stages/presets/small.yaml", "in/list.csv": "list.csv", "in/list.json": "list.json"},
-               "out/run", True, "run 10 --stages in/stages --run {out} -p count=1", leaves=r"out/run/[^.]", same=sums_of, most=2,
-               free=r"in/(small\.yaml|list\.csv) (empty|damaged)"),
-    "publish": Row("publish in/run --stages in/stages --figures {out}", {"in/run": "run", "in/stages": "stages"}, "out/figures", True,
-                   "publish in/run --stages in/stages --figures {out} --numbers", own=r"in/stages/\d+_\w+\.ipynb", leaves="out/figures/[^.]"),
-    "build": Row(BUILD, {"in/list.csv": "list.csv", "in/list.json": "list.json", "in/data": "cohort", "in/vlm": "vlm", "in/key": "key",
-                         "in/book": "book"}, "out/store", True, BUILD + " --thumbnail 450", leaves=SHARDS, same=assets_of, most=3, free="in/key damaged"),
+    "run": Row(
+        "run 10 --stages in/stages --preset in/small.yaml --manifest in/list.csv --run {out}",
+        {"in/stages": "stages", "in/small.yaml": "stages/presets/small.yaml", "in/list.csv": "list.csv",
+         "in/list.json": "list.json"},
+        "out/run",
+        True,
+        "run 10 --stages in/stages --run {out} -p count=1",
+        leaves=r"out/run/[^.]",
+        same=sums_of,
+        most=2,
+        free=r"in/(small\.yaml|list\.csv) (empty|damaged)",
+    ),
+    "publish": Row("publish in/run --stages in/stages --figures {out}", {"in/run": "run", "in/stages": "stages"},
+                   "out/figures", True, "publish in/run --stages in/stages --figures {out} --numbers",
+                   own=r"in/stages/\d+_\w+\.ipynb", leaves="out/figures/[^.]"),
+    "build": Row(
+        BUILD,
+        {"in/list.csv": "list.csv", "in/list.json": "list.json", "in/data": "cohort", "in/vlm": "vlm", "in/key": "key",
+         "in/book": "book"},
+        "out/store",
+        True,
+        BUILD + " --thumbnail 450",
+        leaves=SHARDS,
+        same=assets_of,
+        most=3,
+        free="in/key damaged",
+    ),
     "codebook": Row("codebook in/run -o {out} --codec pq --bytes 4", {"in/run": "readings"}, "out/book.safetensors",
                     other="codebook in/run -o {out} --codec pca --bytes 4"),
-    "predict": Row("predict in/store --classifier in/gcn -o {out}", {"in/store": "store", "in/gcn": "gcn"}, "out/p.csv",
-                   other="predict in/store --classifier in/gcn2 -o {out}"),
+    "predict": Row("predict in/store --classifier in/gcn -o {out}", {"in/store": "store", "in/gcn": "gcn"},
+                   "out/p.csv", other="predict in/store --classifier in/gcn2 -o {out}"),
     "verify": Row("verify in/store", {"in/store": "store"}),
-    "compact": Row("compact in/store", {"in/store": "store"}, "in/store", True, "compact in/store --size 2", SHARDS, SHARDS, assets_of),
-    "describe": Row(f"describe in/store {ABOUT}", {"in/store": "store"}, "in/store/_croissant.json", other=f"describe in/store {ABOUT} --description more"),
-    "bench": Row("bench store --small --out {out}", {}, "out/found.json", other="bench store --studies 9 --out {out}", same=shape_of, first=STUB),
-    "bench draws": Row("bench draws --small --out {out}", {}, "out/found.json", other="bench draws --small --studies 90 --out {out}", same=shape_of, first=DRAWS),
-    "starts": Row("starts in/list.csv --small --out {out}", {"in/list.csv": "list.csv", "in/list.json": "list.json", "in/data": "cohort"}, "out/found.json",
+    "compact": Row("compact in/store", {"in/store": "store"}, "in/store", True, "compact in/store --size 2", SHARDS,
+                   SHARDS, assets_of),
+    "describe": Row(f"describe in/store {ABOUT}", {"in/store": "store"}, "in/store/_croissant.json",
+                    other=f"describe in/store {ABOUT} --description more"),
+    "bench": Row("bench store --small --out {out}", {}, "out/found.json", other="bench store --studies 9 --out {out}",
+                 same=shape_of, first=STUB),
+    "bench draws": Row("bench draws --small --out {out}", {}, "out/found.json",
+                       other="bench draws --small --studies 90 --out {out}", same=shape_of, first=DRAWS),
+    "starts": Row("starts in/list.csv --small --out {out}",
+                  {"in/list.csv": "list.csv", "in/list.json": "list.json", "in/data": "cohort"}, "out/found.json",
                   other="starts in/list.csv --small --epochs 2 --out {out}", same=shape_of, first=STARTS),
     "scorers": Row("scorers"),
-    "baseline": Row(BASELINE, {"in/list.csv": "list.csv", "in/list.json": "list.json", "in/data": "cohort", "in/vlm": "vlm"}, "in/vlm/scores.json",
-                    other=BASELINE + " --studies 2", own=MAPS, leaves=MAPS, most=2),
+    "baseline": Row(BASELINE,
+                    {"in/list.csv": "list.csv", "in/list.json": "list.json", "in/data": "cohort", "in/vlm": "vlm"},
+                    "in/vlm/scores.json", other=BASELINE + " --studies 2", own=MAPS, leaves=MAPS, most=2),
     "inspect": Row("inspect in/store s1", {"in/store": "store"}),
-    "inspect --html": Row("inspect in/store s1 --html {out}", {"in/store": "store"}, "out/page.html", other="inspect in/store s2 --html {out}"),
+    "inspect --html": Row("inspect in/store s1 --html {out}", {"in/store": "store"}, "out/page.html",
+                          other="inspect in/store s2 --html {out}"),
     "cards": Row("", {"in/run": "run"}, "in/run/model_card.md", first=CARDS, own=r"in/run/\w+_card\.md"),
 }
 
@@ -214,7 +246,9 @@ def judge(row, before, answer, may, reason="", out=None) -> list:
     "What is wrong with an answer."
     status, said, left, wrong = answer["status"], answer["err"], answer["left"], []
     made = re.compile(rf"{re.escape(out or row.out or '$')}|{row.own}")
-    if status not in may: wrong.append(f"status {status} instead of {' or '.join(map(str, may))}: {(said or answer['out'])[-300:].strip()!r}")
+    if status not in may:
+        wrong.append(
+            f"status {status} instead of {' or '.join(map(str, may))}: {(said or answer['out'])[-300:].strip()!r}")
     if status == 0 and said: wrong.append(f"not quiet: {said[:200]!r}")
     if status and status > 0:
         if len(said.strip().splitlines()) != 1: wrong.append(f"not one line: {said[:600]!r}")
@@ -222,12 +256,15 @@ def judge(row, before, answer, may, reason="", out=None) -> list:
         if reason and reason not in said: wrong.append(f"{reason!r} is not said: {said[:300]!r}")
     for path, content in before.items():
         ours = re.match(row.own, path) or (status == 0 or re.match(row.leaves, path)) and (made.match(path))
-        if left.get(path) != content and not path.endswith("/") and not (ours and (path in left or status == 0)): wrong.append(f"{path} was {'changed' if path in left else 'lost'}")
+        if left.get(path) != content and not path.endswith("/") and not (ours and (path in left or status == 0)):
+            wrong.append(f"{path} was {'changed' if path in left else 'lost'}")
     for path in set(left) - set(before):
         if path.endswith("/") or path.endswith("/.lock"): continue
         if DRAFT.search(path): wrong.append(f"{path} is left behind")
-        elif status and "is written" not in said and not re.match(row.leaves, path) and not re.match(row.own, path): wrong.append(f"{path} is left, though it failed")
-        elif not status and not made.match(path) and Path(path).parent != Path(out or row.out).parent: wrong.append(f"{path} was not asked for")
+        elif status and "is written" not in said and not re.match(row.leaves, path) and not re.match(row.own, path):
+            wrong.append(f"{path} is left, though it failed")
+        elif not status and not made.match(path) and Path(path).parent != Path(out or row.out).parent:
+            wrong.append(f"{path} was not asked for")
     return wrong
 
 
@@ -266,7 +303,8 @@ def own_input(desk):
     "An input is named as the output: itself, through a link, and what a command writes beside its output."
     if not desk.row.words.count("{out}"): return
     desk.lay()
-    folders = sorted({str(Path(p).parent) for p in tree(desk.place) if p.startswith("in/")} | {p for p in desk.row.inputs if (desk.place / p).is_dir()})
+    folders = sorted({str(Path(p).parent) for p in tree(desk.place) if p.startswith("in/")}
+                     | {p for p in desk.row.inputs if (desk.place / p).is_dir()})
     files = [p for p in desk.row.inputs if (desk.place / p).is_file()] + inner(desk)
     for target in [*files, *some(folders, 3)]:
         desk.lay()
@@ -287,7 +325,9 @@ def strangers(desk):
     if not desk.row.out: return
     before = set(tree(desk.lay()))
     desk.call()
-    files = kinds_of([p for p in set(tree(desk.place)) - before if not p.endswith(("/", ".lock")) and not re.match(desk.row.own, p)], desk.row.most)
+    files = kinds_of(
+        [p for p in set(tree(desk.place)) - before if not p.endswith(("/", ".lock")) and not re.match(desk.row.own, p)],
+        desk.row.most)
     for path in files:
         desk.lay()
         (desk.place / path).parent.mkdir(parents=True, exist_ok=True)
@@ -367,7 +407,8 @@ def read_only(desk):
         desk.lay()
         if earlier: desk.call()
         how = dict(mounts=[[str(desk.place), "read-only"]]) if desk.mounts else dict(faults=["full", 0, errno.EROFS])
-        desk.try_out(f"everything read-only, {'again' if earlier else 'first time'}", may=(0, 1, 2) if earlier else (1, 2) if row.out else (0,), **how)
+        desk.try_out(f"everything read-only, {'again' if earlier else 'first time'}",
+                     may=(0, 1, 2) if earlier else (1, 2) if row.out else (0,), **how)
     if row.inputs and closed and not row.out.startswith("in/") and desk.mounts:
         desk.lay()
         desk.try_out("inputs read-only", may=(0,), mounts=[[str(desk.place / "in"), "read-only"]])
@@ -381,17 +422,22 @@ def disk_full(desk):
         for room in (0, 2):
             desk.lay()
             if earlier: desk.call()
-            how = dict(mounts=[[str(disk), "full", room]]) if desk.mounts else dict(faults=["full", room * 3, errno.ENOSPC])
+            how = (dict(mounts=[[str(disk), "full", room]]) if desk.mounts
+                   else dict(faults=["full", room * 3, errno.ENOSPC]))
             detail = f"{room} pages left, {'again' if earlier else 'first time'}"
             answer = desk.try_out(detail, may=(0, 1, 2) if earlier else (0, 1), **how)
-            if answer["status"] and not earlier: desk.expect(detail, os.strerror(errno.ENOSPC) in answer["err"], f"the reason is not said: {answer['err']!r}")
+            if answer["status"] and not earlier:
+                desk.expect(
+                    detail, os.strerror(errno.ENOSPC) in answer["err"], f"the reason is not said: {answer['err']!r}")
 
 
 def no_locks(desk):
     "The file system grants no locks."
     desk.lay()
     answer = desk.try_out("no locks", may=(0, 1), faults=["locks"])
-    if answer["status"]: desk.expect("no locks", os.strerror(errno.ENOLCK) in answer["err"], f"the reason is not said: {answer['err']!r}")
+    if answer["status"]:
+        desk.expect(
+            "no locks", os.strerror(errno.ENOLCK) in answer["err"], f"the reason is not said: {answer['err']!r}")
 
 
 def acts_of(desk) -> list:
@@ -435,18 +481,20 @@ def killed(desk):
         before, detail = tree(desk.place), f"killed at act {at} of {len(acts)}, {acts[at]}"
         answer = desk.call(faults=["kill", at])
         desk.expect(detail, answer["status"] == -9, f"not killed: {answer['status']}")
-        lost = [p for p, c in before.items() if not p.endswith("/") and answer["left"].get(p) != c and not re.match(desk.row.own, p)]
+        lost = [p for p, c in before.items()
+                if not p.endswith("/") and answer["left"].get(p) != c and not re.match(desk.row.own, p)]
         desk.expect(detail, not lost, f"lost {lost}")
         again = desk.call()
         desk.expect(detail, desk.result() == right, f"then another result, status {again['status']}: {again['err']!r}")
-        desk.expect(detail, again["status"] == 0 or len(again["err"].splitlines()) == 1, f"then status {again['status']}: {again['err']!r}")
+        desk.expect(detail, again["status"] == 0 or len(again["err"].splitlines()) == 1,
+                    f"then status {again['status']}: {again['err']!r}")
         left = [p for p in again["left"] if re.search(r"\.(part|tmp)$", p) and not Path(p).name.startswith(".")]
         desk.expect(detail, not left, f"then {left} is left behind")
 
 
-HAZARDS = dict(undisturbed=undisturbed, own_input=own_input, strangers=strangers, missing=missing, empty=nothing_in_it, damaged=damaged,
-               wrong_kind=wrong_kind, read_only=read_only, disk_full=disk_full, no_locks=no_locks, failing_writes=failing_writes,
-               second_time=second_time, other_settings=other_settings, killed=killed)
+HAZARDS = dict(undisturbed=undisturbed, own_input=own_input, strangers=strangers, missing=missing, empty=nothing_in_it,
+               damaged=damaged, wrong_kind=wrong_kind, read_only=read_only, disk_full=disk_full, no_locks=no_locks,
+               failing_writes=failing_writes, second_time=second_time, other_settings=other_settings, killed=killed)
 
 
 @pytest.mark.parametrize("hazard", HAZARDS)
@@ -459,7 +507,8 @@ def test_command_meets_hazard(name, hazard, nursery, larder, mounts):
 
 # a terminal, and a pipe
 
-BARS = {"phantom": "phantoms", "index folder": "checksums", "run": "10_draw", "build": "image+report", "baseline": "train"}
+BARS = {"phantom": "phantoms", "index folder": "checksums", "run": "10_draw", "build": "image+report",
+        "baseline": "train"}
 
 
 @pytest.mark.parametrize("name", [n for n in ROWS if n != "cards"])
@@ -484,11 +533,18 @@ ROW = Row("x {out}", {"in/a": "a"}, "out/x", leaves="out/part")
 FINE = dict(status=0, out="", err="", left={"in/a": "1", "out/x": "2"})
 
 
-@pytest.mark.parametrize("change, word", [
-    ({}, None), (dict(status=2), "instead of"), (dict(err="a warning\n"), "not quiet"), (dict(left={"out/x": "2"}), "in/a was lost"),
-    (dict(left={"in/a": "9"}), "in/a was changed"), (dict(left={**FINE["left"], "out/.x.part": ""}), "left behind"), (dict(left={**FINE["left"], "in/new": ""}), "not asked for"),
-    (dict(status=1, err="one\ntwo\n", left={"in/a": "1"}), "not one line"), (dict(status=1, err="unexpected KeyError\n", left={"in/a": "1"}), "not plain"),
-    (dict(status=1, err="no\n"), "though it failed"), (dict(status=1, err="no\n", left={"in/a": "1", "out/part": "2"}), None), (dict(status=-11, left={"in/a": "1"}), "instead of")])
+@pytest.mark.parametrize(
+    "change, word",
+    [({}, None), (dict(status=2), "instead of"), (dict(err="a warning\n"), "not quiet"),
+     (dict(left={"out/x": "2"}), "in/a was lost"), (dict(left={"in/a": "9"}), "in/a was changed"),
+     (dict(left={**FINE["left"], "out/.x.part": ""}), "left behind"),
+     (dict(left={**FINE["left"], "in/new": ""}), "not asked for"),
+     (dict(status=1, err="one\ntwo\n", left={"in/a": "1"}), "not one line"),
+     (dict(status=1, err="unexpected KeyError\n", left={"in/a": "1"}), "not plain"),
+     (dict(status=1, err="no\n"), "though it failed"),
+     (dict(status=1, err="no\n", left={"in/a": "1", "out/part": "2"}), None),
+     (dict(status=-11, left={"in/a": "1"}), "instead of")],
+)
 def test_the_judge_sees_what_is_wrong(change, word):
     wrong = judge(ROW, {"in/a": "1"}, {**FINE, **change}, (0, 1))
     assert (wrong == []) if word is None else any(word in w for w in wrong), wrong
@@ -497,10 +553,13 @@ def test_the_judge_sees_what_is_wrong(change, word):
 WRITES = "import os\nwith open('a/x', 'w') as f: f.write('1234567890')\nos.replace('a/x', 'a/y')"
 
 
-@pytest.mark.parametrize("faults, status, left", [
-    (["count"], 0, {"a/y": b"1234567890".hex()}), (["fail", 0, errno.EIO], 1, {}), (["full", 1, errno.ENOSPC], 1, {"a/x": ""}),
-    (["fail", 2, errno.EXDEV], 1, {"a/x": b"1234567890".hex()}), (["full", 0, errno.EROFS], 1, {}), (["kill", 1], -9, {"a/x": b"12345".hex()}),
-    (["kill", 2], -9, {"a/x": b"1234567890".hex()}), (["locks"], 0, {"a/y": b"1234567890".hex()})])
+@pytest.mark.parametrize(
+    "faults, status, left",
+    [(["count"], 0, {"a/y": b"1234567890".hex()}), (["fail", 0, errno.EIO], 1, {}),
+     (["full", 1, errno.ENOSPC], 1, {"a/x": ""}), (["fail", 2, errno.EXDEV], 1, {"a/x": b"1234567890".hex()}),
+     (["full", 0, errno.EROFS], 1, {}), (["kill", 1], -9, {"a/x": b"12345".hex()}),
+     (["kill", 2], -9, {"a/x": b"1234567890".hex()}), (["locks"], 0, {"a/y": b"1234567890".hex()})],
+)
 def test_a_fault_comes_at_the_act_it_was_asked_for(faults, status, left, nursery, tmp_path):
     (tmp_path / "a").mkdir()
     said = nursery.run(cwd=tmp_path, first=WRITES, faults=faults)
@@ -509,7 +568,8 @@ def test_a_fault_comes_at_the_act_it_was_asked_for(faults, status, left, nursery
 
 
 def test_no_lock_is_granted_where_there_are_none(nursery, tmp_path):
-    said = nursery.run(cwd=tmp_path, first="import fcntl\nfcntl.flock(open('lock', 'w'), fcntl.LOCK_EX)", faults=["locks"])
+    said = nursery.run(
+        cwd=tmp_path, first="import fcntl\nfcntl.flock(open('lock', 'w'), fcntl.LOCK_EX)", faults=["locks"])
     assert said["status"] == 1 and os.strerror(errno.ENOLCK) in said["err"]
 
 
@@ -518,6 +578,7 @@ def test_what_is_mounted_is_read_only_or_full_and_seen_by_nobody_else(nursery, t
     closed = nursery.run(cwd=tmp_path, first="open('x', 'w')", mounts=[[str(tmp_path), "read-only"]])
     assert closed["status"] == 1 and os.strerror(errno.EROFS) in closed["err"]
     (tmp_path / "kept").write_text("1")
-    full = nursery.run(cwd=tmp_path, first="open('x', 'wb', 0).write(bytes(9000))\nopen('y', 'wb', 0).write(b'1')", mounts=[[str(tmp_path), "full", 2]])
+    full = nursery.run(cwd=tmp_path, first="open('x', 'wb', 0).write(bytes(9000))\nopen('y', 'wb', 0).write(b'1')",
+                       mounts=[[str(tmp_path), "full", 2]])
     assert full["status"] == 1 and os.strerror(errno.ENOSPC) in full["err"] and {"kept", "x", "y"} <= set(full["left"])
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]

@@ -19,9 +19,12 @@ def pairs_won(y: np.ndarray, p: np.ndarray) -> float:
     return float((ill[:, None] > well).mean() + 0.5 * (ill[:, None] == well).mean())
 
 
-@pytest.mark.parametrize("track, variant", [("image+report", "gcn both"), ("image-only", "typed both"), ("image-only", "label head, all patches")])
+@pytest.mark.parametrize(
+    "track, variant",
+    [("image+report", "gcn both"), ("image-only", "typed both"), ("image-only", "label head, all patches")])
 def test_an_auc_is_that_of_the_published_predictions(track, variant):
-    part = predictions[(predictions.target == "Pneumonia") & (predictions.track == track) & (predictions.variant == variant) & predictions.y.notna()]
+    part = predictions[(predictions.target == "Pneumonia") & (predictions.track == track)
+                       & (predictions.variant == variant) & predictions.y.notna()]
     assert set(part.split) == {"test"} and part.study_id.nunique() > 500
     mean = part.groupby("study_id").agg(y=("y", "first"), p=("p", "mean"))
     found = pairs_won(mean.y.to_numpy(), mean.p.to_numpy())
@@ -30,7 +33,8 @@ def test_an_auc_is_that_of_the_published_predictions(track, variant):
     results = pd.read_csv(FIGURES / "tables/results.csv").set_index(["target", "track", "variant"])
     assert float(results.AUC["Pneumonia", track, variant].split()[0]) == pytest.approx(found, abs=7e-4)
     page = pd.read_csv(FIGURES / "tables/59_verdict.csv")
-    said = page[(page.data == "phantoms") & page.question.str.startswith("AUC on test") & page.question.str.endswith(f"({track}, {variant})")].measured
+    said = page[(page.data == "phantoms") & page.question.str.startswith("AUC on test")
+                & page.question.str.endswith(f"({track}, {variant})")].measured
     assert len(said) == 1 and float(said.iloc[0].split()[0]) == pytest.approx(found, abs=7e-4)
 
 
@@ -38,16 +42,26 @@ def numbers(tree) -> set[str]:
     "Every number of a record, as the page would print it."
     if isinstance(tree, dict): return set().union(*map(numbers, tree.values())) if tree else set()
     if isinstance(tree, list): return set().union(*map(numbers, tree)) if tree else set()
-    return {f"{sign * tree:.3f}" for sign in (1, -1)} if isinstance(tree, (int, float)) and not isinstance(tree, bool) else set()
+    return ({f"{sign * tree:.3f}" for sign in (1, -1)} if isinstance(tree, (int, float)) and not isinstance(tree, bool)
+            else set())
 
 
 def test_every_number_of_the_page_is_in_a_record():
     page = pd.read_csv(FIGURES / "tables/59_verdict.csv")
-    known = {path.stem[:2]: numbers(json.loads(path.read_text())["metrics"]) for path in (FIGURES / "records").glob("*.json")}
+    known = {
+        path.stem[:2]: numbers(json.loads(path.read_text())["metrics"]) for path in (FIGURES / "records").glob("*.json")
+    }
     mine = page[page.data == "phantoms"]
     assert len(mine) > 40
-    lost = [(q, n) for q, m, c in zip(mine.question, mine.measured, mine.command) for n in m.replace("[", "").replace("]", "").replace(",", "").split()
-            if n.lstrip("-").replace(".", "").isdigit() and len(n.lstrip("-")) == 5 and n not in known[c.split()[2].rpartition("-")[2]]]    # "neural run 10-52": the last stage measured it
+    lost = [
+        (q, n)
+        for q, m, c in zip(mine.question, mine.measured, mine.command)
+        for n in m.replace("[", "").replace("]", "").replace(",", "").split()
+        # "neural run 10-52": the last stage measured it
+        if n.lstrip("-").replace(".", "").isdigit()
+        and len(n.lstrip("-")) == 5
+        and n not in known[c.split()[2].rpartition("-")[2]]
+    ]
     assert lost == []
 
 
@@ -55,9 +69,11 @@ def test_every_number_of_the_page_is_in_a_record():
 def test_a_page_is_what_the_published_numbers_give(page):
     path = FIGURES.parent / f"nbs/paper/{page}.ipynb"
     nb = nbformat.read(path, 4)
-    tables = lambda: ["".join(o["data"].get("text/html", "")) for c in nb.cells for o in c.get("outputs", []) if "data" in o]
+    tables = lambda: [
+        "".join(o["data"].get("text/html", "")) for c in nb.cells for o in c.get("outputs", []) if "data" in o]
     committed = tables()
-    nbclient.NotebookClient(nb, kernel_name="python3", timeout=120, resources={"metadata": {"path": path.parent}}).execute()
+    nbclient.NotebookClient(
+        nb, kernel_name="python3", timeout=120, resources={"metadata": {"path": path.parent}}).execute()
     measured = page != "draws" or (FIGURES / "bench/draws.json").is_file()
     assert sum(map(len, committed)) > 5000 * measured - 1 and tables() == committed
 
@@ -65,4 +81,5 @@ def test_a_page_is_what_the_published_numbers_give(page):
 def test_no_published_number_of_open_i_carries_a_word_of_a_report_or_a_study():
     held = "\n".join(p.read_text() for p in (FIGURES / "open-i").rglob("*") if p.suffix in (".json", ".csv", ".md"))
     assert len(held) > 100_000
-    for word in ("CXR", "IM-", "XXXX", "openi_uid", "silhouette", "cardiomediastinal", "pneumothorax is", "There is"): assert word not in held, word
+    for word in ("CXR", "IM-", "XXXX", "openi_uid", "silhouette", "cardiomediastinal", "pneumothorax is", "There is"):
+        assert word not in held, word

@@ -218,8 +218,11 @@ def test_being_looked_at_changes_nothing(four):
 
 
 @LINUX
-@pytest.mark.parametrize("name, said", [("60_late", 'opened what it does not say it reads: {"10_draw": ["deep/b.txt"]}'),
-                                        ("61_fails", "stopped in cell 3: ValueError: half a graph")])
+@pytest.mark.parametrize(
+    "name, said",
+    [("60_late", 'opened what it does not say it reads: {"10_draw": ["deep/b.txt"]}'),
+     ("61_fails", "stopped in cell 3: ValueError: half a graph")],
+)
 def test_in_a_kernel_of_its_own(tmp_path, name, said):
     "A failed stage leaves what it wrote and an unfinished record, as without a look, and nothing else."
     write_stage(tmp_path / "s", "10_draw", DRAW, "{}")

@@ -142,9 +142,11 @@ def test_letters_are_those_that_come_with_matplotlib():
 
 # forest
 
-FOREST = pd.DataFrame(dict(finding=["Edema", "Edema", "Pneumonia", "Edema"], data=["phantoms", "Open-i", "Open-i", "phantoms"],
-                           track=["image-only", "image-only", "image+report", "image+report"], value=[0.1, -0.2, 0.3, 0.0],
-                           low=[0.05, -0.3, 0.2, -0.1], high=[0.15, -0.1, 0.4, 0.1]))
+FOREST = pd.DataFrame(
+    dict(finding=["Edema", "Edema", "Pneumonia", "Edema"], data=["phantoms", "Open-i", "Open-i", "phantoms"],
+         track=["image-only", "image-only", "image+report", "image+report"], value=[0.1, -0.2, 0.3, 0.0],
+         low=[0.05, -0.3, 0.2, -0.1], high=[0.15, -0.1, 0.4, 0.1])
+)
 
 
 def parts(ax):
@@ -158,7 +160,8 @@ def test_forest_puts_the_points_where_the_numbers_are():
     assert np.allclose(dots[:, 0], FOREST.value) and np.allclose(segments[:, :, 0], FOREST[["low", "high"]])
     assert np.allclose(segments[:, :, 1], dots[:, 1:]) and np.array_equal(np.round(dots[:, 1]), [0, 0, 1, 0])
     order = np.argsort(dots[[0, 3, 1], 1])
-    assert np.array_equal(order, [0, 1, 2])                       # phantoms before Open-i, image-only before image+report
+    # phantoms before Open-i, image-only before image+report
+    assert np.array_equal(order, [0, 1, 2])
     assert np.diff(np.sort(dots[[0, 1, 3], 1])) == pytest.approx([0.7 / 3] * 2)
 
 
@@ -173,7 +176,8 @@ def test_forest_gives_each_group_its_colour_and_each_row_its_name():
 
 
 def test_forest_takes_records_numbers_as_names_and_missing_ends():
-    records = [dict(k=4, value=0.7, low=0.6, high=0.8), dict(k=10, value=0.8, low=None, high=None), dict(k=40, value=None, low=None, high=None)]
+    records = [dict(k=4, value=0.7, low=0.6, high=0.8), dict(k=10, value=0.8, low=None, high=None),
+               dict(k=40, value=None, low=None, high=None)]
     ax = draw_forest(records, row="k", group="k", mark="k")
     assert [t.get_text() for t in ax.get_yticklabels()] == ["4", "10", "40"]
     assert sorted(np.asarray(ax.collections[1].get_offsets())[:, 0]) == [0.7, 0.8]
@@ -184,9 +188,12 @@ def test_forest_draws_into_given_axes():
     assert draw_forest(FOREST, ax=axes[1]) is axes[1] and not axes[0].collections and len(plt.get_fignums()) == 1
 
 
-@pytest.mark.parametrize("change,said", [
-    (dict(low=None), "no value"), (dict(value="0.1 or so"), "must be numbers"), (dict(low=9.0), "line 0 of the table has its low end"),
-    (dict(value=np.nan), "no value to draw"), (dict(finding=None), "lacks its finding")])
+@pytest.mark.parametrize(
+    "change,said",
+    [(dict(low=None), "no value"), (dict(value="0.1 or so"), "must be numbers"),
+     (dict(low=9.0), "line 0 of the table has its low end"), (dict(value=np.nan), "no value to draw"),
+     (dict(finding=None), "lacks its finding")],
+)
 def test_forest_refuses_a_table_that_is_not_one(change, said):
     table = FOREST.drop(columns="value") if change == dict(low=None) else FOREST.assign(**change)
     with pytest.raises(NeuralError, match="need the column 'value'" if change == dict(low=None) else said):
@@ -207,7 +214,8 @@ def test_roc_draws_the_curve_and_its_band():
 def test_two_curves_without_a_colour_get_two():
     ax = draw_reliability([0.1, 0.9], [0.2, 0.8])
     draw_reliability([0.1, 0.9], [0.1, 0.9], ax=ax)
-    assert ax.lines[0].get_color() == PALETTE["blue"] and ax.lines[2].get_color() == PALETTE["orange"] and ax.get_legend() is None
+    assert (ax.lines[0].get_color() == PALETTE["blue"] and ax.lines[2].get_color() == PALETTE["orange"]
+            and ax.get_legend() is None)
 
 
 def test_reliability_draws_dots_by_their_studies():
@@ -217,7 +225,11 @@ def test_reliability_draws_dots_by_their_studies():
     assert {tuple(v) for v in band.get_paths()[0].vertices.round(6)} == {(0.1, 0.1), (0.1, 0.3), (0.5, 0.3), (0.5, 0.5)}
 
 
-@pytest.mark.parametrize("draw", [lambda: draw_roc([0, 1], [0, 1, 1]), lambda: draw_reliability([[0.1]], [[0.1]]), lambda: draw_roc([0, 1], [0, 1], [0], [1])])
+@pytest.mark.parametrize(
+    "draw",
+    [lambda: draw_roc([0, 1], [0, 1, 1]), lambda: draw_reliability([[0.1]], [[0.1]]),
+     lambda: draw_roc([0, 1], [0, 1], [0], [1])],
+)
 def test_curves_of_different_lengths_are_refused(draw):
     with pytest.raises(NeuralError, match="arrays of one length"):
         draw()
@@ -225,21 +237,28 @@ def test_curves_of_different_lengths_are_refused(draw):
 
 # rates
 
-RATES = pd.DataFrame(dict(system=["mosaic", "random", "mosaic", "random", "both"], bytes=[800, 400, 200, 100, 900], value=[0.8, 0.7, 0.75, 0.65, 0.9]))
+RATES = pd.DataFrame(
+    dict(system=["mosaic", "random", "mosaic", "random", "both"], bytes=[800, 400, 200, 100, 900],
+         value=[0.8, 0.7, 0.75, 0.65, 0.9])
+)
 RATES = RATES.assign(low=RATES.value - 0.05, high=RATES.value + 0.05)
 
 
 def test_rates_join_each_system_in_the_order_of_its_bytes():
     ax = draw_rates(RATES, loose=["both"], reference={"raw film": 0.95}, label="AUC")
     drawn = {line.get_label(): line for line in ax.lines}
-    assert drawn["mosaic"].get_xydata().tolist() == [[200, 0.75], [800, 0.8]] and drawn["both"].get_linestyle() == "None"
+    assert (
+        drawn["mosaic"].get_xydata().tolist() == [[200, 0.75], [800, 0.8]] and drawn["both"].get_linestyle() == "None")
     assert np.allclose(ax.collections[0].get_segments(), [[[200, 0.7], [200, 0.8]], [[800, 0.75], [800, 0.85]]])
     assert drawn["raw film"].get_ydata() == [0.95, 0.95] and drawn["random"].get_color() == PALETTE["grey"]
     assert len({line.get_marker() for line in ax.lines[:3]}) == 3 and ax.get_xscale() == "log"
 
 
-@pytest.mark.parametrize("budgets,ticks", [((120, 16000), ["100", "200", "500", "1,000", "2,000", "5,000", "10,000", "20,000"]), ((1, 40), ["1", "2", "5", "10", "20"]),
-                                           ((0.007, 1), ["0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1"])])
+@pytest.mark.parametrize(
+    "budgets,ticks",
+    [((120, 16000), ["100", "200", "500", "1,000", "2,000", "5,000", "10,000", "20,000"]),
+     ((1, 40), ["1", "2", "5", "10", "20"]), ((0.007, 1), ["0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1"])],
+)
 def test_ticks_of_a_budget_are_written_out(budgets, ticks):
     ax = draw_rates([dict(system="a", k=k, value=0.5, low=0.4, high=0.6) for k in budgets], x="k")
     ax.figure.canvas.draw()
@@ -287,7 +306,8 @@ def test_radiographs_of_a_row_are_of_one_size_with_and_without_heat():
         draw_radiograph(FILM, **given, ax=ax)
     fig.canvas.draw()
     corners = np.array([ax.transData.transform([(0, 0), (12, 12)]) for ax in axes])
-    assert np.allclose(corners[:, :, 1], corners[0, :, 1]) and np.allclose(np.ptp(corners[:, :, 0], 1), np.ptp(corners[0, :, 0]))
+    assert np.allclose(corners[:, :, 1], corners[0, :, 1]) and np.allclose(
+        np.ptp(corners[:, :, 0], 1), np.ptp(corners[0, :, 0]))
 
 
 def test_patches_and_lesion_stand_where_they_are():
@@ -303,11 +323,15 @@ def test_patches_and_lesion_stand_where_they_are():
 def test_panels_stand_in_rows_and_hide_their_frames():
     fig, axes = panels(["a", "b", "c"], columns=2)
     assert [ax.get_title() for ax in axes] == ["a", "b", "c"] == [ax.get_title() for ax in fig.axes]
-    assert [ax.get_subplotspec().get_geometry() for ax in axes] == [(2, 2, i, i) for i in range(3)] and not any(ax.axison for ax in axes)
+    assert [ax.get_subplotspec().get_geometry() for ax in axes] == [(2, 2, i, i) for i in range(3)] and not any(
+        ax.axison for ax in axes)
 
 
-@pytest.mark.parametrize("given,said", [(dict(image=np.zeros((3, 9, 9))), "a radiograph must be"), (dict(heat=np.ones(100)), "one number per patch"),
-                                        (dict(heat=np.ones((12, 12))), "one number per patch"), (dict(lesion=np.ones(9)), "the mask of a lesion must be")])
+@pytest.mark.parametrize(
+    "given,said",
+    [(dict(image=np.zeros((3, 9, 9))), "a radiograph must be"), (dict(heat=np.ones(100)), "one number per patch"),
+     (dict(heat=np.ones((12, 12))), "one number per patch"), (dict(lesion=np.ones(9)), "the mask of a lesion must be")],
+)
 def test_what_is_no_radiograph_heat_or_mask_is_refused(given, said):
     with pytest.raises(NeuralError, match=said):
         draw_radiograph(**{"image": FILM, **given})
@@ -340,7 +364,8 @@ def test_a_file_says_what_it_shows_and_nothing_of_the_day_or_the_machine(tmp_pat
     path = save_figure(figure(), tmp_path / "a.png", "  AUC of 0.83\n  – on «test». ", WORDS["alt"], WORDS["source"])
     assert figure_words(path) == WORDS
     with Image.open(path) as im:
-        assert set(im.info) <= {"Description", "Alternative", "Source", "dpi"} and im.info["dpi"] == pytest.approx((110, 110), abs=0.1)
+        assert set(im.info) <= {"Description", "Alternative", "Source", "dpi"} and im.info["dpi"] == pytest.approx(
+            (110, 110), abs=0.1)
     assert b"tIME" not in path.read_bytes() and str(tmp_path).encode() not in path.read_bytes()
 
 
@@ -366,7 +391,8 @@ def test_only_a_picture_is_replaced(tmp_path):
     for path in (notes, folder, tmp_path / "a.svg"):
         with pytest.raises(NeuralError):
             save_figure(figure(), path, **WORDS)
-    assert notes.read_text() == "a protocol" and sorted(p.name for p in tmp_path.iterdir()) == ["folder.png", "notes.png", "old.png"]
+    assert notes.read_text() == "a protocol" and sorted(p.name for p in tmp_path.iterdir()) == [
+        "folder.png", "notes.png", "old.png"]
     assert figure_words(save_figure(figure(), old, **WORDS)) == WORDS
 
 
@@ -418,8 +444,11 @@ def test_a_cell_hands_on_the_words_above_it():
     assert run_cell(inside, "<cell 2>")["alt"] == "One dot."
 
 
-@pytest.mark.parametrize("source,said", [("found = words()\n", "no caption"), (CELL.replace("fig-alt", "fig-pop"), "no alt"),
-                                         (CELL.replace('"One dot."', '"One dot'), "cannot be read")])
+@pytest.mark.parametrize(
+    "source,said",
+    [("found = words()\n", "no caption"), (CELL.replace("fig-alt", "fig-pop"), "no alt"),
+     (CELL.replace('"One dot."', '"One dot'), "cannot be read")],
+)
 def test_a_cell_without_words_is_refused(source, said):
     with pytest.raises(NeuralError, match=said):
         run_cell(source, f"<cell {said}>")

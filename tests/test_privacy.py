@@ -1,4 +1,5 @@
-"Identifiers planted wherever they could come from (DICOM headers, reports, file names, burnt-in text) must reach no byte of a store."
+"""Identifiers planted wherever they could come from (DICOM headers, reports, file names, burnt-in text) must reach no
+byte of a store."""
 from dataclasses import replace
 
 import numpy as np
@@ -21,17 +22,24 @@ from neural.study import Manifest, NeuralError
 from neural.viewer import asset_page
 from neural.vlm import ReportVLM, load_vlm, small_config
 
-SECRETS = ["Zweistein", "Zwei^Albert", "1954-03-02", "19540302", "8812345", "1.2.840.113619.2.55.3.604688119", "Quux", "St Elsewhere", "ACC-77-1234", "p9999", "exam_0"]
+SECRETS = ["Zweistein", "Zwei^Albert", "1954-03-02", "19540302", "8812345", "1.2.840.113619.2.55.3.604688119", "Quux",
+           "St Elsewhere", "ACC-77-1234", "p9999", "exam_0"]
 
 
 def planted_film(path, toy):
     "A DICOM whose header names the patient in every field that has room."
-    ds = pydicom.Dataset(); ds.file_meta = pydicom.dataset.FileMetaDataset(); ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    ds.SOPClassUID, ds.SOPInstanceUID, ds.StudyInstanceUID, ds.Modality = "1.2.840.10008.5.1.4.1.1.1.1", SECRETS[5], SECRETS[5] + ".1", "DX"
-    ds.PatientName, ds.PatientID, ds.PatientBirthDate, ds.AccessionNumber = SECRETS[1], SECRETS[4], SECRETS[3], SECRETS[8]
-    ds.ReferringPhysicianName, ds.InstitutionName, ds.StudyDescription, ds.PatientComments = SECRETS[6], SECRETS[7], f"CHEST {SECRETS[0]}", f"{SECRETS[0]}, born {SECRETS[2]}"
+    ds = pydicom.Dataset()
+    ds.file_meta = pydicom.dataset.FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    ds.SOPClassUID, ds.SOPInstanceUID, ds.StudyInstanceUID, ds.Modality = (
+        "1.2.840.10008.5.1.4.1.1.1.1", SECRETS[5], SECRETS[5] + ".1", "DX")
+    ds.PatientName, ds.PatientID, ds.PatientBirthDate, ds.AccessionNumber = (
+        SECRETS[1], SECRETS[4], SECRETS[3], SECRETS[8])
+    ds.ReferringPhysicianName, ds.InstitutionName, ds.StudyDescription, ds.PatientComments = (
+        SECRETS[6], SECRETS[7], f"CHEST {SECRETS[0]}", f"{SECRETS[0]}, born {SECRETS[2]}")
     pixels = np.round(toy.image[0] * 4095).astype(np.uint16)
-    ds.Rows, ds.Columns = pixels.shape; ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, "MONOCHROME2", 0
+    ds.Rows, ds.Columns = pixels.shape
+    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, "MONOCHROME2", 0
     ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelData = 16, 12, 11, pixels.tobytes()
     pydicom.dcmwrite(path, ds, enforce_file_format=True)
 
@@ -39,17 +47,28 @@ def planted_film(path, toy):
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
     "Eight studies with planted identifiers, and a network that has seen nothing."
-    home = tmp_path_factory.mktemp("privacy"); films = home / "Zweistein_8812345"; films.mkdir()
+    home = tmp_path_factory.mktemp("privacy")
+    films = home / "Zweistein_8812345"
+    films.mkdir()
     rows, texts = [], []
     for i in range(8):
         toy = toy_study("Pneumonia", size=132, seed=i)
         planted_film(films / f"exam_{i}_Zweistein_1954-03-02.dcm", toy)
-        texts.append(f"FINDINGS: Mr. {SECRETS[0]} (MRN {SECRETS[4]}, born {SECRETS[2]}). {toy.report} IMPRESSION: Right lower lobe pneumonia, told Dr. {SECRETS[6]} at {SECRETS[7]}.")
-        rows.append(dict(image=f"{films.name}/exam_{i}_Zweistein_1954-03-02.dcm", report_text=texts[-1], patient_id=f"p9999{i % 4}", study_id=f"exam_{i}", Pneumonia=i % 2))
+        texts.append(
+            f"FINDINGS: Mr. {SECRETS[0]} (MRN {SECRETS[4]}, born {SECRETS[2]}). {toy.report} IMPRESSION: Right lower"
+            f" lobe pneumonia, told Dr. {SECRETS[6]} at {SECRETS[7]}.")
+        rows.append(
+            dict(image=f"{films.name}/exam_{i}_Zweistein_1954-03-02.dcm", report_text=texts[-1],
+                 patient_id=f"p9999{i % 4}", study_id=f"exam_{i}", Pneumonia=i % 2)
+        )
     pd.DataFrame(rows).to_csv(home / "manifest.csv", index=False)
-    reader = ReportReader(); tokenizer = train_tokenizer(texts * 3, vocab_size=150)
-    torch.manual_seed(0); model = ReportVLM(small_config(len(tokenizer), 96, width=64, d_model=64, layers=1)).eval()
-    vlm = home / "vlm"; model.save_pretrained(vlm); tokenizer.save_pretrained(vlm)
+    reader = ReportReader()
+    tokenizer = train_tokenizer(texts * 3, vocab_size=150)
+    torch.manual_seed(0)
+    model = ReportVLM(small_config(len(tokenizer), 96, width=64, d_model=64, layers=1)).eval()
+    vlm = home / "vlm"
+    model.save_pretrained(vlm)
+    tokenizer.save_pretrained(vlm)
     save_aggregation(vlm, Aggregation(lift=False), None, 4, 60)
     return home, index_dataset("folder", home)[0], vlm, model.encoder.num_features
 
@@ -71,18 +90,24 @@ def test_nothing_planted_reaches_a_store(cohort, tmp_path, track, codec):
     book = fit_pq(np.random.default_rng(0).normal(size=(400, dim)), 8) if codec == "pq" else None
     packing = Packing(codec, book, thumbnail=450, pixels=True, secret=b"0123456789abcdef", never=corners((12, 12)))
     store, left_out = build_store(manifest, tmp_path / "store", vlm, track, packing=packing, workers=0, progress=False)
-    assert len(store) == 8 and len(left_out) == 0 and all(a.thumbnail and a.pixels for a in store) and store.verify() == []
-    write_croissant(tmp_path / "store", "a store", description="phantoms", licence="CC0-1.0", url="https://example.org", creator="nobody", published="2026-01-01")
-    held = bytes_of(tmp_path / "store") + b"".join(a.to_bytes() for a in store) + "".join(asset_page(a, store.vocabulary) for a in store).encode()
+    assert (
+        len(store) == 8 and len(left_out) == 0 and all(a.thumbnail and a.pixels for a in store) and store.verify() == []
+    )
+    write_croissant(tmp_path / "store", "a store", description="phantoms", licence="CC0-1.0",
+                    url="https://example.org", creator="nobody", published="2026-01-01")
+    held = (bytes_of(tmp_path / "store") + b"".join(a.to_bytes() for a in store)
+            + "".join(asset_page(a, store.vocabulary) for a in store).encode())
     for secret in SECRETS:
         assert secret.encode() not in held and secret.encode("utf-16-le") not in held, secret
-    for word in (b"label", b"patient", b"StudyInstanceUID", str(home).encode()): assert word not in bytes_of(tmp_path / "store"), word
+    for word in (b"label", b"patient", b"StudyInstanceUID", str(home).encode()):
+        assert word not in bytes_of(tmp_path / "store"), word
 
 
 def test_corners_are_neither_retained_nor_shown(cohort, tmp_path):
     home, manifest, vlm, _ = cohort
     hidden = corners((12, 12), 2)
-    store, _ = build_store(manifest, tmp_path / "store", vlm, packing=Packing(thumbnail=2000, never=hidden), workers=0, progress=False)
+    store, _ = build_store(
+        manifest, tmp_path / "store", vlm, packing=Packing(thumbnail=2000, never=hidden), workers=0, progress=False)
     from neural.picture import decode_picture
     for a in store:
         assert not set(a.patches.tolist()) & set(hidden)
@@ -107,7 +132,8 @@ def test_a_keyed_store_is_not_gone_on_with_under_another_key_or_none(cohort, tmp
     part = Manifest(list(manifest)[:3], manifest.root, manifest.layout)
     build_store(part, tmp_path / "store", vlm, packing=Packing(secret=KEY), workers=0, progress=False)
     before = bytes_of(tmp_path / "store")
-    with pytest.raises(NeuralError, match="key [0-9a-f]{16}, now ([0-9a-f]{16}|none)"): build_store(manifest, tmp_path / "store", vlm, packing=Packing(secret=then), workers=0, progress=False)
+    with pytest.raises(NeuralError, match="key [0-9a-f]{16}, now ([0-9a-f]{16}|none)"):
+        build_store(manifest, tmp_path / "store", vlm, packing=Packing(secret=then), workers=0, progress=False)
     assert bytes_of(tmp_path / "store") == before and KEY not in before and KEY.hex().encode() not in before
     whole, _ = build_store(manifest, tmp_path / "store", vlm, packing=Packing(secret=KEY), workers=0, progress=False)
     assert len(whole) == 8 and all(is_keyed(i) for i in whole.ids) and whole.verify() == []
@@ -116,12 +142,16 @@ def test_a_keyed_store_is_not_gone_on_with_under_another_key_or_none(cohort, tmp
 def test_filling_a_keyed_store_by_hand_without_its_key_is_refused(cohort, tmp_path):
     "The parts that a build is made of keep the promise, too."
     home, manifest, vlm, _ = cohort
-    store, _ = build_store(Manifest(list(manifest)[:3], manifest.root, manifest.layout), tmp_path / "store", vlm, packing=Packing(secret=KEY, never=corners((12, 12))), workers=0, progress=False)
-    network = Network(load_vlm(vlm), AutoTokenizer.from_pretrained(vlm, local_files_only=True), ReportReader(), load_scoring(vlm))
+    store, _ = build_store(Manifest(list(manifest)[:3], manifest.root, manifest.layout), tmp_path / "store", vlm,
+                           packing=Packing(secret=KEY, never=corners((12, 12))), workers=0, progress=False)
+    network = Network(
+        load_vlm(vlm), AutoTokenizer.from_pretrained(vlm, local_files_only=True), ReportReader(), load_scoring(vlm))
     todo, before = list(manifest)[3:], bytes_of(tmp_path / "store")
     for packing in (Packing(), Packing(secret=KEY), Packing(never=corners((12, 12)))):
-        with pytest.raises(NeuralError, match="begun with other settings"): fill_store(store, manifest, todo, network, packing=packing, workers=0, progress=False)
-    with pytest.raises(NeuralError, match="begun with other settings"): open_store(tmp_path / "store", network.reader, network.model, "image+report", {})
+        with pytest.raises(NeuralError, match="begun with other settings"):
+            fill_store(store, manifest, todo, network, packing=packing, workers=0, progress=False)
+    with pytest.raises(NeuralError, match="begun with other settings"):
+        open_store(tmp_path / "store", network.reader, network.model, "image+report", {})
     plain, _ = build_store(manifest, tmp_path / "plain", vlm, workers=0, progress=False)
     with pytest.raises(NeuralError, match="holds keyed study ids"): store.append(list(plain))
     with pytest.raises(NeuralError, match="holds plain study ids"): plain.append(list(store))
@@ -130,10 +160,14 @@ def test_filling_a_keyed_store_by_hand_without_its_key_is_refused(cohort, tmp_pa
 
 def test_what_a_keyed_build_leaves_out_names_nobody(cohort, tmp_path):
     home, manifest, vlm, _ = cohort
-    films = [replace(s, views=(replace(s.views[0], image=s.views[0].image.replace("exam_", "gone_exam_")),)) for s in list(manifest)[:3]]
-    store, left = build_store(Manifest(films, manifest.root, manifest.layout), tmp_path / "store", vlm, packing=Packing(secret=KEY), workers=0, progress=False)
+    films = [replace(s, views=(replace(s.views[0], image=s.views[0].image.replace("exam_", "gone_exam_")),))
+             for s in list(manifest)[:3]]
+    store, left = build_store(Manifest(films, manifest.root, manifest.layout), tmp_path / "store", vlm,
+                              packing=Packing(secret=KEY), workers=0, progress=False)
     told = repr(left.rows)
-    assert len(left) == 3 and len(store) == 0 and {i for i, *_ in left} == {keyed_id(s.study_id, KEY) for s in films} and all(why == "film not readable" for _, why, _ in left)
+    assert (len(left) == 3 and len(store) == 0 and {i for i, *_ in left} == {keyed_id(s.study_id, KEY) for s in films}
+            and all(why == "film not readable" for _, why, _ in left))
     for secret in SECRETS: assert secret not in told, secret
-    plain = build_store(Manifest(films, manifest.root, manifest.layout), tmp_path / "other", vlm, workers=0, progress=False)[1]
+    plain = build_store(
+        Manifest(films, manifest.root, manifest.layout), tmp_path / "other", vlm, workers=0, progress=False)[1]
     assert all("gone_exam_" in detail for *_, detail in plain)

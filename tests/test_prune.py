@@ -38,7 +38,8 @@ def test_four_of_144_is_not_2_3_percent():
 @pytest.mark.parametrize("seed", range(20))
 def test_top_k_agrees_with_the_plain_definition(seed):
     rng = np.random.default_rng(seed)
-    n = int(rng.integers(1, 200)); k = int(rng.integers(1, n + 1))
+    n = int(rng.integers(1, 200))
+    k = int(rng.integers(1, n + 1))
     scores = rng.integers(0, 4, size=(3, n)) / 4                                     # many ties
     expected = [sorted(sorted(range(n), key=lambda i: (-row[i], i))[:k]) for row in scores]
     assert top_k(torch.as_tensor(scores), k).tolist() == expected
@@ -89,10 +90,12 @@ def test_released_equals_a_loop_written_from_the_description():
 @pytest.mark.parametrize("T,kept", [(12, 40), (40, 133), (80, 265), (143, 474)])
 def test_released_counts_on_a_real_decoder(T, kept):
     torch.manual_seed(T)
-    config = T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_decoder_layers=1, num_heads=4, decoder_start_token_id=0)
+    config = T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_decoder_layers=1, num_heads=4,
+                      decoder_start_token_id=0)
     model = T5ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
-        out = model(encoder_outputs=BaseModelOutput(torch.randn(1, N, 16)), labels=torch.randint(2, 50, (1, T)), output_attentions=True)
+        out = model(encoder_outputs=BaseModelOutput(torch.randn(1, N, 16)), labels=torch.randint(2, 50, (1, T)),
+                    output_attentions=True)
     assert len(select(out.cross_attentions[-1][0], "released")) == kept
 
 
@@ -116,6 +119,7 @@ def test_random_k_is_fair_and_repeatable():
 
 
 def test_input_scores_are_left_as_they_were():
-    scores = torch.rand(2, N); before = scores.clone()
+    scores = torch.rand(2, N)
+    before = scores.clone()
     retain(scores, 0.1)
     assert torch.equal(scores, before)

@@ -1,4 +1,5 @@
-"""Each test here fails on what the released code of the paper does (defects A1-A15), so the claim is shown on us, not asserted."""
+"""Each test here fails on what the released code of the paper does (defects A1-A15), so the claim is shown on us, not
+asserted."""
 import math
 
 import numpy as np
@@ -14,7 +15,8 @@ from neural.report import ReportReader, evidence, split_sections, train_tokenize
 from neural.study import LABELS, split_of
 from neural.vlm import ReportVLM, label_loss, small_config, text_loss
 
-TEXTS = ["Focal consolidation in the right lower lung, consistent with pneumonia. No pleural effusion.", "Small left pleural effusion. Heart size is normal."]
+TEXTS = ["Focal consolidation in the right lower lung, consistent with pneumonia. No pleural effusion.",
+         "Small left pleural effusion. Heart size is normal."]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,9 @@ def model(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def films(): return torch.stack([torch.as_tensor(toy_study(f, size=96, seed=3).image) for f in ("Pneumonia", "Pleural Effusion")])
+def films():
+    return torch.stack(
+        [torch.as_tensor(toy_study(f, size=96, seed=3).image) for f in ("Pneumonia", "Pleural Effusion")])
 
 
 class Memory(dict):
@@ -37,7 +41,8 @@ class Memory(dict):
 
 def planted(tokens=20, hot=101):
     "Attention of a report whose words all rest on one patch."
-    a = torch.full((1, 4, tokens, 144), 0.5 / 143); a[..., hot] = 0.5
+    a = torch.full((1, 4, tokens, 144), 0.5 / 143)
+    a[..., hot] = 0.5
     return a
 
 
@@ -56,7 +61,8 @@ def test_relevance_has_one_number_per_patch_whatever_the_report_length():
 def test_a_study_keeps_k_patches_whatever_its_report_says(model, tokenizer, films):
     long = " ".join([TEXTS[0]] * 6)
     for text in (TEXTS[1], long):
-        reading = read_batch(model, tokenizer, ReportReader(), ["s"], films[:1], [text], "image+report", 4, Aggregation(lift=False), max_tokens=200)[0]
+        reading = read_batch(model, tokenizer, ReportReader(), ["s"], films[:1], [text], "image+report", 4,
+                             Aggregation(lift=False), max_tokens=200)[0]
         assert len(set(reading.patches.tolist())) == 4 and reading.features.shape == (4, 64)
 
 
@@ -64,7 +70,8 @@ def test_a_study_keeps_k_patches_whatever_its_report_says(model, tokenizer, film
 def test_initial_losses_are_those_of_a_network_that_knows_nothing(tokenizer, films, sharpness):
     torch.manual_seed(0)
     model = ReportVLM(small_config(len(tokenizer), 96, width=64, d_model=64, layers=2, sharpness=sharpness)).eval()
-    batch = Collator(tokenizer)([dict(film=f.numpy(), text=t, targets=np.zeros(14, np.float32)) for f, t in zip(films, TEXTS)])
+    batch = Collator(tokenizer)(
+        [dict(film=f.numpy(), text=t, targets=np.zeros(14, np.float32)) for f, t in zip(films, TEXTS)])
     with torch.no_grad(): out = model(**batch)
     assert abs(out.text_loss.item() - math.log(len(tokenizer))) < 0.03 * math.log(len(tokenizer))
     assert abs(out.label_loss.item() - math.log(2)) < 1e-4
@@ -75,7 +82,10 @@ def test_every_trainable_parameter_receives_a_gradient(tokenizer, films, sharpne
     torch.manual_seed(1)
     fresh = ReportVLM(small_config(len(tokenizer), 96, width=64, d_model=64, layers=2, sharpness=sharpness)).train()
     with torch.no_grad(): fresh.head.weight.normal_(std=0.01)
-    fresh(**Collator(tokenizer)([dict(film=f.numpy(), text=t, targets=np.ones(14, np.float32)) for f, t in zip(films, TEXTS)])).loss.backward()
+    fresh(
+        **Collator(tokenizer)(
+            [dict(film=f.numpy(), text=t, targets=np.ones(14, np.float32)) for f, t in zip(films, TEXTS)])
+    ).loss.backward()
     assert not [n for n, p in fresh.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
 
 
@@ -99,7 +109,8 @@ def test_a_flipped_image_never_keeps_its_words_and_augmentation_never_flips():
     film[..., 0] = 1
     flipped, words = mirror(film, text)
     assert flipped[..., -1].all() and "right" in words.lower() and "left" not in words.lower()
-    half = torch.zeros(64, 1, 48, 48); half[..., :20] = 1
+    half = torch.zeros(64, 1, 48, 48)
+    half[..., :20] = 1
     moved = augment(half, torch.Generator().manual_seed(0))
     assert (moved[..., :24].sum((1, 2, 3)) > moved[..., 24:].sum((1, 2, 3))).all()
 
@@ -113,18 +124,24 @@ def test_validation_films_are_never_augmented(tokenizer):
 def test_the_indication_never_reaches_the_model():
     report = "INDICATION: Evaluate for pneumonia.\n\nFINDINGS: Heart size is normal."
     assert "pneumonia" not in evidence(split_sections(report)).lower()
-    assert evidence(split_sections("INDICATION: Evaluate for pneumonia.")) == ""  # and no section is ever replaced by the whole report
+    # and no section is ever replaced by the whole report
+    assert evidence(split_sections("INDICATION: Evaluate for pneumonia.")) == ""
 
 
 def test_negated_and_affirmed_findings_are_different_nodes(model, tokenizer, films):
-    reader = ReportReader(); how = Aggregation(lift=False)
-    said = [read_batch(model, tokenizer, reader, ["s"], films[:1], [t], "image+report", 4, how)[0].asset(reader.vocabulary) for t in ("Pneumonia.", "No pneumonia.")]
-    assert said[0].concepts.tolist() == said[1].concepts.tolist() and said[0].assertions.tolist() != said[1].assertions.tolist()
+    reader = ReportReader()
+    how = Aggregation(lift=False)
+    said = [
+        read_batch(model, tokenizer, reader, ["s"], films[:1], [t], "image+report", 4, how)[0].asset(reader.vocabulary)
+        for t in ("Pneumonia.", "No pneumonia.")]
+    assert (said[0].concepts.tolist() == said[1].concepts.tolist()
+            and said[0].assertions.tolist() != said[1].assertions.tolist())
 
 
 def test_stored_edges_are_symmetric(model, tokenizer, films):
     reader = ReportReader()
-    readings = read_batch(model, tokenizer, reader, ["a", "b"], films, TEXTS, "image+report", 20, Aggregation(lift=False))
+    readings = read_batch(
+        model, tokenizer, reader, ["a", "b"], films, TEXTS, "image+report", 20, Aggregation(lift=False))
     for fusion in ("betweenness", "grounding", "none"):
         for r in readings:
             pairs = set(map(tuple, r.graph(reader.vocabulary, fusion).edges.T.tolist()))
@@ -145,10 +162,12 @@ def test_text_nodes_are_not_all_alike():
 
 
 def test_dataset_refuses_lists_of_different_length():
-    with pytest.raises(ValueError, match="do not belong together"): StudyDataset(Memory(), ["a"], ["x", "y"], np.zeros((1, len(LABELS))))
+    with pytest.raises(ValueError, match="do not belong together"):
+        StudyDataset(Memory(), ["a"], ["x", "y"], np.zeros((1, len(LABELS))))
 
 
-# the three defects that the project says the released code has, each on an example small enough to check by hand (must hold)
+# the three defects that the project says the released code has, each on an example small enough to check by hand (must
+# hold)
 
 def shuffled(attention, seed=0):
     "The same words, another film: every column of the attention somewhere else."
@@ -161,7 +180,8 @@ def test_the_token_row_selection_does_not_look_at_the_film():
     attention, tokens = (8 * torch.rand(20, 144)).softmax(-1), np.random.default_rng(0).normal(size=(144, 8))
     here, elsewhere = (released_visual(a, tokens, (12, 12)).patches.tolist() for a in (attention, shuffled(attention)))
     assert here == elsewhere  # what every word looked at was moved, and the choice is the same
-    ours = [top_k(relevance((a[None, None],), torch.ones(1, 20, dtype=torch.bool)), 4)[0].tolist() for a in (attention, shuffled(attention))]
+    ours = [top_k(relevance((a[None, None],), torch.ones(1, 20, dtype=torch.bool)), 4)[0].tolist()
+            for a in (attention, shuffled(attention))]
     assert ours[0] != ours[1]
 
 
@@ -169,7 +189,8 @@ def test_the_token_row_selection_keeps_the_top_of_the_film_one_patch_per_word():
     from neural.audit import released_visual
     for hot in (50, 101, 143):
         graph = released_visual(planted(20, hot)[0].mean(0), np.zeros((144, 8)), (12, 12))
-        assert graph.patches.max() < 20 and hot not in graph.patches and hot in top_k(relevance((planted(20, hot),), torch.ones(1, 20, dtype=torch.bool)), 4)[0]
+        assert (graph.patches.max() < 20 and hot not in graph.patches
+                and hot in top_k(relevance((planted(20, hot),), torch.ones(1, 20, dtype=torch.bool)), 4)[0])
 
 
 def test_released_node_counts_follow_the_report_and_a_long_one_is_refused():
@@ -177,7 +198,8 @@ def test_released_node_counts_follow_the_report_and_a_long_one_is_refused():
     torch.manual_seed(1)
     count = {t: len(released_visual(torch.rand(t, 144), np.zeros((144, 4)), (12, 12))) for t in (12, 40, 120)}
     for t, n in count.items(): assert abs(n / t - 0.023 * 144) < 0.1
-    with pytest.raises(ValueError, match="defect A3"): released_visual(torch.rand(150, 144), np.zeros((144, 4)), (12, 12))
+    with pytest.raises(ValueError, match="defect A3"):
+        released_visual(torch.rand(150, 144), np.zeros((144, 4)), (12, 12))
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +207,10 @@ def small_graph():
     "Three patches in a row, two concepts with a relation, one tie."
     from neural.asset import StudyAsset
     from neural.classify import to_data
-    return to_data(StudyAsset("s", "image+report", (12, 12), [5, 6, 7], [.2, .5, .3], np.eye(3, 4), [1, 2], [0, 2], [(0, 1, 1)], [(0, 1)], [1.]))
+    return to_data(
+        StudyAsset("s", "image+report", (12, 12), [5, 6, 7], [0.2, 0.5, 0.3], np.eye(3, 4), [1, 2], [0, 2],
+                   [(0, 1, 1)], [(0, 1)], [1.0])
+    )
 
 
 def changed_patches(graph):
@@ -193,7 +218,9 @@ def changed_patches(graph):
     from torch_geometric.nn import GCNConv
     torch.manual_seed(0)
     first, second = GCNConv(6, 6), GCNConv(6, 6)
-    x = torch.randn(graph.num_nodes, 6); y = x.clone(); y[~graph.is_patch] += 1
+    x = torch.randn(graph.num_nodes, 6)
+    y = x.clone()
+    y[~graph.is_patch] += 1
     with torch.no_grad(): out = [second(first(v, graph.edge_index).tanh(), graph.edge_index) for v in (x, y)]
     return ((out[0] - out[1]).abs().amax(1) > 1e-7)[graph.is_patch].tolist()
 
@@ -214,7 +241,8 @@ def test_one_third_of_the_studies_judged_on_had_trained_the_network(n, share):
     from neural.audit import stage_overlap
     y = np.arange(n) < share * n
     seen = stage_overlap(y)
-    assert seen == {"trained on": pytest.approx(1 / 3, abs=1e-12), "chose its epoch": pytest.approx(2 / 3, abs=1e-12), "unseen": pytest.approx(0, abs=1e-12)}
+    assert seen == {"trained on": pytest.approx(1 / 3, abs=1e-12), "chose its epoch": pytest.approx(2 / 3, abs=1e-12),
+                    "unseen": pytest.approx(0, abs=1e-12)}
 
 
 def test_a_split_by_studies_puts_a_patient_on_both_sides_and_ours_does_not():
@@ -237,5 +265,7 @@ def test_released_text_nodes_are_one_vector_without_negation(small_graph):
 def test_the_released_hub_is_the_first_node_whatever_its_relevance():
     from neural.audit import first_hub
     from neural.graph import fusion_ties, knowledge_from, visual_graph
-    visual, words = visual_graph([3, 50, 77, 140], np.zeros((4, 2)), [.1, .2, .6, .1], (12, 12)), knowledge_from([1, 2], [0, 0])
-    assert np.argwhere(first_hub(visual, words)).tolist() == [[0, 0]] and np.argwhere(fusion_ties(visual, words)).tolist() == [[0, 2]]
+    visual, words = visual_graph([3, 50, 77, 140], np.zeros((4, 2)), [0.1, 0.2, 0.6, 0.1], (12, 12)), knowledge_from(
+        [1, 2], [0, 0])
+    assert np.argwhere(first_hub(visual, words)).tolist() == [[0, 0]] and np.argwhere(
+        fusion_ties(visual, words)).tolist() == [[0, 2]]

@@ -1,4 +1,5 @@
-"From cross-attention to one number per patch: real decoders, real tokenizers, and the alignments a notebook cannot show."
+"""From cross-attention to one number per patch: real decoders, real tokenizers, and the alignments a notebook cannot
+show."""
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,8 +8,8 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-from neural.relevance import (all_tokens, check_attentions, finding_tokens, lift, mean_relevance, mention_relevance, mention_tokens,
-                              phantom_attention, pick_layer, relevance, with_fallback)
+from neural.relevance import (all_tokens, check_attentions, finding_tokens, lift, mean_relevance, mention_relevance,
+                              mention_tokens, phantom_attention, pick_layer, relevance, with_fallback)
 from neural.study import NeuralError
 
 B, H, T, N = 3, 4, 9, 144
@@ -21,7 +22,8 @@ def mention(start, end, kind="Observation", assertion="present"):
 @pytest.fixture(scope="module")
 def decoder():
     torch.manual_seed(0)
-    config = T5Config(vocab_size=200, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_decoder_layers=2, num_heads=H, decoder_start_token_id=0)
+    config = T5Config(vocab_size=200, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_decoder_layers=2, num_heads=H,
+                      decoder_start_token_id=0)
     return T5ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
 
 
@@ -67,7 +69,8 @@ def test_padding_and_neighbours_change_nothing(decoder, batch):
 def test_row_t_belongs_to_the_step_that_predicts_label_t(decoder, batch):
     "The masks rest on this alignment: the input of step t is label t-1, so changing label t first shows in row t+1."
     tokens, labels = batch
-    other = labels.clone(); other[0, 4] = (other[0, 4] + 7) % 190 + 2
+    other = labels.clone()
+    other[0, 4] = (other[0, 4] + 7) % 190 + 2
     a, b = look(decoder, tokens, labels)[-1][0], look(decoder, tokens, other)[-1][0]
     changed = (a - b).abs().amax(dim=(0, 2)) > 1e-6
     assert not changed[:5].any() and changed[5]
@@ -82,7 +85,8 @@ def test_patches_may_be_renumbered(decoder, batch):
 
 def test_planted_patch_wins_only_with_its_token():
     a = torch.full((1, H, T, N), 1 / N)
-    a[0, :, 5] = 0; a[0, :, 5, 100] = 1
+    a[0, :, 5] = 0
+    a[0, :, 5, 100] = 1
     mask = torch.zeros(1, T, dtype=torch.bool)
     with_word, without = mask.clone(), ~mask
     with_word[0, 5], without[0, 5] = True, False
@@ -98,7 +102,8 @@ def test_half_precision_is_read_as_float32(decoder, batch):
 
 
 def test_attentions_of_generate_are_refused(decoder, batch):
-    out = decoder.generate(encoder_outputs=BaseModelOutput(batch[0]), max_new_tokens=3, use_cache=False, return_dict_in_generate=True, output_attentions=True)
+    out = decoder.generate(encoder_outputs=BaseModelOutput(batch[0]), max_new_tokens=3, use_cache=False,
+                           return_dict_in_generate=True, output_attentions=True)
     with pytest.raises(NeuralError, match="generate"): check_attentions(out.cross_attentions)
 
 
@@ -107,7 +112,8 @@ def test_the_network_of_this_project_gives_what_relevance_reads():
     torch.manual_seed(0)
     model = ReportVLM(small_config(60, image_size=96, width=64, d_model=64)).eval()
     labels = torch.tensor([[5, 9, 7, 1], [8, 1, -100, -100]])
-    with torch.no_grad(): layers = model(torch.rand(2, 1, 96, 96), labels=labels, output_attentions=True).cross_attentions
+    with torch.no_grad():
+        layers = model(torch.rand(2, 1, 96, 96), labels=labels, output_attentions=True).cross_attentions
     r = relevance(layers, all_tokens(labels))
     assert r.shape == (2, model.grid[0] * model.grid[1]) and torch.allclose(r.sum(1), torch.ones(2), atol=1e-5)
 
@@ -115,7 +121,8 @@ def test_the_network_of_this_project_gives_what_relevance_reads():
 def test_every_phantom_mention_has_its_tokens_and_only_those():
     from neural.phantom import toy_study
     from neural.report import ReportReader, evidence, split_sections, train_tokenizer
-    texts = [evidence(split_sections(toy_study(f, size=48, seed=s).report)) for f in ("Pneumonia", "Pleural Effusion", "Edema", "") for s in range(5)]
+    texts = [evidence(split_sections(toy_study(f, size=48, seed=s).report))
+             for f in ("Pneumonia", "Pleural Effusion", "Edema", "") for s in range(5)]
     tokenizer, reader = train_tokenizer(texts, vocab_size=200), ReportReader()
     for text, note in zip(texts, reader.pipe(texts)):
         offsets = tokenizer(text, return_offsets_mapping=True).offset_mapping
@@ -128,7 +135,8 @@ def test_every_phantom_mention_has_its_tokens_and_only_those():
 
 def test_only_findings_that_may_be_there_speak():
     offsets = [(0, 5), (5, 9), (9, 15), (15, 20), (0, 0)]
-    said = [mention(0, 5), mention(6, 9, assertion="uncertain"), mention(10, 15, assertion="absent"), mention(16, 20, kind="Anatomy")]
+    said = [mention(0, 5), mention(6, 9, assertion="uncertain"), mention(10, 15, assertion="absent"),
+            mention(16, 20, kind="Anatomy")]
     assert finding_tokens(offsets, said).tolist() == [True, True, False, False, False]
     assert finding_tokens(offsets, said, kinds=("Anatomy",)).tolist() == [False, False, False, True, False]
     assert finding_tokens(offsets, said, assertions=("absent",)).tolist() == [False, False, True, False, False]
@@ -144,7 +152,8 @@ def test_fallback_is_reported_for_exactly_the_studies_that_needed_it():
 
 def test_silent_study_is_an_error_and_not_a_row_of_nan():
     a = torch.full((2, H, T, N), 1 / N)
-    mask = torch.ones(2, T).bool(); mask[1] = False
+    mask = torch.ones(2, T).bool()
+    mask[1] = False
     with pytest.raises(NeuralError, match=r"studies \[1\]"): relevance((a,), mask)
 
 
@@ -163,6 +172,7 @@ def test_empty_attention_names_the_cure(layer):
 def test_lift_of_the_mean_itself_is_flat_and_survives_half_precision_zeros():
     mean = mean_relevance(torch.rand(50, N, generator=torch.Generator().manual_seed(0)))
     assert torch.allclose(lift(mean, mean, smooth=0), torch.full((N,), 1 / N), atol=1e-6)
-    holed = mean.clone(); holed[7] = 0
+    holed = mean.clone()
+    holed[7] = 0
     up = lift(np.asarray(mean, dtype=np.float16), holed)
     assert torch.isfinite(up).all() and abs(up.sum() - 1) < 1e-5

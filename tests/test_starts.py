@@ -1,4 +1,5 @@
-"Starts: trained at equal passes, chosen on validate, resumed, refused when made otherwise, and left out where no weights are."
+"""Starts: trained at equal passes, chosen on validate, resumed, refused when made otherwise, and left out where no
+weights are."""
 import json
 
 import numpy as np
@@ -11,7 +12,8 @@ from neural.cli import app, stage_values
 from neural.image_model import EfficientNetLite
 from neural.layouts import index_dataset
 from neural.phantom import write_cohort
-from neural.starts import LITE, PLAIN, WARM, bench_starts, new_network, start_parts, start_settings, start_tables, training_file
+from neural.starts import (LITE, PLAIN, WARM, bench_starts, new_network, start_parts, start_settings, start_tables,
+                           training_file)
 from neural.study import NeuralError
 from neural.yardstick import is_tables, read_tables
 
@@ -42,7 +44,8 @@ def test_settings_are_those_of_the_preset_and_passes_are_equal():
     found = start_settings(stage_values("open-i", STAGES))
     assert found["findings"] == ["Cardiomegaly", "Pleural Effusion", "Lung Opacity", "Atelectasis", "No Finding"]
     assert (found["image_size"], found["coarse"], found["epochs"], found["batch_size"]) == (192, 0.6, 6, 16)
-    with pytest.raises(NeuralError, match="some findings"): start_settings(stage_values("open-i", STAGES) | {"targets_audited": []})
+    with pytest.raises(NeuralError, match="some findings"):
+        start_settings(stage_values("open-i", STAGES) | {"targets_audited": []})
 
 
 def test_the_two_efficientnets_differ_in_their_weights_alone():
@@ -58,22 +61,32 @@ def test_the_two_efficientnets_differ_in_their_weights_alone():
 
 def test_without_weights_the_row_is_left_out_and_said_so(manifest, settings, no_weights, tmp_path, capsys):
     tables = bench_starts(manifest, settings, [0], [3e-3], tmp_path, workers=1)
-    assert set(tables["auc"].start) == {PLAIN, LITE} and set(tables["differences"].difference) == {f"{LITE} less {PLAIN}"}
+    assert set(tables["auc"].start) == {PLAIN, LITE} and set(tables["differences"].difference) == {
+        f"{LITE} less {PLAIN}"}
     assert f"left out: {WARM}: the ImageNet weights are not installed" in capsys.readouterr().out
 
 
-def test_a_finished_training_is_not_made_again_and_another_is_refused(manifest, settings, no_weights, tmp_path, monkeypatch):
+def test_a_finished_training_is_not_made_again_and_another_is_refused(
+    manifest, settings, no_weights, tmp_path, monkeypatch
+):
     first = bench_starts(manifest, settings, [0], [3e-3], tmp_path, workers=1)
     monkeypatch.setattr(starts, "one_training", lambda *_: pytest.fail("made again"))
     assert bench_starts(manifest, settings, [0], [3e-3], tmp_path, workers=1)["auc"].equals(first["auc"])
-    with pytest.raises(NeuralError, match=r"^residual-network-from-nothing-0.003-0.json: was made with other settings; make it again with --force"):
+    with pytest.raises(
+        NeuralError,
+        match=r"^residual-network-from-nothing-0.003-0.json: was made with other settings; make it again with --force"):
         bench_starts(manifest, settings | {"epochs": 2}, [0], [3e-3], tmp_path, workers=1)
     training_file(tmp_path, PLAIN, 3e-3, 0).write_text("{}")
-    with pytest.raises(NeuralError, match="is no training of `neural starts`"): bench_starts(manifest, settings, [0], [3e-3], tmp_path, workers=1)
+    with pytest.raises(NeuralError, match="is no training of `neural starts`"):
+        bench_starts(manifest, settings, [0], [3e-3], tmp_path, workers=1)
 
 
-@pytest.mark.parametrize("findings, said", [(["Gout"], "no finding 'Gout'"), (["Support Devices", "Pleural Other"], "one class only on validate")])
-def test_findings_that_cannot_be_measured_are_refused_before_anything_is_trained(manifest, settings, no_weights, tmp_path, monkeypatch, findings, said):
+@pytest.mark.parametrize(
+    "findings, said",
+    [(["Gout"], "no finding 'Gout'"), (["Support Devices", "Pleural Other"], "one class only on validate")])
+def test_findings_that_cannot_be_measured_are_refused_before_anything_is_trained(
+    manifest, settings, no_weights, tmp_path, monkeypatch, findings, said
+):
     studies, parts = start_parts(manifest, tmp_path, settings)
     monkeypatch.setattr(starts, "made_trainings", lambda *_: pytest.fail("work began"))
     names = list(studies.label_names)
@@ -84,16 +97,22 @@ def test_findings_that_cannot_be_measured_are_refused_before_anything_is_trained
 def planted(parts, names, start, rate, seed, noise, settings):
     "A training whose scores are the targets under some noise."
     rng = np.random.default_rng([seed, int(rate * 1e4), len(start)])
-    scores = {split: (np.nan_to_num(part.targets) + noise * rng.normal(size=part.targets.shape)).tolist() for split, part in parts.items()}
-    return dict(start=start, rate=rate, seed=seed, settings=settings, studies="0", code="0", seconds=1.0, curve=[dict(epoch=1, loss=0.5, eval_loss=0.6)], scores=scores)
+    scores = {split: (np.nan_to_num(part.targets) + noise * rng.normal(size=part.targets.shape)).tolist()
+              for split, part in parts.items()}
+    return dict(start=start, rate=rate, seed=seed, settings=settings, studies="0", code="0", seconds=1.0,
+                curve=[dict(epoch=1, loss=0.5, eval_loss=0.6)], scores=scores)
 
 
 def test_a_planted_gain_is_found_and_the_rate_is_chosen_on_validate(manifest, settings, tmp_path):
     studies, parts = start_parts(manifest, tmp_path, settings)
     names = list(studies.label_names)
-    some = [planted(parts, names, start, rate, 0, noise, settings) for start, noise in ((LITE, 0.01), (WARM, 0.01)) for rate in (1e-3, 3e-3)]
-    for t in some[::2]: t["scores"]["validate"] = (-np.asarray(t["scores"]["validate"])).tolist()                 # the first rate of each: bad on validate
-    for t in some[1::2]: t["scores"]["test"] = t["scores"]["test"] if t["start"] == WARM else np.zeros_like(parts["test"].targets).tolist()
+    some = [planted(parts, names, start, rate, 0, noise, settings) for start, noise in ((LITE, 0.01), (WARM, 0.01))
+            for rate in (1e-3, 3e-3)]
+    # the first rate of each: bad on validate
+    for t in some[::2]: t["scores"]["validate"] = (-np.asarray(t["scores"]["validate"])).tolist()
+    for t in some[1::2]:
+        t["scores"]["test"] = (
+            t["scores"]["test"] if t["start"] == WARM else np.zeros_like(parts["test"].targets).tolist())
     tables = start_tables(some, parts, [studies[i].patient_id for i in parts["test"].ids], names)
     assert set(tables["trainings"].query("chosen").rate) == {3e-3}
     gain = tables["differences"].set_index(["difference", "finding"]).loc[(f"{WARM} less {LITE}", "mean")]
@@ -103,12 +122,15 @@ def test_a_planted_gain_is_found_and_the_rate_is_chosen_on_validate(manifest, se
 
 def test_the_command_writes_its_tables_and_not_over_a_file_of_the_user(manifest, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["starts", str(manifest), "--small", "--epochs", "1", "--seeds", "0", "--workers", "1", "--findings", "Pneumonia, Pleural Effusion", "--out", "starts.json"]
+    words = ["starts", str(manifest), "--small", "--epochs", "1", "--seeds", "0", "--workers", "1", "--findings",
+             "Pneumonia, Pleural Effusion", "--out", "starts.json"]
     said = CliRunner().invoke(app, words)
     assert said.exit_code == 0, said.output
     about, tables = read_tables(tmp_path / "starts.json")
-    assert about["command"] == "neural starts manifest.csv --preset open-i --epochs 1 --seeds 0 --small" and is_tables(tmp_path / "starts.json")
-    assert {"auc", "differences", "trainings", "curves", "settings"} == set(tables) and str(tmp_path) not in (tmp_path / "starts.json").read_text()
+    assert about["command"] == "neural starts manifest.csv --preset open-i --epochs 1 --seeds 0 --small" and is_tables(
+        tmp_path / "starts.json")
+    assert {"auc", "differences", "trainings", "curves", "settings"} == set(tables) and str(tmp_path) not in (
+        tmp_path / "starts.json").read_text()
     (tmp_path / "starts.json").write_text("mine")
     again = CliRunner().invoke(app, [*words, "--force"])
     assert again.exit_code == 1 and (tmp_path / "starts.json").read_text() == "mine"

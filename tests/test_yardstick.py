@@ -6,7 +6,8 @@ import torch
 
 from neural import yardstick
 from neural.study import NeuralError
-from neural.yardstick import TimeBudget, card, check_device, machine, matrix_peak, peak_memory, rounds_within, seconds_of
+from neural.yardstick import (TimeBudget, card, check_device, machine, matrix_peak, peak_memory, rounds_within,
+                              seconds_of)
 
 
 class Hand:
@@ -49,7 +50,9 @@ def test_enough_rounds_are_enough(hand):
 
 
 def test_what_does_not_fit_is_refused_in_one_line_before_it_is_measured(hand):
-    with pytest.raises(NeuralError, match="^sums: 3 rounds of 40.0 s do not fit into the 80 s that are left; allow more minutes, or measure less$"):
+    with pytest.raises(
+        NeuralError,
+        match="^sums: 3 rounds of 40.0 s do not fit into the 80 s that are left; allow more minutes, or measure less$"):
         rounds_within({"a": lambda: hand.work(40)}, TimeBudget(120, 1, hand), 120, "sums")
     assert hand.now == 40
 
@@ -68,19 +71,25 @@ def test_the_clock_waits_for_the_device(monkeypatch, hand, device, waits):
 
 
 def test_memory_of_a_card_is_counted_from_where_it_stood(monkeypatch):
-    counts = dict(memory_allocated=lambda: 5e6, max_memory_allocated=lambda: 25e6, reset_peak_memory_stats=lambda: None, synchronize=lambda: None)
+    counts = dict(memory_allocated=lambda: 5e6, max_memory_allocated=lambda: 25e6,
+                  reset_peak_memory_stats=lambda: None, synchronize=lambda: None)
     for name, count in counts.items(): monkeypatch.setattr(torch.cuda, name, count)
     with peak_memory({}, "cuda") as seen: assert seen == {}
     assert seen == {"MB": 20}
 
 
-@pytest.mark.parametrize("said, driver", [("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5\nGCC version:  12.2.0\n", "550.54.15"),
-                                          ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release Build\n", "570.124.06"), ("", "unknown"), (None, "unknown")])
+@pytest.mark.parametrize(
+    "said, driver",
+    [("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5\nGCC version:  12.2.0\n", "550.54.15"),
+     ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release Build\n", "570.124.06"),
+     ("", "unknown"), (None, "unknown")],
+)
 def test_the_machine_names_card_driver_and_torch(monkeypatch, tmp_path, said, driver):
     if said is not None: (tmp_path / "version").write_text(said)
     monkeypatch.setattr(yardstick, "DRIVER", tmp_path / "version")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda n: SimpleNamespace(name="Some Card", total_memory=24e9))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda n: SimpleNamespace(name="Some Card", total_memory=24e9))
     assert card() == f"Some Card, 24 GB, driver {driver}, CUDA {torch.version.cuda}"
     assert card() in machine() and f"torch {torch.__version__}" in machine()
 
