@@ -161,7 +161,8 @@ PROBE = """<script>window.addEventListener('load', () => {
   if (e.getBoundingClientRect().right <= innerWidth + 1) return false;
   for (let p = e.parentElement; p; p = p.parentElement) if (rolls.includes(getComputedStyle(p).overflowX)) return false;
   return true }).map(e => e.tagName + '.' + e.className + '#' + e.id);
-  parent.postMessage(JSON.stringify({inner: innerWidth, page: document.documentElement.scrollWidth, wide: wide.slice(0, 3),
+  parent.postMessage(JSON.stringify({inner: innerWidth,
+    page: document.documentElement.scrollWidth, wide: wide.slice(0, 3),
     flat: [...document.querySelectorAll('math')]
       .filter(m => m.getBoundingClientRect().height < 3 && m.offsetParent !== null).length,
     fetched: performance.getEntriesByType('resource').map(r => r.name)

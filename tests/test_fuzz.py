@@ -133,7 +133,8 @@ def fitting(act, room, trace=True):
 
     What goes over is done again, up to six times: a library maps pages of its own when some path of it is first
     taken, and those it keeps; pages that the system had taken back while the process slept come back when they are
-    touched, which is done in between. What belongs to the input is given back to the system, too, and taken again each time."""
+    touched, which is done in between. What belongs to the input is given back to the system, too, and taken again
+    each time."""
     for _ in range(6):
         found, took = measured(act, trace)
         if (took <= room).all(): return found
