@@ -443,7 +443,8 @@ def _check_parts(kind, parts, certainty):
         raise NeuralError(f"parts must be some of {', '.join(PARTS)}, and {CONTEXT} beside them; got {parts}")
     if certainty and 'knowledge' not in parts:
         raise NeuralError("a certainty is of a concept: read it with parts that have 'knowledge'")
-    if CONTEXT in parts and kind == 'gcn': raise NeuralError("the paper's classifier knows no context; use kind='typed'")
+    if CONTEXT in parts and kind == 'gcn':
+        raise NeuralError("the paper's classifier knows no context; use kind='typed'")
 
 # %% ../nbs/api/22_classify.ipynb #0e5f3670x1
 class GraphClassifier(nn.Module):

@@ -509,7 +509,8 @@ def trained_rows(
     ]
 
 # %% ../nbs/api/23_export.ipynb #184ad997
-NOT_FOR = """Research software, not a diagnostic device. It has passed no review by a regulator, and no prospective study.
+NOT_FOR = """Research software, not a diagnostic device. It has passed no review by a regulator, \
+and no prospective study.
 
 - Not for decisions about a patient, for triage, for a second reading, or for leaving a film unread.
 - Not for films unlike those of the table above: other scanners, children, lateral or portable views, other populations.
@@ -517,7 +518,8 @@ NOT_FOR = """Research software, not a diagnostic device. It has passed no review
 
 ## Limits
 
-- The labels come from where the table says. If that is the report, a model that reads the report is told the answer; the `image-only` track is then the one to judge by.
+- The labels come from where the table says. If that is the report, a model that reads the report is \
+told the answer; the `image-only` track is then the one to judge by.
 - Uncertain labels are turned into targets by a policy; blank ones are left out, never counted as negative.
 - An interval covers the chance of which patients were drawn, not that of another hospital.
 - Numbers on phantoms say whether the method finds what is there. They say nothing about patients."""

@@ -228,7 +228,8 @@ def concept_html(
         out.append(
             f'<li><span class="chip {said}" id="c{row}" data-ties="{" ".join(f"p{p}:{w/most:.3f}" for p, w in mine)}"'
             f' data-say="{safe(words)}" aria-label="{safe(name)}, {said}" title="{safe(name)}">'
-            f'<i aria-hidden="true">{GLYPHS[said]}</i><bdi>{safe(name)}</bdi>{f"<small>{sure}</small>" if sure else ""}{count}</span></li>'
+            f'<i aria-hidden="true">{GLYPHS[said]}</i><bdi>{safe(name)}</bdi>'
+            f'{f"<small>{sure}</small>" if sure else ""}{count}</span></li>'
         )
     return ''.join(out) + '</ul>' if rows else '<p class="soft">This asset holds no concepts.</p>'
 
@@ -259,20 +260,20 @@ def tables_html(
                      f' width="{100*n/total:.2f}" height="8"/></svg>')
     rows = ''.join(f'<tr><th scope="row">{part}</th><td>{n:,}</td><td class="share">{bar(n)}</td></tr>'
                    for part, n in sizes.items())
+    told = asset.track == 'image+report'
+    guided = 'the report guided the pruning' if told else 'the report was generated from the film'
     facts = dict(
-        track=(
-            f'{asset.track}'
-            f' ({"the report guided the pruning" if asset.track == "image+report" else "the report was generated from the film"})'
-        ),
+        track=f'{asset.track} ({guided})',
         codec=f'{asset.codec}, {asset.features.shape[1]} numbers per patch',
         grid=f'{asset.grid[0]} x {asset.grid[1]} patches',
         **{k.replace('_', ' '): f'{v:.3g}' if isinstance(v, float) else v for k, v in asset.provenance.items()},
     )
+    listed_facts = ''.join(f'<dt>{safe(k)}</dt><dd>{safe(v)}</dd>' for k, v in facts.items())
     return (
         '<section><h2>Size</h2><table><thead><tr><th scope="col">part</th><th scope="col">bytes</th><th scope="col"'
         f' class="share">share</th></tr></thead><tbody>{rows}</tbody>'
         f'<tfoot><tr><th scope="row">total</th><td>{total:,}</td><td class="share"></td></tr></tfoot></table></section>'
-        f'<section><h2>Provenance</h2><dl>{"".join(f"<dt>{safe(k)}</dt><dd>{safe(v)}</dd>" for k, v in facts.items())}</dl></section>'
+        f'<section><h2>Provenance</h2><dl>{listed_facts}</dl></section>'
     )
 
 # %% ../nbs/api/25_viewer.ipynb #85d42489
@@ -331,7 +332,7 @@ h2{font-size:1rem;font-weight:650;margin:0 0 .6rem}
 .say{margin:.75rem 0 0;min-height:4.5em;color:var(--soft);font-size:.9rem}
 .graph{display:flex;align-items:flex-start}
 .graph>div{flex:1;min-width:0;container-type:inline-size}
-"""
+"""  # noqa: E501
 
 # %% ../nbs/api/25_viewer.ipynb #60f8b2f1
 STYLE += """
@@ -366,7 +367,7 @@ footer{margin-top:2.5rem;padding-top:1rem;border-top:1px solid var(--line);font-
 @media (min-width:47.01rem) and (min-height:36rem){.look{position:sticky;top:1rem}}
 @media (max-width:47rem){.stage{grid-template-columns:minmax(0,1fr)} .graph .rels{max-width:15vw} body{padding-top:1.25rem} .below{gap:1.75rem}}
 @media (prefers-reduced-motion:reduce){*{transition:none!important}}
-"""
+"""  # noqa: E501
 
 # %% ../nbs/api/25_viewer.ipynb #ce781898
 SCRIPT = """
@@ -408,7 +409,7 @@ SCRIPT = """
   for (const event of ['resize', 'scroll']) addEventListener(event, show, {passive: true});
   show();
 })();
-"""
+"""  # noqa: E501
 
 # %% ../nbs/api/25_viewer.ipynb #ad0fccaf
 def policy(
@@ -436,11 +437,16 @@ def asset_page(
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy(STYLE, SCRIPT)}">
 {MARK}
-<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="referrer" content="no-referrer"><link rel="icon" href="data:,">
+<meta name="viewport" content="width=device-width, initial-scale=1">\
+<meta name="referrer" content="no-referrer"><link rel="icon" href="data:,">
 <title>{heading}</title><style>{STYLE}</style></head>
 <body><header><h1><bdi>{heading}</bdi></h1><p class="lead">{lead}</p></header>
-<main><div class="stage"><section class="look" aria-label="Film">{film_svg(asset, vocabulary)}<p class="say" role="status">Brighter squares are more relevant. Which concept goes with which patch is listed under Ties.</p></section>
-<section aria-label="Concepts"><div class="graph"><div>{concept_html(asset, vocabulary)}</div>{relation_svg(asset)}</div></section><svg class="wires" aria-hidden="true"></svg></div>
+<main><div class="stage"><section class="look" aria-label="Film">{film_svg(asset, vocabulary)}\
+<p class="say" role="status">Brighter squares are more relevant. \
+Which concept goes with which patch is listed under Ties.</p></section>
+<section aria-label="Concepts">\
+<div class="graph"><div>{concept_html(asset, vocabulary)}</div>{relation_svg(asset)}</div></section>\
+<svg class="wires" aria-hidden="true"></svg></div>
 <div class="below"><div>{lists_html(asset, vocabulary)}</div><div>{tables_html(asset)}</div></div></main>
 <footer>Research software, not a diagnostic device.</footer><script>{SCRIPT}</script></body></html>
 """
