@@ -129,7 +129,7 @@ def test_stage_outputs_belong_to_its_code(path):
 def test_presets_speak_to_some_stage():
     known = {n: p for path in STAGES for n, p in stage_parameters(path).items()}
     found = sorted((ROOT / "nbs/paper/presets").glob("*.yaml"))
-    assert [p.stem for p in found] == ["described", "open-i", "open-i-warm", "paper", "quickstart", "smoke"]
+    assert [p.stem for p in found] == ["described", "open-i-warm", "open-i", "paper", "quickstart", "smoke"]
     for preset in found:
         values = yaml.safe_load(preset.read_text())
         pick_stages(find_stages(ROOT / "nbs/paper"), values.pop("stages", ()))
