@@ -686,7 +686,7 @@ class Recipe:
         at_least(0, **{n: getattr(self, n) for n in rest})
 
 
-FROM_IMAGENET = Recipe(stem="efficientnet-lite0", lr_warm=1e-3)  # of an encoder that starts from ImageNet
+FROM_IMAGENET = Recipe(stem="efficientnet-lite0", lr_warm=1e-3, bf16=False)  # of an encoder that starts from ImageNet
 
 # %% ../nbs/api/12_finetune.ipynb #recipe02
 def recipe_of(

@@ -183,7 +183,7 @@ def test_the_passes_on_findings_teach_it_as_they_teach_the_residual_network(pack
     norm = next(m for m in net.modules() if isinstance(m, nn.BatchNorm2d))
     before = norm.running_mean.clone()
     data = StudyDataset(Films(toys), list(toys), ["effusion."] * 4, targets)
-    curve = warm_start(model, data, epochs=2, batch_size=2, lr=FROM_IMAGENET.lr_warm)
+    curve = warm_start(model, data, epochs=2, batch_size=2, lr=FROM_IMAGENET.lr_warm, bf16=FROM_IMAGENET.bf16)
     assert len(curve) == 2 and not torch.equal(norm.running_mean, before)
     films = torch.as_tensor(data.films.batch(data.ids))
     with torch.no_grad(): torch.testing.assert_close(stem_logits(model.eval(), films), model(films).label_logits)
