@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXPORT', 'MARK', 'TEXT', 'public_names', 'is_import_cell', 'split_title', 'reading_copy', 'cell_options',
            'number_figures', 'link_figures', 'page_name', 'relative_links', 'write_source', 'listed_notebooks',
-           'write_config', 'to_mathml', 'finish_page', 'finish_style', 'page_faults', 'process_notebooks', 'smalldocs',
-           'empty_pages', 'build_docs', 'readme_text', 'write_readme', 'main']
+           'with_unlisted', 'write_config', 'to_mathml', 'finish_page', 'finish_style', 'page_faults',
+           'process_notebooks', 'smalldocs', 'empty_pages', 'build_docs', 'readme_text', 'write_readme', 'main']
 
 # %% ../nbs/api/44_docs.ipynb #17a3b30b
 import argparse, ast, contextlib, io, os, re, shutil, subprocess, sys
@@ -173,6 +173,17 @@ def listed_notebooks(
     if isinstance(entry, list): return [n for e in entry for n in listed_notebooks(e)]
     return listed_notebooks([entry.get("href", ""), entry.get("contents", [])])
 
+# %% ../nbs/api/44_docs.ipynb #place001
+def with_unlisted(
+    contents: list,   # of the sidebar
+    notebooks,        # paths of all notebooks
+) -> list:            # the same, with a section "More" where there is a need
+    "A sidebar with the numbered notebooks that it does not list, in order, at its end (this companion's choice)."
+    missing = sorted({*notebooks} - {*listed_notebooks(contents)})
+    lost = [n for n in missing if not re.match(r"\d+[a-z]?_", Path(n).name)]
+    if lost: raise NeuralError(f"{lost[0]} is not in the sidebar; add it to nbs/_quarto.yml")
+    return [*contents, {"section": "More", "contents": missing}] if missing else contents
+
 # %% ../nbs/api/44_docs.ipynb #e7ca8999
 def write_config(
     config,     # the hand-written `_quarto.yml`
@@ -182,11 +193,11 @@ def write_config(
 ):
     "Write the renderer's settings: the hand-written ones with the page names of this site."
     settings = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-    listed = listed_notebooks(settings["website"]["sidebar"]["contents"])
-    if missing := sorted(set(notebooks) - set(listed)):
-        raise NeuralError(f"{missing[0]} is not in the sidebar; add it to nbs/_quarto.yml")
+    sidebar = settings["website"]["sidebar"]
+    listed = listed_notebooks(sidebar["contents"])
     if gone := sorted(set(listed) - set(notebooks)):
         raise NeuralError(f"nbs/_quarto.yml lists {gone[0]}, which is not there; take it out")
+    sidebar["contents"] = with_unlisted(sidebar["contents"], notebooks)
     text = re.sub(r"[\w./-]+\.ipynb", lambda m: Path(page_name(m[0])).with_suffix(".ipynb").as_posix(),
                   yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     settings = yaml.safe_load(text)

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,8 +25,8 @@ from .study import LABELS, NeuralError, at_least, make_folder, readable, system_
 
 # %% auto #0
 __all__ = ['LITE', 'LITE_STAGES', 'KIND', 'ResidualBlock', 'start_convolutions', 'LevelNet', 'sight', 'middle', 'conv_norm',
-           'InvertedBlock', 'eights', 'EfficientNetLite', 'pool_patches', 'ImageModel', 'writable', 'hash_of_file',
-           'network_config', 'save_image_model', 'load_image_model']
+           'InvertedBlock', 'eights', 'EfficientNetLite', 'pool_patches', 'register_net', 'ImageModel', 'writable',
+           'hash_of_file', 'network_config', 'save_image_model', 'load_image_model']
 
 # %% ../nbs/api/09_image_model.ipynb #im06
 class ResidualBlock(nn.Module):
@@ -216,6 +217,39 @@ def pool_patches(
     if not sharpness: return scores.float().mean(1)
     return (torch.logsumexp(sharpness * scores.float(), 1) - math.log(scores.shape[1])) / sharpness
 
+# %% ../nbs/api/09_image_model.ipynb #im61
+_NETS = {}  # name -> function from a configuration to a network with `levels` and `width`
+
+def register_net(
+    name: str,  # unique, small letters, digits and hyphens, such as "efficientnet-lite0"
+) -> Callable:  # decorates a function (config) -> nn.Module, and gives it back
+    "Put a network where an image model finds it by its name (this companion's choice)."
+    if name in _NETS or not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+        raise NeuralError(
+            f"a network needs a name of its own, of small letters, digits and hyphens; got {str(name)[:40]!r}")
+
+    def put(make):
+        _NETS[name] = make
+        return make
+
+    return put
+
+def _make_net(config):
+    "The network inside, by the name in a configuration."
+    if make := _NETS.get(config["net"]): return make(config)
+    said = f"no network is called {str(config['net'])[:40]!r}"
+    raise NeuralError(f"{said}: import the module that registers it, or choose one of {', '.join(_NETS)}")
+
+@register_net("levels")
+def _(config):
+    return LevelNet(config["widths"], last=config["last"])
+
+def _lite(config):
+    return EfficientNetLite(config["net"], stride=config["stride"], wide=config["wide"])
+
+for _name in LITE:
+    register_net(_name)(_lite)
+
 # %% ../nbs/api/09_image_model.ipynb #im21
 class ImageModel(nn.Module):
     "Film in, findings out: levels, patch logits, logits, save and load, whatever the network inside (this companion's choice)."
@@ -230,7 +264,7 @@ class ImageModel(nn.Module):
         dropout: float = 0.2,  # of the patch features in training
         pixel_mean: float = 0.45,  # subtracted from pixels in [0, 1]
         pixel_std: float = 0.25,  # divides after the mean
-        net: str = "levels",  # the network inside: `LevelNet`, or an `EfficientNetLite` by its name
+        net: str = "levels",  # the network inside, by its registered name: "levels" is `LevelNet`
         stride: int = 16,  # of the token grid of an `EfficientNetLite`, 16 or 32; a `LevelNet` ends where its widths end
         wide: bool = True,  # an `EfficientNetLite` ends with 1280 channels, not 320
     ):
@@ -238,7 +272,7 @@ class ImageModel(nn.Module):
         at_least(1, image_size=image_size); at_least(0, sharpness=sharpness)
         self.config = dict(labels=list(labels), image_size=image_size, widths=[list(w) for w in widths], last=list(last), sharpness=sharpness, dropout=dropout, pixel_mean=pixel_mean, pixel_std=pixel_std,
                            net=net, stride=stride, wide=wide)
-        self.net = LevelNet(widths, last=last) if net == "levels" else EfficientNetLite(net, stride=stride, wide=wide)
+        self.net = _make_net(self.config)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(self.net.width, len(labels))
         nn.init.zeros_(self.head.weight); nn.init.zeros_(self.head.bias)

@@ -19,7 +19,7 @@ from neural.pipeline import (code_cells, find_stages, imported_modules, is_fresh
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "nbs/api").glob("*.ipynb"))
 STAGES = sorted((ROOT / "nbs/paper").glob("[0-9]*.ipynb"))
-PAGES = sorted((ROOT / "nbs/paper").glob("[!0-9]*.ipynb")) + [ROOT / "nbs/index.ipynb"]
+PAGES = sorted((ROOT / "nbs/paper").glob("[!0-9]*.ipynb")) + [ROOT / "nbs/index.ipynb", ROOT / "nbs/contribute.ipynb"]
 NOTEBOOKS = CHAPTERS + STAGES + PAGES
 MODULES = sorted(p for p in (ROOT / "neural").glob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
 by_name = pytest.mark.parametrize
