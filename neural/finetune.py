@@ -32,7 +32,7 @@ from .image_model import LITE
 from .plot import colours
 from .report import swap_laterality
 from .study import NeuralError, above, at_least, make_folder, publish, readable
-from .train import Training, fit
+from .train import Training, computes_bf16, fit
 from .vlm import ReportVLM, kept_memory, label_loss, load_vlm, quiet, writable
 
 # %% auto #0
@@ -295,11 +295,10 @@ def fit_labels(
     lr: float = 3e-3,  # peak learning rate
     seed: int = 0,  # of order, augmentation and dropout
     device: str = "cpu",  # "cpu" or "cuda"
-    bf16: bool = True,  # autocast to bfloat16
+    bf16: bool = True,  # autocast to bfloat16, where the device multiplies in it
     weights: list | None = None,  # parameters that learn; None: all
     name: str = "findings",  # of the bar
-    # (n,) weight of each training study in the draw, from `rare_weights`; None: each once a pass
-    draw: np.ndarray | None = None,
+    draw: np.ndarray | None = None,  # (n,) weight of each training study, from `rare_weights`; None: each once a pass
     coarse: float = 0.0,  # share of the passes, the first ones, that see films of two thirds the side
 ) -> list[dict]:  # one per pass: epoch, loss and, with validate, eval_loss; nats per known label
     """Teach a network the findings alone: AdamW, one cycle of the learning rate, augmented films (Loshchilov and Hutter
@@ -308,6 +307,7 @@ def fit_labels(
     at_least(1, epochs=epochs, batch_size=batch_size)
     at_least(0, seed=seed)
     above(0, lr=lr)
+    bf16 = bf16 and computes_bf16(device)
     torch.manual_seed(seed)
     model.to(device)
     if weights is None: weights = model.to(memory_format=torch.channels_last).parameters()
@@ -580,7 +580,7 @@ def training_arguments(
     batch_size: int,  # studies per step
     accumulate: int = 1,  # steps whose gradients are summed before one update
     device: str = "cpu",  # "cpu" or "cuda"
-    bf16: bool = False,  # autocast to bfloat16
+    bf16: bool = False,  # autocast to bfloat16, where the device multiplies in it
     seed: int = 0,  # of data order and dropout
     warmup: float = 0.1,  # share of the updates spent warming up
     progress: bool = False,  # draw a bar
@@ -594,7 +594,8 @@ def training_arguments(
     return TrainingArguments(
         output_dir=str(folder), num_train_epochs=epochs, per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=2 * batch_size, gradient_accumulation_steps=accumulate, use_cpu=device == "cpu",
-        bf16=bf16, seed=seed, data_seed=seed, max_grad_norm=1.0, lr_scheduler_type="cosine", warmup_steps=warmup,
+        bf16=bf16 and computes_bf16(device), seed=seed, data_seed=seed, max_grad_norm=1.0,
+        lr_scheduler_type="cosine", warmup_steps=warmup,
         eval_strategy="epoch", save_strategy="epoch", save_total_limit=2, load_best_model_at_end=True,
         metric_for_best_model="eval_loss", greater_is_better=False, logging_strategy="epoch", report_to=[],
         disable_tqdm=not progress, train_sampling_strategy="group_by_length" if bucket else "random",

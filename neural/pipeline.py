@@ -517,12 +517,15 @@ def peak_memory() -> int:  # bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # %% ../nbs/api/40_pipeline.ipynb #991e461c
-def machine() -> dict:  # device, cores, wall_seconds since the process began, peak_rss_mb
+def machine() -> dict:  # device, cores, bf16_in_hardware, wall_seconds since the process began, peak_rss_mb
     "What this process ran on, for how long, and the most memory it held."
     import psutil
-    torch = sys.modules.get("torch")
-    device = torch.cuda.get_device_name(0) if torch and torch.cuda.is_available() else "cpu"
-    return {"device": device, "cores": os.cpu_count(),
+    torch, native, device = sys.modules.get("torch"), None, "cpu"   # not loaded for this
+    if torch:
+        from neural.train import computes_bf16
+        card = torch.cuda.is_available()
+        native, device = computes_bf16("cuda" if card else "cpu"), torch.cuda.get_device_name(0) if card else "cpu"
+    return {"device": device, "cores": os.cpu_count(), "bf16_in_hardware": native,
             "wall_seconds": round(time.time() - psutil.Process().create_time(), 1),
             "peak_rss_mb": round(peak_memory() / 2**20)}
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .study import NeuralError, at_least, make_folder, publish
 
 # %% auto #0
-__all__ = ['pick_device', 'one_epoch', 'Training', 'fit', 'Checkpoint']
+__all__ = ['pick_device', 'computes_bf16', 'one_epoch', 'Training', 'fit', 'Checkpoint']
 
 # %% ../nbs/api/03_train.ipynb #train05
 def _total(
@@ -65,6 +65,16 @@ def pick_device(
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise NeuralError(f"{name}: there are {torch.cuda.device_count()} GPUs that torch can use; use auto or cpu")
     return device
+
+
+# %% ../nbs/api/03_train.ipynb #train11f
+def computes_bf16(
+    device: str | torch.device="cpu",  # as torch names it
+) -> bool:                             # False where bfloat16 is only imitated
+    "Whether a device multiplies in bfloat16 (this companion's choice)."
+    if torch.device(device).type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
 
 
 # %% ../nbs/api/03_train.ipynb #train13

@@ -22,7 +22,7 @@ from neural.classify import GraphClassifier, as_columns, deal, predict_logits, s
 from neural.finetune import StudyDataset, augment, coarser_side, film_logits, fit_labels, stem_logits, warm_start
 from neural.image_model import ImageModel
 from neural.study import NeuralError
-from neural.train import Training, fit, one_epoch
+from neural.train import Training, computes_bf16, fit, one_epoch
 from neural.vlm import ReportVLM, label_loss, small_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -452,7 +452,7 @@ def test_findings_are_taught_as_by_a_plain_loop(films, bf16, judged, drawn, coar
             history = fit_labels(model, model, train, validate, 3, batch_size, **how)
         else:
             model.to(memory_format=torch.channels_last)
-            how = (3, batch_size, 7, bf16, draw, coarse)
+            how = (3, batch_size, 7, bf16 and computes_bf16(), draw, coarse)
             history = plain_labels(model, model, model.parameters(), train, validate, *how)
         found.append((history, model.state_dict(), torch.get_rng_state()))
     (one, a, r), (two, b, s) = found
