@@ -473,16 +473,20 @@ class Packed(nn.Module):
         gelu: bool = False,  # apply an exact GELU to the result
     ):
         super().__init__()
-        self.kinds = {
-            t: (torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(t, copy=True), None),
-                None if linear.bias is None else linear.bias.detach().to(t, copy=True))
-            for t in (torch.float32, torch.bfloat16)[: 1 + half]
-        }
+        self.kinds, self.plain = {}, half and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        for kind in (torch.float32, torch.bfloat16)[: 1 + half]:
+            weight = linear.weight.detach().to(kind, copy=True)
+            bias = None if linear.bias is None else linear.bias.detach().to(kind, copy=True)
+            plain = self.plain and kind is torch.bfloat16  # a processor without bfloat16 cannot lay it out
+            self.kinds[kind] = weight if plain else torch.ops.mkldnn._reorder_linear_weight(weight, None), bias
         self.after = ("gelu", [], "none") if gelu else ("none", [], "")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in) -> (..., out)
         kind = torch.bfloat16 if torch.is_autocast_enabled("cpu") and torch.bfloat16 in self.kinds else torch.float32
-        return torch.ops.mkldnn._linear_pointwise(x.to(kind), *self.kinds[kind], *self.after)
+        if kind is torch.float32 or not self.plain:
+            return torch.ops.mkldnn._linear_pointwise(x.to(kind), *self.kinds[kind], *self.after)
+        out = F.linear(x.to(kind), *self.kinds[kind])
+        return F.gelu(out) if self.after[0] == "gelu" else out
 
 # %% ../nbs/api/10_vlm.ipynb #20ac74f1
 def pack(

@@ -35,7 +35,7 @@ from neural.report import ReportReader, evidence, split_sections, train_tokenize
 from neural.scores import (Aggregation, Baseline, Batch, Network, Scoring, as_scoring, finding_places, gather, guided,
                            load_aggregation, load_scoring, named_findings, region, save_aggregation, score, scorers)
 from neural.study import Manifest, NeuralError, report_text
-from neural.vlm import ReportVLM, label_loss, load_vlm, pack, small_config
+from neural.vlm import Packed, ReportVLM, label_loss, load_vlm, pack, small_config
 
 # the command says so before transformers is imported; here it is already
 hub.disable_progress_bar()
@@ -182,6 +182,18 @@ def test_bfloat16_keeps_the_same_patches(read_plainly, guide):
     assert max(np.abs(a.relevance - b.relevance).max() / b.relevance.max() for a, b in zip(lower, plain)) > 1e-5
     twice = shard_of(packed, studies, "image+report", precision="bfloat16")
     assert all((a.relevance == b.relevance).all() for a, b in zip(lower, twice))
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_a_processor_without_bfloat16_reads_in_it_all_the_same(monkeypatch, gelu):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    linear, x = torch.nn.Linear(32, 16), torch.randn(5, 32)
+    after = torch.nn.functional.gelu if gelu else torch.nn.Identity()
+    packed, lower = Packed(linear, half=True, gelu=gelu), copy.deepcopy(linear).to(torch.bfloat16)
+    with torch.inference_mode():
+        assert torch.allclose(packed(x), after(linear(x)), atol=1e-6)
+        with torch.autocast("cpu", torch.bfloat16): found = packed(x)
+        assert found.dtype == torch.bfloat16 and torch.equal(found, after(lower(x.to(torch.bfloat16))))
 
 
 def test_without_a_second_look_at_close_calls_patches_would_differ(read_plainly):
