@@ -40,7 +40,8 @@ class ResidualBlock(nn.Module):
         kernels: tuple = (3, 3),  # side of the two kernels, odd; the first is 4 where the raster is halved
     ):
         super().__init__()
-        first = nn.Conv2d(before, width, 4, 2, 1, bias=False) if halve else nn.Conv2d(before, width, kernels[0], padding=kernels[0] // 2, bias=False)
+        first = (nn.Conv2d(before, width, 4, 2, 1, bias=False) if halve
+                 else nn.Conv2d(before, width, kernels[0], padding=kernels[0] // 2, bias=False))
         second = nn.Conv2d(width, width, kernels[1], padding=kernels[1] // 2, bias=False)
         self.body = nn.Sequential(first, nn.BatchNorm2d(width), nn.ReLU(inplace=True), second, nn.BatchNorm2d(width))
         same = [] if before == width else [nn.Conv2d(before, width, 1, bias=False), nn.BatchNorm2d(width)]
@@ -53,14 +54,17 @@ class ResidualBlock(nn.Module):
 def start_convolutions(
     module: nn.Module,  # whose convolutions are followed by a ReLU
 ) -> None:
-    "Begin convolutions with weights of Kaiming's spread, so that a deep stack neither fades nor bursts (He et al. 2015)."
+    """Begin convolutions with weights of Kaiming's spread, so that a deep stack neither fades nor bursts (He et al.
+    2015)."""
     for conv in module.modules():
         if not isinstance(conv, nn.Conv2d): continue
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         if conv.groups > 1: conv.weight.data.mul_(math.sqrt(conv.groups))  # each output is fed by its own group only
 
+# %% ../nbs/api/09_image_model.ipynb #im10x1
 class LevelNet(nn.Module):
-    "A residual network whose feature maps come at strides 4, 8, 16 …, one level each, every cell centred on its own patch."
+    """A residual network whose feature maps come at strides 4, 8, 16 …, one level each, every cell centred on its own
+    patch."""
 
     def __init__(
         self,
@@ -70,11 +74,15 @@ class LevelNet(nn.Module):
     ):
         super().__init__()
         before = widths[0][0]
-        self.stem = nn.Sequential(nn.Conv2d(channels, before, 6, 2, 2, bias=False), nn.BatchNorm2d(before), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+        self.stem = nn.Sequential(nn.Conv2d(channels, before, 6, 2, 2, bias=False), nn.BatchNorm2d(before),
+                                  nn.ReLU(inplace=True), nn.MaxPool2d(2))
         self.stages = nn.ModuleList()
         for n, level in enumerate(widths):
             kernels = [(3, 3)] * (len(level) - 1) + [tuple(last) if n == len(widths) - 1 else (3, 3)]
-            self.stages.append(nn.Sequential(*[ResidualBlock(a, b, bool(n and not i), k) for i, (a, b, k) in enumerate(zip((before, *level), level, kernels))]))
+            self.stages.append(
+                nn.Sequential(*[ResidualBlock(a, b, bool(n and not i), k)
+                                for i, (a, b, k) in enumerate(zip((before, *level), level, kernels))])
+            )
             before = level[-1]
         self.width = before
         start_convolutions(self)
@@ -99,6 +107,7 @@ def sight(
     net.eval()(film)[0, :, row, column].sum().backward()
     return film.grad[0, 0].abs()
 
+# %% ../nbs/api/09_image_model.ipynb #im14x1
 def middle(
     seen: torch.Tensor,  # (S, S), not negative
 ) -> tuple[float, float]:  # row and column, in pixels
@@ -123,6 +132,7 @@ def conv_norm(
     conv = nn.Conv2d(before, width, kernel, 2 if halve else 1, 0 if late else reach, spread, groups, bias=False)
     return [*pad, conv, nn.BatchNorm2d(width, eps=1e-3), *[nn.ReLU6(inplace=True)] * act]
 
+# %% ../nbs/api/09_image_model.ipynb #im41x1
 class InvertedBlock(nn.Module):
     "Widen, look at every channel alone, narrow; a shortcut where nothing changes size (Sandler et al. 2018)."
 
@@ -146,8 +156,11 @@ class InvertedBlock(nn.Module):
         return x + self.body(x) if self.shortcut else self.body(x)
 
 # %% ../nbs/api/09_image_model.ipynb #im45
-LITE = {"efficientnet-lite0": (1.0, 1.0), "efficientnet-lite1": (1.0, 1.1), "efficientnet-lite2": (1.1, 1.2)}  # factors of width and depth
-LITE_STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))  # blocks, kernel, stride, widening, channels
+# factors of width and depth
+LITE = {"efficientnet-lite0": (1.0, 1.0), "efficientnet-lite1": (1.0, 1.1), "efficientnet-lite2": (1.1, 1.2)}
+# blocks, kernel, stride, widening, channels
+LITE_STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112),
+               (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))
 
 def eights(
     width: float,  # channels
@@ -156,8 +169,10 @@ def eights(
     near = max(8, int(width + 4) // 8 * 8)
     return near + 8 * (near < 0.9 * width)
 
+# %% ../nbs/api/09_image_model.ipynb #im45x1
 class EfficientNetLite(nn.Module):
-    "EfficientNet-Lite without its classifier, tensor for tensor in the published order (Tan and Le 2019); for weights that were taught."
+    """EfficientNet-Lite without its classifier, tensor for tensor in the published order (Tan and Le 2019); for weights
+    that were taught."""
 
     def __init__(
         self,
@@ -167,7 +182,8 @@ class EfficientNetLite(nn.Module):
         wide: bool = True,  # end with the 1280 channels that its classifier reads, not with the 320 before
     ):
         super().__init__()
-        if name not in LITE: raise NeuralError(f"no network is called {str(name)[:40]!r}: choose one of {', '.join(LITE)}")
+        if name not in LITE:
+            raise NeuralError(f"no network is called {str(name)[:40]!r}: choose one of {', '.join(LITE)}")
         if stride not in (16, 32): raise NeuralError(f"the token grid of {name} has stride 16 or 32, got {stride}")
         wider, deeper = LITE[name]
         self.name, self.strides, at, spread, before = name, [], 2, 1, 32
@@ -181,7 +197,8 @@ class EfficientNetLite(nn.Module):
             spread *= step // (2 if halve else 1)
             before, blocks = eights(width * wider), blocks if n in (0, 6) else math.ceil(blocks * deeper)
             stage += [InvertedBlock(before, before, kernel, expand, spread=spread) for _ in range(blocks - 1)]
-            self.stages.append(nn.Sequential(*stage)); self.strides.append(at)
+            self.stages.append(nn.Sequential(*stage))
+            self.strides.append(at)
         self.top = nn.Sequential(*conv_norm(before, 1280)) if wide else nn.Identity()
         self.width = 1280 if wide else before
         start_convolutions(self)
@@ -194,11 +211,15 @@ def levels(
 ) -> dict:  # stride: (B, width, S/stride, S/stride), from 4 on
     "Feature maps by stride; the last one is the token grid."
     last = self.strides[-1]
-    if x.shape[-1] % last: raise NeuralError(f"{self.name} halves a film {last.bit_length() - 1} times: its side must be a multiple of {last}, got {x.shape[-1]}")
+    if x.shape[-1] % last:
+        raise NeuralError(
+            f"{self.name} halves a film {last.bit_length() - 1} times: its side must be a multiple of {last}, got"
+            f" {x.shape[-1]}")
     found, x = {}, self.stem(x)
     for stride, stage in zip(self.strides, self.stages): found[stride] = x = stage(x)
     return {s: f for s, f in found.items() if 2 < s < last} | {last: self.top(x)}
 
+# %% ../nbs/api/09_image_model.ipynb #im46x1
 @patch
 def forward(
     self: EfficientNetLite,
@@ -212,7 +233,8 @@ def pool_patches(
     scores: torch.Tensor,  # (B, N, L) score of every finding at every patch
     sharpness: float = 0.0,  # 0: the mean; larger nears the maximum
 ) -> torch.Tensor:  # float32 (B, L)
-    "Mean or smooth maximum over patches; equal scores come back as they are (log-sum-exp pooling, this companion's choice)."
+    """Mean or smooth maximum over patches; equal scores come back as they are (log-sum-exp pooling, this companion's
+    choice)."""
     if sharpness < 0: raise NeuralError(f"sharpness must be 0 (the mean) or more, got {sharpness}")
     if not sharpness: return scores.float().mean(1)
     return (torch.logsumexp(sharpness * scores.float(), 1) - math.log(scores.shape[1])) / sharpness
@@ -234,25 +256,33 @@ def register_net(
 
     return put
 
+# %% ../nbs/api/09_image_model.ipynb #im61x1
 def _make_net(config):
     "The network inside, by the name in a configuration."
     if make := _NETS.get(config["net"]): return make(config)
     said = f"no network is called {str(config['net'])[:40]!r}"
     raise NeuralError(f"{said}: import the module that registers it, or choose one of {', '.join(_NETS)}")
 
+# %% ../nbs/api/09_image_model.ipynb #im61x2
 @register_net("levels")
 def _(config):
     return LevelNet(config["widths"], last=config["last"])
 
+# %% ../nbs/api/09_image_model.ipynb #im61x3
 def _lite(config):
     return EfficientNetLite(config["net"], stride=config["stride"], wide=config["wide"])
-
 for _name in LITE:
     register_net(_name)(_lite)
 
 # %% ../nbs/api/09_image_model.ipynb #im21
+def _wrong_films(films, size):
+    "What to say of films of another shape."
+    return NeuralError(f"films must be (B, 1, {size}, {size}), got {tuple(films.shape)};"
+                       f" load them with load_radiograph(path, {size})")
+
+# %% ../nbs/api/09_image_model.ipynb #im21x1
 class ImageModel(nn.Module):
-    "Film in, findings out: levels, patch logits, logits, save and load, whatever the network inside (this companion's choice)."
+    "Film in, findings out: levels, patch logits, logits, save, load; any network inside (this companion's choice)."
 
     def __init__(
         self,
@@ -265,25 +295,26 @@ class ImageModel(nn.Module):
         pixel_mean: float = 0.45,  # subtracted from pixels in [0, 1]
         pixel_std: float = 0.25,  # divides after the mean
         net: str = "levels",  # the network inside, by its registered name: "levels" is `LevelNet`
-        stride: int = 16,  # of the token grid of an `EfficientNetLite`, 16 or 32; a `LevelNet` ends where its widths end
+        stride: int = 16,  # of the token grid of an `EfficientNetLite`, 16 or 32
         wide: bool = True,  # an `EfficientNetLite` ends with 1280 channels, not 320
     ):
         super().__init__()
-        at_least(1, image_size=image_size); at_least(0, sharpness=sharpness)
-        self.config = dict(labels=list(labels), image_size=image_size, widths=[list(w) for w in widths], last=list(last), sharpness=sharpness, dropout=dropout, pixel_mean=pixel_mean, pixel_std=pixel_std,
-                           net=net, stride=stride, wide=wide)
+        at_least(1, image_size=image_size)
+        at_least(0, sharpness=sharpness)
+        self.config = dict(labels=list(labels), image_size=image_size, widths=[list(w) for w in widths],
+                           last=list(last), sharpness=sharpness, dropout=dropout, pixel_mean=pixel_mean,
+                           pixel_std=pixel_std, net=net, stride=stride, wide=wide)
         self.net = _make_net(self.config)
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(self.net.width, len(labels))
-        nn.init.zeros_(self.head.weight); nn.init.zeros_(self.head.bias)
+        self.dropout, self.head = nn.Dropout(dropout), nn.Linear(self.net.width, len(labels))
+        for part in self.head.parameters(): nn.init.zeros_(part)
 
     def levels(self, films: torch.Tensor) -> dict:  # (B, 1, S, S) in [0, 1] -> stride: (B, width, S/stride, S/stride)
         "Feature maps of a batch of films, by stride."
         size = self.config["image_size"]
         coarser = self.training and films.shape[-1] < size
-        if films.shape[1:] != (1, size, size) and not coarser: raise NeuralError(f"films must be (B, 1, {size}, {size}), got {tuple(films.shape)}; load them with load_radiograph(path, {size})")
+        if films.shape[1:] != (1, size, size) and not coarser: raise _wrong_films(films, size)
         x = (films - self.config["pixel_mean"]) / self.config["pixel_std"]
-        return self.net.levels(x.contiguous(memory_format=torch.channels_last))  # several times faster in bfloat16 on a CPU
+        return self.net.levels(x.contiguous(memory_format=torch.channels_last))  # the faster layout on a CPU
 
     def patch_logits(self, films: torch.Tensor) -> torch.Tensor:  # (B, 1, S, S) -> float32 (B, N, L), before the bias
         "What each patch says for each finding, row-major."
@@ -302,13 +333,19 @@ def writable(
     name: str,  # of the folder, for the message
 ):
     "Turns the ways in which weights cannot be written into one `NeuralError` with the system's reason."
-    try: yield
-    except OSError as e: raise NeuralError(f"{name}: cannot be written, {system_reason(e)}") from e
+    try:
+        yield
+    except OSError as e:
+        raise NeuralError(f"{name}: cannot be written, {system_reason(e)}") from e
     except (SafetensorError, RuntimeError) as e:
         code = re.search(r"os error (\d+)", str(e))
-        if isinstance(e, RuntimeError) and not re.search(r"PytorchStreamWriter|iostream error", str(e)): raise
-        raise NeuralError(f"{name}: cannot be written, {system_reason(OSError(int(code[1]), os.strerror(int(code[1])))) if code else 'the disk is full or failed; free some space there, or name another place'}") from e
+        if isinstance(e, RuntimeError) and not re.search(r"PytorchStreamWriter|iostream error", str(e)):
+            raise
+        why = "the disk is full or failed; free some space there, or name another place"
+        if code: why = system_reason(OSError(int(code[1]), os.strerror(int(code[1]))))
+        raise NeuralError(f"{name}: cannot be written, {why}") from e
 
+# %% ../nbs/api/09_image_model.ipynb #im28x1
 def hash_of_file(
     path: str | Path,  # of weights or a tokenizer
 ) -> str:  # 16 hex characters
@@ -328,6 +365,7 @@ def network_config(
     with readable(f"{Path(folder).name}/config.json"): about = json.loads(path.read_text(encoding="utf-8"))
     return about if isinstance(about, dict) else {}
 
+# %% ../nbs/api/09_image_model.ipynb #im31x1
 def save_image_model(
     model: ImageModel,
     folder: str | Path,  # made if needed; an image model that is there is replaced, anything else is not
@@ -335,7 +373,8 @@ def save_image_model(
 ) -> None:
     "Write an image model: weights first, then the JSON that names them."
     folder = make_folder(folder)
-    if (folder / "config.json").exists() and network_config(folder).get("kind") != KIND: raise NeuralError(f"{folder.name} holds something else that has a config.json: name another folder")
+    if (folder / "config.json").exists() and network_config(folder).get("kind") != KIND:
+        raise NeuralError(f"{folder.name} holds something else that has a config.json: name another folder")
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     with writable(folder.name), tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as draft:
         save_file(weights, f"{draft}/model.safetensors")
@@ -350,16 +389,29 @@ def load_image_model(
 ) -> ImageModel:  # in eval mode, float32
     "A saved image model, complete or refused."
     folder, about = Path(folder), network_config(folder)
-    if about.get("kind") != KIND: raise NeuralError(f"no image model in {folder.name!r}: its config.json is of {str(about.get('kind', about.get('model_type', 'something else')))[:40]!r}")
-    if not (folder / "model.safetensors").is_file(): raise NeuralError(f"no weights in {folder.name!r}: model.safetensors is missing; copy the whole folder")
+    if about.get("kind") != KIND:
+        raise NeuralError(f"no image model in {folder.name!r}: its config.json is of"
+                          f" {str(about.get('kind', about.get('model_type', 'something else')))[:40]!r}")
+    if not (folder / "model.safetensors").is_file():
+        raise NeuralError(f"no weights in {folder.name!r}: model.safetensors is missing; copy the whole folder")
     there = hash_of_file(folder / "model.safetensors")
-    if about.get("weights_hash") != there: raise NeuralError(f"the weights in {folder.name!r} are {there}, its config.json was written with {about.get('weights_hash')}: a save was cut short, or a file exchanged; copy the whole folder")
+    if about.get("weights_hash") != there:
+        raise NeuralError(
+            f"the weights in {folder.name!r} are {there}, its config.json was written with {about.get('weights_hash')}:"
+            " a save was cut short, or a file exchanged; copy the whole folder")
     try:
         with torch.device("meta"): model = ImageModel(**about.get("config", {}))
         weights = load_file(folder / "model.safetensors")
-    except (TypeError, ValueError, IndexError, RuntimeError, SafetensorError, NeuralError) as e: raise NeuralError(f"the network in {folder.name!r} cannot be rebuilt ({' '.join(str(e).split())[:80]}): copy the folder again") from None
+    except (TypeError, ValueError, IndexError, RuntimeError, SafetensorError, NeuralError) as e:
+        raise NeuralError(
+            f"the network in {folder.name!r} cannot be rebuilt ({' '.join(str(e).split())[:80]}): copy the folder again"
+        ) from None
     asked = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    odd = [k for k in asked.keys() | weights.keys() if asked.get(k) != (tuple(weights[k].shape) if k in weights else None)]
-    if odd: raise NeuralError(f"the weights in {folder.name!r} do not fit its configuration, first {min(odd)}: copy the whole folder, or train again")
+    odd = [
+        k for k in asked.keys() | weights.keys() if asked.get(k) != (tuple(weights[k].shape) if k in weights else None)]
+    if odd:
+        raise NeuralError(
+            f"the weights in {folder.name!r} do not fit its configuration, first {min(odd)}: copy the whole folder, or"
+            " train again")
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval()

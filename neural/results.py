@@ -192,6 +192,7 @@ def _refuse_foreign(path, *needed):
     except (pa.ArrowException, OSError): names = []
     if not {*needed} <= {*names}: raise NeuralError(f"{path.name}: is there and holds something else; name another")
 
+# %% ../nbs/api/33_results.ipynb #result26x1
 def _publish_parquet(path, table):
     "Writes a table as Parquet, whole or not at all."
     rows = pa.Table.from_pandas(table, preserve_index=False)
@@ -302,6 +303,7 @@ def weighted_brier(
     y, p = check_scores(y, p)
     return w @ (y - p)**2 / w.sum(1)
 
+# %% ../nbs/api/33_results.ipynb #result44x1
 def weighted_ece(
     y,                # targets, 0 or 1, [n]
     p,                # probabilities, 0 to 1, [n]
@@ -530,6 +532,7 @@ def _labels(systems):
     "Systems for a message."
     return "; ".join(s.label for s in systems)
 
+# %% ../nbs/api/33_results.ipynb #result78x1
 def _priced(rows, costs, systems, command):
     "Rows with what their system costs, as a card."
     if gone := [s for s in costs if s not in systems]:
@@ -644,6 +647,7 @@ def count_parameters(
     "How many parameters a network has (this companion's choice)."
     return sum(p.numel() for p in model.parameters())
 
+# %% ../nbs/api/33_results.ipynb #result94x1
 def model_bytes(
     model,      # a network, or the file or folder it is saved in
 ) -> int:       # bytes of its weights and buffers, shared ones once; of a file: its bytes on disk

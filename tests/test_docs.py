@@ -94,7 +94,8 @@ def test_a_readme_of_something_else_is_left_alone(checkout, monkeypatch):
 def test_every_notebook_has_its_page(pages):
     assert {page_name(n) for n in NOTEBOOKS} <= set(pages)
     sidebar = yaml.safe_load((ROOT / "nbs/_quarto.yml").read_text())["website"]["sidebar"]["contents"]
-    listed = listed_notebooks(with_unlisted(sidebar, NOTEBOOKS))               # numbered ones need no entry of their own
+    # numbered ones need no entry of their own
+    listed = listed_notebooks(with_unlisted(sidebar, NOTEBOOKS))
     assert sorted(listed) == NOTEBOOKS
 
 

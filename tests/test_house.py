@@ -120,6 +120,21 @@ def test_export_cells_are_small(path):
     assert max(sizes) <= 40, f"an export cell of {max(sizes)} lines"
 
 
+RUFF = [Path(sys.executable).parent / "ruff", "check", "--no-cache", "--output-format", "concise"]
+
+
+def test_lines_fit_a_page_and_hold_one_statement():
+    done = subprocess.run([*RUFF, ROOT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_linter_reads_notebooks(tmp_path):
+    cell = nbformat.v4.new_code_cell("first = 1; second = 2\nlong = [" + "1, " * 60 + "]")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "wide.ipynb")
+    done = subprocess.run([*RUFF, "--config", ROOT / "pyproject.toml", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 1 and "E702" in done.stdout and "E501" in done.stdout
+
+
 # stages
 
 @by_name("path", STAGES, ids=names)
