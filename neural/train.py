@@ -57,14 +57,14 @@ def _to_device(
 # %% ../nbs/api/03_train.ipynb #train11b
 def pick_device(
     name: str="auto",  # "cpu", "cuda", "cuda:1", or "auto": a GPU where there is one
-) -> torch.device:     # on this machine
+) -> str:              # "cpu", "cuda" or one card of several; there is one of that name here
     "The device a network is taught and read on (this companion's choice)."
     try: device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except (RuntimeError, TypeError): raise NeuralError(f"{name!r} is no device; use auto, cpu or cuda") from None
     if device.type not in ("cpu", "cuda"): raise NeuralError(f"{name!r} is no device here; use auto, cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise NeuralError(f"{name}: there are {torch.cuda.device_count()} GPUs that torch can use; use auto or cpu")
-    return device
+    return str(device)
 
 
 # %% ../nbs/api/03_train.ipynb #train11f
