@@ -30,9 +30,9 @@ from .train import Training, fit
 from .vlm import ReportVLM, label_loss
 
 # %% auto #0
-__all__ = ['film_network', 'read_films', 'train_film_cnn', 'length_control', 'centre_prior', 'film_contrast', 'patch_tokens',
-           'FilmArray', 'only_patches', 'other_patches', 'visual_data', 'read_graphs', 'train_graphs', 'pool_cells',
-           'pooled_bytes', 'linear_reader', 'AuditedStudies', 'audited_studies']
+__all__ = ['read_films', 'train_film_cnn', 'length_control', 'centre_prior', 'film_contrast', 'patch_tokens', 'FilmArray',
+           'only_patches', 'other_patches', 'visual_data', 'read_graphs', 'train_graphs', 'pool_cells', 'pooled_bytes',
+           'linear_reader', 'audited_studies']
 
 # %% ../nbs/api/26_baseline.ipynb #f548fc55
 def film_network(

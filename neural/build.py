@@ -39,12 +39,8 @@ from .study import Exclusions, Manifest, NeuralError, readable, report_text
 from .vlm import ReportVLM, kept_memory, load_tokenizer, load_vlm, pack
 
 # %% auto #0
-__all__ = ['TRACKS', 'TABLES', 'SCHEMAS', 'Reading', 'concept_findings', 'certainties', 'read', 'read_batch', 'habit', 'measured',
-           'write_reports', 'with_bank', 'bank_of', 'prompted_looks', 'Packing', 'corners', 'hide', 'reading_rows',
-           'save_readings', 'load_readings', 'as_kept', 'lead', 'close_calls', 'settle', 'in_groups', 'Ready',
-           'shard_of', 'read_groups', 'decode_films', 'film_paths', 'ahead', 'usable', 'unnamed', 'hash_of',
-           'reading_settings', 'selection_of', 'dataset_name', 'open_store', 'begin', 'packed_shard', 'fill_store',
-           'load_network', 'build_store', 'measure_baseline']
+__all__ = ['TRACKS', 'Reading', 'read', 'measured', 'write_reports', 'with_bank', 'bank_of', 'Packing', 'save_readings',
+           'load_readings', 'shard_of', 'hash_of', 'reading_settings', 'dataset_name', 'packed_shard', 'build_store']
 
 # %% ../nbs/api/21_build.ipynb #c9a646cf
 TRACKS = ("image+report", "image-only")
@@ -405,6 +401,7 @@ SCHEMAS = {
                             ("tail", pa.int32()), ("type", pa.string())]),
 }
 
+# %% ../nbs/api/21_build.ipynb #ee3d4b0ey1
 def save_readings(
     readings: list[Reading],  # of any track
     run: str | Path,  # run folder; relevance.parquet, mentions.parquet and relations.parquet are written there

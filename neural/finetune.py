@@ -36,12 +36,9 @@ from .train import Training, computes_bf16, fit
 from .vlm import ReportVLM, kept_memory, label_loss, load_vlm, quiet, writable
 
 # %% auto #0
-__all__ = ['HEALTHY', 'FROM_IMAGENET', 'StudyDataset', 'mirror', 'poses', 'moved', 'augment', 'report_ids', 'Collator',
-           'pad_rows', 'focus_batch', 'parameter_groups', 'coarser_side', 'label_batches', 'film_logits', 'fit_labels',
-           'stem_logits', 'warm_start', 'draw_weights', 'rare_weights', 'focus_loss', 'WindowLook', 'GeluLinear',
-           'learnt_bias', 'WindowAttention', 'GeluMLP', 'thrifty', 'freeze_stages', 'ReportTrainer',
-           'training_arguments', 'Stop', 'interrupts', 'last_checkpoint', 'digest', 'data_name', 'network_name',
-           'refuse_other_run', 'finetune', 'read_labels', 'Recipe', 'recipe_of', 'losses_of', 'draw_learning']
+__all__ = ['FROM_IMAGENET', 'StudyDataset', 'report_ids', 'Collator', 'pad_rows', 'fit_labels', 'warm_start', 'draw_weights',
+           'rare_weights', 'freeze_stages', 'last_checkpoint', 'finetune', 'read_labels', 'Recipe', 'recipe_of',
+           'draw_learning']
 
 # %% ../nbs/api/12_finetune.ipynb #31d8fa23
 class StudyDataset(Dataset):
@@ -360,6 +357,7 @@ def warm_start(
 # %% ../nbs/api/12_finetune.ipynb #01342e61
 HEALTHY = ("no finding", "normal", "support devices")  # label names that are no illness, in lower case
 
+# %% ../nbs/api/12_finetune.ipynb #01342e61y1
 def draw_weights(
     targets: np.ndarray,  # (n, L) in [0, 1], NaN where unknown
     names: list[str],  # L label names

@@ -24,9 +24,8 @@ from fastcore.basics import patch
 from .study import LABELS, NeuralError, at_least, make_folder, readable, system_reason
 
 # %% auto #0
-__all__ = ['LITE', 'LITE_STAGES', 'KIND', 'ResidualBlock', 'start_convolutions', 'LevelNet', 'sight', 'middle', 'conv_norm',
-           'InvertedBlock', 'eights', 'EfficientNetLite', 'pool_patches', 'register_net', 'ImageModel', 'writable',
-           'hash_of_file', 'network_config', 'save_image_model', 'load_image_model']
+__all__ = ['LITE', 'start_convolutions', 'sight', 'EfficientNetLite', 'pool_patches', 'register_net', 'ImageModel',
+           'hash_of_file', 'save_image_model', 'load_image_model']
 
 # %% ../nbs/api/09_image_model.ipynb #im06
 class ResidualBlock(nn.Module):
@@ -158,6 +157,8 @@ class InvertedBlock(nn.Module):
 # %% ../nbs/api/09_image_model.ipynb #im45
 # factors of width and depth
 LITE = {"efficientnet-lite0": (1.0, 1.0), "efficientnet-lite1": (1.0, 1.1), "efficientnet-lite2": (1.1, 1.2)}
+
+# %% ../nbs/api/09_image_model.ipynb #im45y1
 # blocks, kernel, stride, widening, channels
 LITE_STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112),
                (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))

@@ -27,22 +27,7 @@ from tqdm import tqdm
 from .study import LABELS, NeuralError, system_reason
 
 # %% auto #0
-__all__ = ['F32', 'SIDES', 'RIB_REACH', 'RIB_ENDS', 'MU', 'MU_BONE', 'AIRY', 'CONTRAST', 'SITES', 'DRAW', 'LOOK_ALIKES', 'GLYPHS',
-           'PREVALENCE', 'CAUSES', 'LASTING', 'ONE_SIDED', 'DEVICES', 'STATED', 'HEDGED', 'SHY', 'SUBTLE', 'RAISED',
-           'DENIED', 'NO_FINDINGS', 'NO_IMPRESSION', 'NEITHER', 'COMPARED', 'SEE', 'CONCLUDE', 'HEDGE', 'ABSENT',
-           'NEGATED', 'NORMAL_HEART', 'BOILERPLATE', 'NOTHING', 'TECHNIQUE', 'INDICATIONS', 'TRENDS', 'RANK', 'LATERAL',
-           'LATERAL_ONLY', 'MONOCHROME1', 'STUDIES_EACH', 'FRACTIONS', 'film_grid', 'soft', 'oval', 'chord', 'union',
-           'deposit', 'rod', 'stroke', 'bezier', 'resize', 'cloud', 'Anatomy', 'draw_patient', 'Chest', 'midline',
-           'cage_width', 'dome_line', 'lay_out', 'heart_shape', 'mediastinum', 'soft_tissue', 'breasts', 'trachea',
-           'rib_curve', 'ribs', 'spine', 'girdle', 'trunks', 'vessel_curves', 'vessels', 'Scene', 'gas', 'draw_scene',
-           'expose', 'Finding', 'strength', 'lung_point', 'Shadow', 'filled', 'inside_lung', 'infiltrate', 'haze',
-           'plates', 'nodule', 'fluid', 'thick_pleura', 'free_air', 'congestion', 'heart_mask', 'middle_mask',
-           'fracture_at', 'rib_mask', 'tube_paths', 'device', 'look_alikes', 'mark_side', 'collimate', 'pose', 'take',
-           'draw_film', 'next_causes', 'place', 'draw_findings', 'truth_of', 'mark', 'spoken', 'trend', 'words_for',
-           'sentence', 'absences', 'denials', 'habits', 'resolved', 'noticed', 'sections', 'numbered', 'write_report',
-           'assemble', 'PhantomStudy', 'toy_study', 'lateral_bones', 'lateral_vessels', 'draw_lateral', 'uid_of',
-           'write_dicom', 'draw_patient_studies', 'draw_cohort', 'crop', 'write_study', 'write_table', 'write_tables',
-           'runs_still', 'draft_folder', 'write_cohort', 'draw_all']
+__all__ = ['SEE', 'toy_study', 'write_cohort']
 
 # %% ../nbs/api/06_phantom.ipynb #a2a681a4
 F32 = np.float32

@@ -32,12 +32,8 @@ from .study import NeuralError, publish, readable
 from .vlm import Packed, ReportVLM, hash_of_file
 
 # %% auto #0
-__all__ = ['OF_STUDY', 'OF_TRAINING', 'NEEDS', 'FAMILIES', 'ZONES', 'SIDES', 'GUIDED', 'LUNG', 'DRAWN', 'MIXTURES', 'STATE',
-           'MAPS', 'Scorer', 'register_scorer', 'scorers', 'scorer', 'section_tokens', 'word_mask', 'word_classes',
-           'named_findings', 'guided', 'region', 'mention_regions', 'finding_places', 'wanted_findings', 'Aggregation',
-           'Baseline', 'Scoring', 'as_scoring', 'scored_by', 'anatomy', 'Network', 'Batch', 'Evidence', 'patch_ranks',
-           'look', 'decode', 'gather', 'attended', 'measure', 'made_ready', 'score', 'shared_looks', 'save_scoring',
-           'save_aggregation', 'load_aggregation', 'load_scoring', 'baseline_hash']
+__all__ = ['MIXTURES', 'register_scorer', 'scorers', 'scorer', 'Aggregation', 'Scoring', 'as_scoring', 'Network', 'Batch', 'look',
+           'gather', 'measure', 'shared_looks', 'save_aggregation', 'load_aggregation', 'load_scoring']
 
 # %% ../nbs/api/17_scores.ipynb #sc05
 OF_STUDY = {  # what a scorer may ask of a study
@@ -292,7 +288,7 @@ GUIDED = {  # scorers that the fields of an `Aggregation` can say
     "activation, placed": dict(guide="activation", places=True),
 }
 
-
+# %% ../nbs/api/17_scores.ipynb #sc51y1
 @dataclass(frozen=True)
 class Aggregation:
     "How a report becomes one number per patch: by which guide, over which tokens, heads and layers, against what."

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .study import NeuralError, at_least, make_folder, publish
 
 # %% auto #0
-__all__ = ['pick_device', 'computes_bf16', 'one_epoch', 'Training', 'fit', 'Checkpoint']
+__all__ = ['pick_device', 'computes_bf16', 'Training', 'fit']
 
 # %% ../nbs/api/03_train.ipynb #train05
 def _total(

@@ -16,8 +16,7 @@ from .scores import Evidence, Scoring, scorer, scorers
 from .study import NeuralError
 
 # %% auto #0
-__all__ = ['STUDY_SCORERS', 'MEASURES', 'every_map', 'best_share', 'marks_met', 'chance_met', 'swapped_precision', 'compare_maps',
-           'comparison_table']
+__all__ = ['STUDY_SCORERS', 'every_map', 'best_share', 'marks_met', 'chance_met', 'compare_maps', 'comparison_table']
 
 # %% ../nbs/api/28_variants.ipynb #55bef600
 STUDY_SCORERS = tuple(name for family in ("words", "head", "film", "mixture") for name in scorers(family))
@@ -89,7 +88,7 @@ def swapped_precision(
 # %% ../nbs/api/28_variants.ipynb #var0004
 MEASURES = ("hit", "precision", "mass", "pointing")
 
-
+# %% ../nbs/api/28_variants.ipynb #var0004y1
 def compare_maps(
     maps: dict[str, torch.Tensor],  # scorer or control -> (n, N) one map per study; "centre prior" is among them
     coverage: np.ndarray,  # (n, N) share of each patch that the mark covers

@@ -30,10 +30,8 @@ from .image_model import (LITE, EfficientNetLite, LevelNet, hash_of_file, pool_p
 from .study import LABELS, NeuralError, at_least, make_folder, readable
 
 # %% auto #0
-__all__ = ['MALLOPT', 'ReportVLMConfig', 'small_config', 'Residual', 'conv_stem', 'build_encoder', 'build_decoder',
-           'ReportVLMOutput', 'ReportVLM', 'text_loss', 'label_loss', 'by_heads', 'mix', 'causal_bias', 'Packed',
-           'pack', 'kept_memory', 'quiet', 'save_vlm', 'read_config', 'load_vlm', 'load_tokenizer', 'checkpoint_folder',
-           'read_checkpoint']
+__all__ = ['small_config', 'ReportVLM', 'label_loss', 'Packed', 'pack', 'kept_memory', 'save_vlm', 'load_vlm', 'load_tokenizer',
+           'checkpoint_folder']
 
 # %% ../nbs/api/10_vlm.ipynb #5bf4efa2
 class ReportVLMConfig(PreTrainedConfig):
@@ -513,6 +511,7 @@ def pack(
 # %% ../nbs/api/10_vlm.ipynb #099293b1
 MALLOPT = dict(trim=-1, mmap_size=-3, mmap_count=-4)    # numbers of mallopt(3)'s options
 
+# %% ../nbs/api/10_vlm.ipynb #099293b1y1
 @contextmanager
 def kept_memory():
     """Inside the block, memory that is let go stays with this process for what comes next; where the C library is not

@@ -17,8 +17,7 @@ from .study import LABELS, NeuralError, readable
 from .vlm import ReportVLM, small_config
 
 # %% auto #0
-__all__ = ['PACKAGED', 'PIXEL_MEAN', 'PIXEL_STD', 'packaged_file', 'imagenet_weights', 'fill', 'first_kernels',
-           'start_from_imagenet', 'LiteClassifier', 'imagenet_classifier', 'imagenet_model', 'imagenet_report_network']
+__all__ = ['packaged_file', 'start_from_imagenet', 'imagenet_report_network']
 
 # %% ../nbs/api/11_warmstart.ipynb #ws06
 PACKAGED = {  # file in the package, its size in bytes, its SHA-256
@@ -30,6 +29,7 @@ PACKAGED = {  # file in the package, its size in bytes, its SHA-256
                            "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
 }
 
+# %% ../nbs/api/11_warmstart.ipynb #ws06y1
 def packaged_file(
     name: str,  # of an `EfficientNetLite`
 ) -> Path:

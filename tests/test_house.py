@@ -115,9 +115,15 @@ def test_figures_have_label_caption_and_words(path):
 @by_name("path", CHAPTERS, ids=names)
 def test_export_cells_are_small(path):
     cells = [c for c in nbformat.read(path, 4).cells
-             if c.cell_type == "code" and re.search(r"#\|\s*exports?\b", options(c.source))]
+             if c.cell_type == "code" and re.search(r"#\|\s*export[si]?\b", options(c.source))]
     sizes = [len([l for l in c.source.splitlines() if l.strip() and not l.startswith("#|")]) for c in cells]
     assert max(sizes) <= 40, f"an export cell of {max(sizes)} lines"
+
+
+def test_what_only_its_own_chapter_uses_is_internal():
+    public = {p.stem: next((ast.literal_eval(n.value) for n in ast.parse(p.read_text()).body
+                            if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"), []) for p in MODULES}
+    assert 200 < sum(map(len, public.values())) <= 450
 
 
 RUFF = [Path(sys.executable).parent / "ruff", "check", "--no-cache", "--output-format", "concise"]
