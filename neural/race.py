@@ -679,8 +679,7 @@ def bench_gpu(
     films=32,        # of one step, at most
     rounds=20,       # of every way, at most
 ) -> dict:           # tables: one row per part and way; what was set
-    """Building, a step of fine-tuning and steps of the small networks on one card, beside plain transformers on the
-    same card."""
+    "Building, a step of fine-tuning, steps of small networks on one card, beside plain transformers on the same card."
     check_device(device)
     logging.disable_progress_bar()
     if tiny: studies, films, rounds = min(studies, 4), 2, 3
