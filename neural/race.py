@@ -36,7 +36,7 @@ from .finetune import augment, freeze_stages, pad_rows, report_ids, thrifty
 from .graph import central_node, knowledge_graph, visual_graph
 from .phantom import toy_study, uid_of, write_cohort, write_dicom
 from .radiograph import fit_square, read_radiograph
-from .report import ReportReader, evidence, split_sections, train_tokenizer
+from .report import ReportReader, study_evidence, train_tokenizer
 from .layouts import index_dataset
 from .scores import Aggregation, Network, load_scoring, look, save_aggregation
 from .study import LABELS, Manifest, NeuralError, report_text
@@ -72,7 +72,7 @@ def bench_cohort(
         write_dicom(manifest.image_path(s.frontal),
                     (drawn + grain.normal(0, 0.01, drawn.shape)).clip(0, 1).astype(np.float32), 'PA',
                     uid_of(s.study_id))
-        said = evidence(split_sections(report_text(manifest, s))).split() or ['clear']
+        said = study_evidence(manifest, s).split() or ['clear']
         (Path(manifest.root)/s.report).write_text('FINDINGS: ' + ' '.join((said*words)[:words]) + '\n')
     return manifest
 
@@ -166,7 +166,7 @@ def racer(
 def release_way(network, manifest, studies, how):
     "All films into memory, then study by study into a list."
     films, size = [held_twice(manifest.image_path(s.frontal)) for s in studies], network.model.encoder.config.image_size
-    return [plain_reading(network, opened(film, size), evidence(split_sections(report_text(manifest, s))))
+    return [plain_reading(network, opened(film, size), study_evidence(manifest, s))
             for s, film in zip(studies, films)]
 
 # %% ../nbs/api/36_race.ipynb #665e2e02x1
@@ -235,7 +235,7 @@ def race(
     rounds=5,            # alternated; the median counts
     ways=('reference', 'float32', 'bfloat16'),
     grows='float32', # the way whose growth is measured; what `neural build` does unless told otherwise
-    # per way: studies a second, ratio, GB; per multiple of the work: seconds a study, GB
+    # returns: per way: studies a second, ratio, GB; per multiple of the work: seconds a study, GB
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     "Ways of building in turn, and the growth of one at 1, 2, 4 and 8 times the work."
     with racers('racer', ways, manifest, vlm) as go:
@@ -282,15 +282,15 @@ def rates_of_reading(
     vlm: Path,       # of `bench_network`
     manifest: Manifest,  # of the cohort
     studies=64,      # of one shard; read once to get warm, then once more
-    # studies a second, by precision; shares of the studies that `settle` reads twice, and that then keep the patches of
-    # float32
+    # returns: studies a second, by precision; shares of the studies that `settle` reads twice, and that then keep the
+    # patches of float32
 ) -> dict:
     "What reading ready films once costs, and what bfloat16 leaves in doubt."
     model, found = pack(load_vlm(vlm), half=True), {}
     size = model.encoder.config.image_size
     some = [
         (s.study_id, fit_square(read_radiograph(manifest.image_path(s.frontal), size), size),
-         evidence(split_sections(report_text(manifest, s))))
+         study_evidence(manifest, s))
         for s in list(manifest)[:studies]
     ]
     network = Network(
@@ -540,7 +540,7 @@ def ready_studies(
     # a few have no frontal film
     manifest = bench_cohort(home/'cohort', studies + studies//2 + 4, config.swin['image_size'])
     film = lambda s: read_radiograph(manifest.image_path(s.frontal))
-    some = [(s.study_id, film(s), evidence(split_sections(report_text(manifest, s)))) for s in list(manifest)[:studies]]
+    some = [(s.study_id, film(s), study_evidence(manifest, s)) for s in list(manifest)[:studies]]
     return bench_network(home/'vlm', config, manifest), some
 
 # %% ../nbs/api/36_race.ipynb #gpu36bx1
