@@ -171,7 +171,7 @@ def test_the_rulers_see_what_they_should():
         with pytest.raises(AssertionError, match="does not fit"): fitting(act, [24 * MB] * 3)
     with pytest.raises(Late), within_a_second():
         while True:
-            try:sum(range(10**5))
+            try: sum(range(10**5))
             except Exception: pass
 
 

@@ -851,7 +851,7 @@ def test_killed_at_any_write_rows_and_json_belong_together(tmp_path, monkeypatch
         return real(*a)
     made = index_dataset("folder", new)
     monkeypatch.setattr(os, call, dying)
-    try:write_index(*made, tmp_path / "m.csv")
+    try: write_index(*made, tmp_path / "m.csv")
     except Killed: pass
     monkeypatch.undo()
     again = Manifest.load(tmp_path / "m.csv")
