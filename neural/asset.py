@@ -1055,7 +1055,7 @@ class _Shard:
             raise AssetError(f"{path.name} does not have the columns of a shard")
     def column(self, name):
         for group in self.groups: _check_group(self.path, group, [self.names.index(name)], self.most)
-        try:return self.file.read(columns=[name])[name].to_pylist()
+        try: return self.file.read(columns=[name])[name].to_pylist()
         except (pa.ArrowException, OSError, ValueError) as e: raise _unreadable(self.path, e) from None
     def read(self, group, columns=None):
         _check_group(self.path, self.groups[group],

@@ -129,7 +129,7 @@ def bench_bytes(
     size=64,          # bytes per patch of the fitted codecs
     picture=450,      # bytes of a context thumbnail, at most
     side=1024,        # pixels of the films that are weighed beside
-    # tables: bytes per study, one row per form, and its ratio to the released graph; the growth of one form
+    # returns: tables: bytes per study, one row per form, and its ratio to the released graph; the growth of one form
 ) -> dict:
     "What a study takes, form by form (answers defect A8)."
     at_least(1, studies=studies, size=size, picture=picture, side=side, **{"number of counts": len(counts)})

@@ -255,8 +255,8 @@ def prompted_looks(
     marks: torch.Tensor,  # (B, N) share of each patch that a mark covers
     prompts: torch.Tensor | None = None,  # (B, P); None: the network's own
     layer: int = -1,  # decoder layer
-    # "without", "with", "even": float32 (B,) share of attention on marked patches; "moved": (B,) how much of the gaze
-    # is elsewhere; NaN where nothing is marked or said
+    # returns: "without", "with", "even": float32 (B,) share of attention on marked patches; "moved": (B,) how much of
+    # the gaze is elsewhere; NaN where nothing is marked or said
 ) -> dict:
     "What prompts do to where the words of a given report look (teacher forcing)."
     tokens = model.encode(films)

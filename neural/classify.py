@@ -47,8 +47,8 @@ def to_data(
     asset,                # StudyAsset
     fusion='grounding',   # 'betweenness', 'grounding' or 'none', see chapter 18
     parts=PARTS,          # what is read: 'visual', 'knowledge', 'context', or some of them
-    # x [kv, d], place [kv], word [mw], certainty [mw], is_patch [n], edge_index [2, e], edge_type [e], edge_weight [e];
-    # context [1, 1, 48, 48] if read
+    # returns: x [kv, d], place [kv], word [mw], certainty [mw], is_patch [n], edge_index [2, e], edge_type [e],
+    # edge_weight [e]; context [1, 1, 48, 48] if read
 ) -> Data:
     "One unified graph as tensors (NEURAL, sec. 2.3)."
     if not set(parts) & set(PARTS) or set(parts) - {*PARTS, CONTEXT}:
@@ -890,7 +890,8 @@ def file_digest(
 # %% ../nbs/api/22_classify.ipynb #35c4ea5d
 def load_classifier(
     folder,                # of `save_classifier`
-    # in evaluation mode, on the CPU; `trained_on` says what it knows, and is empty for one of an earlier version
+    # returns: in evaluation mode, on the CPU; `trained_on` says what it knows, and is empty for one of an earlier
+    # version
 ) -> GraphClassifier:
     "Reads a classifier, or says why not (this companion's choice)."
     folder, weights = Path(folder), Path(folder)/'model.safetensors'

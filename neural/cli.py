@@ -352,10 +352,11 @@ def device_of(
 ) -> str:   # "cpu" or "cuda"
     "The device that was asked for; auto takes a GPU where there is one."
     from torch import cuda
+    from neural.train import pick_device
     if asked == "cuda" and not cuda.is_available():
         raise typer.BadParameter(
             "this machine has no GPU that PyTorch can use; leave --device out", param_hint="--device")
-    return asked if asked != "auto" else "cuda" if cuda.is_available() else "cpu"
+    return str(pick_device(asked))
 
 # %% ../nbs/api/42_cli.ipynb #c42devi1x1
 def packing_of(
@@ -916,7 +917,7 @@ def find_asset(
             f"{assets.folder.name}: its study ids are"
             f" {'not keyed, leave the key out' if made == 'none' else 'keyed with another key; give that one'}")
     for name in (study, *([] if secret is None else [keyed_id(study, secret)])):
-        try:return assets[name]
+        try: return assets[name]
         except AssetError as e: why = str(e)
     if "is not in" not in why: raise NeuralError(why)
     some = assets.ids[:3]

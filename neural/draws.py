@@ -32,8 +32,8 @@ from .finetune import StudyDataset, rare_weights, read_labels, warm_start
 from .layouts import index_dataset
 from .phantom import write_cohort
 from .radiograph import cache_radiographs
-from .report import evidence, split_sections, train_tokenizer
-from .study import SPLITS, NeuralError, at_least, make_folder, publish, readable, report_text, targets
+from .report import study_evidence, train_tokenizer
+from .study import SPLITS, NeuralError, at_least, make_folder, publish, readable, targets
 from .variants import chance_met, marks_met
 from .vlm import ReportVLM, small_config
 
@@ -126,7 +126,7 @@ def draw_parts(
     there and here."""
     parts, names = {}, list(studies.label_names)
     for split in SPLITS:
-        texts = {s.study_id: evidence(split_sections(report_text(studies, s))) for s in studies.of(split)}
+        texts = {s.study_id: study_evidence(studies, s) for s in studies.of(split)}
         some = [s for s in studies.of(split) if texts[s.study_id]]
         parts[split] = StudyDataset(films, [s.study_id for s in some], [texts[s.study_id] for s in some],
                                     np.stack([targets(some, n, settings["policy"]) for n in names], 1))
@@ -359,8 +359,8 @@ def one_draw(
 # %% ../nbs/api/37_draws.ipynb #draw0042
 def new_draw(
     values: pd.DataFrame,  # cohort, seed, value: one number over the draws
-    # mean, SDs, lowest and highest cohort mean, and the interval of a new draw; NaN where one cohort alone tells
-    # nothing
+    # returns: mean, SDs, lowest and highest cohort mean, and the interval of a new draw; NaN where one cohort alone
+    # tells nothing
 ) -> dict:
     "What a number's draws say of the next one."
     groups = values.groupby("cohort").value

@@ -65,7 +65,8 @@ def target_counts(
     studies,          # a Manifest, or studies
     label,            # a label column, such as 'Pneumonia'
     policy='ones',    # what uncertain becomes, see chapter 00
-    # one row per split: positive, negative, unknown (studies); ill, well (patients with a positive, a negative study)
+    # returns: one row per split: positive, negative, unknown (studies); ill, well (patients with a positive, a negative
+    # study)
 ) -> pd.DataFrame:
     "How many studies and patients of each class every split holds (this companion's choice)."
     studies = list(studies)
@@ -711,7 +712,7 @@ def finding_counts(
 def finding_table(
     counts: np.ndarray,   # (4, n, L) of `finding_counts`
     labels=FINDINGS,      # the L labels
-    # one row per label: studies, true, said, right, precision, recall, f1, kappa; nan where not defined
+    # returns: one row per label: studies, true, said, right, precision, recall, f1, kappa; nan where not defined
 ) -> pd.DataFrame:
     "Precision, recall, F1 and Cohen's kappa of each finding (this companion's choice)."
     tp, fp, fn, tn = counts.sum(1).astype(float)
@@ -749,7 +750,7 @@ def finding_summary(
     patients=None,        # patient of each study, shape [n]
     samples=1000,         # bootstrap samples
     seed=0,               # of the bootstrap
-    # 'F1, micro': [value, low, high]; precision, recall, 'F1, macro'; nan where no finding is true or said
+    # returns: 'F1, micro': [value, low, high]; precision, recall, 'F1, macro'; nan where no finding is true or said
 ) -> dict:
     "Findings of all kinds in one figure, with a patient interval (this companion's choice)."
     (tp, fp, fn, _), t = counts.sum(2), finding_table(counts, range(counts.shape[2]))
@@ -881,7 +882,7 @@ def sentences(
 # %% ../nbs/api/24_evaluate.ipynb #evdist02x2
 def variety(
     written: list[str],   # reports
-    # share of distinct reports; reports in which a sentence stands twice in a row, and such sentences
+    # returns: share of distinct reports; reports in which a sentence stands twice in a row, and such sentences
 ) -> dict:
     "Whether a writer says something of its own about each film (this companion's choice)."
     if not len(written): raise NeuralError("no report to look at")
@@ -901,8 +902,8 @@ def report_quality(
     seed=0,                 # of the bootstrap
     # label -> 1, 0, -1 or None of each study, from the manifest; None: what the radiologists' reports say
     truth=None,
-    # studies, empty, distinct and repeated, figures of `finding_summary`, denials kept and turned, ROUGE-L [value, low,
-    # high], BLEU
+    # returns: studies, empty, distinct and repeated, figures of `finding_summary`, denials kept and turned, ROUGE-L
+    # [value, low, high], BLEU
 ) -> dict:
     "How good written reports are: findings first, then denials, then words (this companion's choice)."
     _texts(references, written)

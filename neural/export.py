@@ -31,8 +31,8 @@ TRIPLES = {
 def to_hetero(
     asset: StudyAsset,    # one study
     fusion='grounding',   # 'grounding', 'betweenness' or 'none', see chapter 18
-    # patch: x [k, d], relevance [k], place [k, 2]; concept: id [m], assertion [m], certainty [m]; per edge type
-    # edge_index [2, e], edge_weight [e]
+    # returns: patch: x [k, d], relevance [k], place [k, 2]; concept: id [m], assertion [m], certainty [m]; per edge
+    # type edge_index [2, e], edge_weight [e]
 ) -> HeteroData:
     "The unified graph of an asset for PyTorch Geometric (NEURAL, sec. 2.3; layout of this companion)."
     g, data, t = (asset.unified(fusion), HeteroData(study_id=asset.study_id),
@@ -88,7 +88,7 @@ def to_radgraph(
     vocabulary,          # concept names in order, as in its store
     kinds: dict,         # concept name -> 'Anatomy' | 'Observation', as in its store
     long=False,          # 'Observation::definitely present' (RadGraph-XL) instead of 'OBS-DP'
-    # {'text': '', 'entities': {id: tokens, label, start_ix -1, end_ix -1, relations, certainty if known}}
+    # returns: {'text': '', 'entities': {id: tokens, label, start_ix -1, end_ix -1, relations, certainty if known}}
 ) -> dict:
     "The knowledge graph of an asset in RadGraph's JSON layout, without text or offsets (this companion's choice)."
     names, text, mentions = named(asset, vocabulary), '', []
@@ -275,7 +275,7 @@ def check_croissant(
         wrong.append(f"a sc:Dataset that conformsTo {CROISSANT} is needed")
     if context.get('cr') != CONTEXT['cr'] or context.get('sc') != CONTEXT['sc']:
         wrong.append("@context must name the prefixes cr and sc")
-    try:date.fromisoformat(card.get('datePublished', '2000-01-01'))
+    try: date.fromisoformat(card.get('datePublished', '2000-01-01'))
     except (TypeError, ValueError): wrong.append("datePublished must be a day like 2025-01-31")
     parts = card.get('distribution', [])
     files, ids = [p for p in parts if p.get('@type') == 'cr:FileObject'], [p.get('@id') for p in parts] + [

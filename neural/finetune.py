@@ -125,7 +125,7 @@ def report_ids(
     tokenizer,  # trained on the training reports
     text: str,  # evidence of one report
     max_tokens: int,  # longest report kept, end token included
-    # token ids that end with the end token; each token's (start, end) in the text
+    # returns: token ids that end with the end token; each token's (start, end) in the text
 ) -> tuple[list[int], list[tuple[int, int]]]:
     "Token ids of a report and where each token stands in it, cut at `max_tokens`."
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -166,8 +166,8 @@ def pad_rows(
 def __call__(
     self: Collator,
     items: list[dict],  # from `StudyDataset`
-    # pixel_values (B, 1, S, S), labels (B, T), targets (B, L), and where given token_weights (B, T), marks (B, N),
-    # speaks (B, T), prompts (B, P)
+    # returns: pixel_values (B, 1, S, S), labels (B, T), targets (B, L), and where given token_weights (B, T), marks (B,
+    # N), speaks (B, T), prompts (B, P)
 ) -> dict:
     "One batch for `ReportVLM.forward`; films and their marks make the same move."
     pixels = torch.as_tensor(np.stack([i["film"] for i in items]))

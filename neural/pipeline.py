@@ -103,7 +103,7 @@ def stage_parameters(
     plain_ones = [n.targets[0].id for n in nodes if isinstance(n, ast.Assign)]
     if plain_ones:
         raise NeuralError(f"{Path(path).name}: parameter {plain_ones[0]} has no type; write {plain_ones[0]}: int = …")
-    try:seen = inspect_notebook(str(path).replace("{", "{{").replace("}", "}}"))
+    try: seen = inspect_notebook(str(path).replace("{", "{{").replace("}", "}}"))
     except ValueError as e: raise NeuralError(f"{Path(path).name}: papermill cannot read its parameters: {e}") from None
     lost = [n.target.id for n in nodes if n.target.id not in seen]
     if lost:
@@ -291,7 +291,7 @@ def _stages_meant(
 ) -> list[Stage]:        # those that take it, at least one
     "The stages that a parameter is set for, or why there are none (this companion's choice)."
     scope, dot, own = name.rpartition(".")
-    try:named = pick_stages(stages, [scope]) if dot else chosen
+    try: named = pick_stages(stages, [scope]) if dot else chosen
     except NeuralError as e: raise NeuralError(f"{where}: {name}: {e}") from None
     among = [s for s in named if s in chosen]
     if not among:

@@ -300,7 +300,7 @@ def teach_prompts(
 def own_states(
     model,  # a `ReportVLM` whose thresholds are chosen
     tokens: torch.Tensor,  # (B, N, d) token grid
-    # (B, L) states; int8 (B, L, 2) sides and zones of findings that are said to be there
+    # returns: (B, L) states; int8 (B, L, 2) sides and zones of findings that are said to be there
 ) -> tuple[np.ndarray, np.ndarray]:
     "What the label head says of each film."
     names = list(model.config.label_names)

@@ -31,10 +31,11 @@ from .finetune import augment, freeze_stages, pad_rows, report_ids, thrifty
 from .graph import central_node, knowledge_graph, visual_graph
 from .phantom import toy_study, uid_of, write_cohort, write_dicom
 from .radiograph import fit_square, read_radiograph
-from .report import ReportReader, evidence, split_sections, train_tokenizer
+from .report import ReportReader, study_evidence, train_tokenizer
 from .layouts import index_dataset
 from .scores import Aggregation, Network, load_scoring, look, save_aggregation
 from .study import LABELS, Manifest, NeuralError, report_text
+from .train import computes_bf16
 from .vlm import ReportVLM, ReportVLMConfig, kept_memory, load_tokenizer, load_vlm, pack, small_config
 from .yardstick import (Products, TimeBudget, check_device, matrix_peak, memory_now, peak_memory,
                               peak_of_process, rounds_within, seconds_of, tree_memory)
@@ -66,7 +67,7 @@ def bench_cohort(
         write_dicom(manifest.image_path(s.frontal),
                     (drawn + grain.normal(0, 0.01, drawn.shape)).clip(0, 1).astype(np.float32), 'PA',
                     uid_of(s.study_id))
-        said = evidence(split_sections(report_text(manifest, s))).split() or ['clear']
+        said = study_evidence(manifest, s).split() or ['clear']
         (Path(manifest.root)/s.report).write_text('FINDINGS: ' + ' '.join((said*words)[:words]) + '\n')
     return manifest
 
@@ -160,7 +161,7 @@ def racer(
 def release_way(network, manifest, studies, how):
     "All films into memory, then study by study into a list."
     films, size = [held_twice(manifest.image_path(s.frontal)) for s in studies], network.model.encoder.config.image_size
-    return [plain_reading(network, opened(film, size), evidence(split_sections(report_text(manifest, s))))
+    return [plain_reading(network, opened(film, size), study_evidence(manifest, s))
             for s, film in zip(studies, films)]
 
 # %% ../nbs/api/36_race.ipynb #665e2e02x1
@@ -229,7 +230,7 @@ def race(
     rounds=5,            # alternated; the median counts
     ways=('reference', 'float32', 'bfloat16'),
     grows='float32', # the way whose growth is measured; what `neural build` does unless told otherwise
-    # per way: studies a second, ratio, GB; per multiple of the work: seconds a study, GB
+    # returns: per way: studies a second, ratio, GB; per multiple of the work: seconds a study, GB
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     "Ways of building in turn, and the growth of one at 1, 2, 4 and 8 times the work."
     with racers('racer', ways, manifest, vlm) as go:
@@ -276,15 +277,15 @@ def rates_of_reading(
     vlm: Path,       # of `bench_network`
     manifest: Manifest,  # of the cohort
     studies=64,      # of one shard; read once to get warm, then once more
-    # studies a second, by precision; shares of the studies that `settle` reads twice, and that then keep the patches of
-    # float32
+    # returns: studies a second, by precision; shares of the studies that `settle` reads twice, and that then keep the
+    # patches of float32
 ) -> dict:
     "What reading ready films once costs, and what bfloat16 leaves in doubt."
     model, found = pack(load_vlm(vlm), half=True), {}
     size = model.encoder.config.image_size
     some = [
         (s.study_id, fit_square(read_radiograph(manifest.image_path(s.frontal), size), size),
-         evidence(split_sections(report_text(manifest, s))))
+         study_evidence(manifest, s))
         for s in list(manifest)[:studies]
     ]
     network = Network(
@@ -382,14 +383,14 @@ def update(
     model,       # ReportVLM in training
     optimiser,   # of its weights
     batch: tuple,  # films, words, targets, on the model's device
-    half=True,   # products in bfloat16
+    half=True,   # products in bfloat16, where the device multiplies in it
     plain=False,   # as transformers has it, on a CPU too
 ) -> float:      # loss
     """Forward, backward and the update of the weights, as `finetune` runs them: on a CPU with windows a handful at a
     time and perceptrons that keep half."""
     device = model.device.type
     with thrifty(model) if device == "cpu" and not plain else nullcontext():
-        with torch.autocast(device, torch.bfloat16, enabled=half): loss = model(*batch).loss
+        with torch.autocast(device, torch.bfloat16, enabled=half and computes_bf16(device)): loss = model(*batch).loss
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
@@ -534,7 +535,7 @@ def ready_studies(
     # a few have no frontal film
     manifest = bench_cohort(home/'cohort', studies + studies//2 + 4, config.swin['image_size'])
     film = lambda s: read_radiograph(manifest.image_path(s.frontal))
-    some = [(s.study_id, film(s), evidence(split_sections(report_text(manifest, s)))) for s in list(manifest)[:studies]]
+    some = [(s.study_id, film(s), study_evidence(manifest, s)) for s in list(manifest)[:studies]]
     return bench_network(home/'vlm', config, manifest), some
 
 # %% ../nbs/api/36_race.ipynb #gpu36bx1
@@ -651,10 +652,14 @@ def small_networks(
             for name, how in makes.items()}
 
 # %% ../nbs/api/36_race.ipynb #gpu36nx1
-def rounding() -> dict:  # what the numbers of a card depend on
+IMITATED = "float32, since this processor only imitates bfloat16; shares are of the float32 peak"
+
+def rounding(
+    device="cpu",   # that was measured
+) -> dict:          # what the numbers of a card depend on
     "How PyTorch was allowed to round."
     return {
-        'half precision': 'autocast to bfloat16',
+        'half precision': 'autocast to bfloat16' if computes_bf16(device) else IMITATED,
         'float32 products': (f'{torch.get_float32_matmul_precision()} precision,'
                              f' {"with" if torch.backends.cuda.matmul.allow_tf32 else "without"} TF32'),
         'float32 convolutions': f'{"with" if torch.backends.cudnn.allow_tf32 else "without"} TF32 on a GPU',
@@ -669,8 +674,7 @@ def bench_gpu(
     films=32,        # of one step, at most
     rounds=20,       # of every way, at most
 ) -> dict:           # tables: one row per part and way; what was set
-    """Building, a step of fine-tuning and steps of the small networks on one card, beside plain transformers on the
-    same card."""
+    "Building, a step of fine-tuning, steps of small networks on one card, beside plain transformers on the same card."
     check_device(device)
     logging.disable_progress_bar()
     if tiny: studies, films, rounds = min(studies, 4), 2, 3
@@ -679,6 +683,7 @@ def bench_gpu(
     budget = TimeBudget(0.9*60*minutes, 2 + len(networks))      # a tenth is for what comes before and after
     config = step_network(not tiny).config
     peaks = {kind: matrix_peak(getattr(torch, kind), side, device=device) for kind in ('bfloat16', 'float32')}
+    unit = 'bfloat16' if computes_bf16(device) else 'float32'
     def steps(what, config):
         until, size = budget.part(), config.swin['image_size']
         seen = StepStudies(size, size, config.decoder['vocab_size'])
@@ -696,8 +701,8 @@ def bench_gpu(
         found = {'building': measured_part(ways, work, studies, budget, until, 'building', device, rounds)}
     found |= {what: steps(what, c) for what, c in ({'fine-tuning step': config} | networks).items()}
     table = pd.concat(found, names=['part', 'way'])
-    table.insert(4, 'share of the bf16 matrix peak', table.pop('10⁹ operations a second')/peaks['bfloat16'])
-    about = {'device': device, 'sizes': 'tiny' if tiny else 'paper', **rounding(),
+    table.insert(4, 'share of the bf16 matrix peak', table.pop('10⁹ operations a second')/peaks[unit])
+    about = {'device': device, 'sizes': 'tiny' if tiny else 'paper', **rounding(device),
              **{f'{kind} matrix peak, 10⁹ operations a second': peak for kind, peak in peaks.items()},
              'pieces of a report': words, 'minutes allowed': float(minutes), 'minutes taken': budget.spent / 60}
     return {'gpu': table, 'settings': pd.DataFrame([about])}

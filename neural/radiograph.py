@@ -826,8 +826,8 @@ def check_spare(
     ds: pydicom.Dataset,    # a header
     words: np.ndarray,      # intp (h, W), some rows of its pixels, all bits
     at: np.ndarray,         # intp (h, W), their stored numbers, counted from the smallest
-    # pixels with bits beside; changes of these along rows; changes that are wraps; pixels where they are no sign
-    # repeated
+    # returns: pixels with bits beside; changes of these along rows; changes that are wraps; pixels where they are no
+    # sign repeated
 ) -> np.ndarray:
     "What the bits beside the stored ones say, summed over some rows."
     low, top = ds.HighBit + 1 - ds.BitsStored, 2**ds.BitsStored
@@ -1377,7 +1377,7 @@ class Draft:
                                       (len(keys), size, size))
         # stopped just before the list
         if self.log.is_file() and self.final.is_file() and not self.part.exists(): os.replace(self.final, self.part)
-        try:self.films = np.load(self.part, mmap_mode='r', allow_pickle=False)
+        try: self.films = np.load(self.part, mmap_mode='r', allow_pickle=False)
         except (OSError, ValueError, EOFError): self.films = None
         if self.films is None or self.films.shape != shape or self.films.dtype != np.uint8:
             self.log.unlink(missing_ok=True)

@@ -224,7 +224,7 @@ def split_sections(
 def evidence(
     sections: dict[str, str],                                    # from `split_sections`
     use: tuple[str, ...]=("findings", "impression", "addendum"), # sections the model may see, in this order
-    # their text, a blank line between; '' where the report has none of them
+    # returns: their text, a blank line between; '' where the report has none of them
 ) -> str:
     "The text a model may see: never the indication, the history or the comparison (against NEURAL's defect A9)."
     barred = [s for s in use if s in _ASKED]
@@ -973,7 +973,7 @@ def _meanings(
 def from_radgraph(
     cls: Annotation,
     data: dict,        # RadGraph's JSON of one text, as shipped with MIMIC-CXR or CheXpert Plus
-    # over the tokenised text; concepts by the lexicon's names, unknown words as written in lower case
+    # returns: over the tokenised text; concepts by the lexicon's names, unknown words as written in lower case
 ) -> Annotation:
     "Reads a RadGraph annotation; anything malformed is refused."
     # {"0": ...}, as CheXpert Plus ships each report
@@ -1127,8 +1127,8 @@ def _mirror_lobe(
 # %% ../nbs/api/04_report.ipynb #5590fba8
 def swap_laterality(
     text: str,  # any report text
-    # the same text, left and right exchanged, case kept; twice gives the text back (but for an implied or doubled side,
-    # see prose)
+    # returns: the same text, left and right exchanged, case kept; twice gives the text back (but for an implied or
+    # doubled side, see prose)
 ) -> str:
     """Mirrors the words of a report, to go with a mirrored image (the released training flips images and leaves the
     words alone)."""

@@ -23,6 +23,7 @@ import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from .study import NeuralError, at_least, publish, readable
+from .train import computes_bf16
 from .vlm import Packed
 
 # %% ../nbs/api/35_yardstick.ipynb #dev35b
@@ -178,12 +179,13 @@ def tree_memory(
 # %% ../nbs/api/35_yardstick.ipynb #cd1c3809
 def matrix_peak(
     kind=torch.float32,   # or torch.bfloat16
-    size=2048,            # rows and columns
+    size=2048,            # rows and columns; at most 256 where bfloat16 is only imitated, at a rate that knows no size
     rounds=7,             # the best one counts
     device="cpu",         # or "cuda", which wants larger matrices
 ) -> float:               # 10^9 operations a second
     """Operations a second in a product of large square matrices; on a CPU in float32 the better of PyTorch's product
     and of a packed layer."""
+    if kind == torch.bfloat16 and not computes_bf16(device): size = min(size, 256)
     a = torch.randn(size, size, device=device).to(kind)
     ways = [lambda: a@a]
     if kind == torch.float32 and device == "cpu" and torch.backends.mkldnn.is_available():
