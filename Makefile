@@ -102,7 +102,7 @@ smoke: install
 	@rm -rf build/smoke; mkdir -p build
 	@"$(BIN)/neural" phantom build/smoke/cohort --studies 160 --size 192 --seed 3
 	@"$(BIN)/neural" index mimic-cxr build/smoke/cohort -o build/smoke/manifest.csv --labels build/smoke/cohort/truth/labels.csv
-	@"$(BIN)/neural" run --preset smoke --manifest build/smoke/manifest.csv --run build/smoke/run
+	@"$(BIN)/neural" run --preset smoke --manifest build/smoke/manifest.csv --run build/smoke/run $(if $(filter Linux,$(shell uname)),--strict)
 
 docs: install
 	@"$(BIN)/python" -m neural.docs

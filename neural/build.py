@@ -20,7 +20,7 @@ import torch
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from .asset import (AssetStore, StudyAsset, check_new, check_secret, is_store, key_check, keyed_id, told,
+from .asset import (TRACKS, AssetStore, StudyAsset, check_new, check_secret, is_store, key_check, keyed_id, told,
                           vocabulary_hash)
 from .codec import Codebook
 from .compose import PhraseBank, compose_reports, load_bank
@@ -39,11 +39,8 @@ from .study import Exclusions, Manifest, NeuralError, readable, report_text
 from .vlm import ReportVLM, kept_memory, load_tokenizer, load_vlm, pack
 
 # %% auto #0
-__all__ = ['TRACKS', 'Reading', 'read', 'measured', 'write_reports', 'with_bank', 'bank_of', 'Packing', 'save_readings',
-           'load_readings', 'shard_of', 'hash_of', 'reading_settings', 'dataset_name', 'packed_shard', 'build_store']
-
-# %% ../nbs/api/21_build.ipynb #c9a646cf
-TRACKS = ("image+report", "image-only")
+__all__ = ['Reading', 'read', 'measured', 'write_reports', 'with_bank', 'bank_of', 'Packing', 'save_readings', 'load_readings',
+           'shard_of', 'hash_of', 'reading_settings', 'dataset_name', 'packed_shard', 'build_store']
 
 # %% ../nbs/api/21_build.ipynb #c2021d47
 @dataclass

@@ -525,8 +525,8 @@ def codebook(
     "Fit the codebook of a codec on the train patches of a run; its loss is measured on validate."
     import numpy as np
     from dataclasses import replace
-    from neural.asset import publish_bytes
-    from neural.build import TABLES, TRACKS, hash_of, load_readings
+    from neural.asset import TRACKS, publish_bytes
+    from neural.build import TABLES, hash_of, load_readings
     from neural.codec import book_bytes, fit_pca, fit_pq, is_book, loss_of_codec
     from neural.study import Manifest, NeuralError, refuse_overwrite
     refuse_overwrite(
