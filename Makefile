@@ -1,5 +1,6 @@
 # make reproduce   from an empty machine to the results table, on phantom studies (about a quarter of an hour, no data needed)
 # make audit       the same run held against its controls, leaks and the released code's defects (an hour more)
+# make described   the same studies as the paper describes it: its network, its choices (a quarter of an hour)
 # make test        everything the project promises, checked: notebooks, tests, a smoke run, the pages
 # make lab         JupyterLab on the notebooks            make docs    the pages, in _docs/
 # make install     the environment of requirements.lock   make hooks   git hooks that keep notebooks clean
@@ -10,7 +11,7 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: reproduce audit install test lab docs clean hooks smoke drift cohort fine elsewhere
+.PHONY: reproduce audit install test lab docs clean hooks smoke drift cohort fine elsewhere described
 .DEFAULT_GOAL := reproduce
 
 VENV ?= .venv
@@ -35,6 +36,10 @@ export TOKENIZERS_PARALLELISM := false
 
 reproduce: cohort
 	@"$(BIN)/neural" run --preset $(PRESET) --manifest $(COHORT)/manifest.csv --run "$(RUN)"
+
+# The same studies with the network and the choices that the paper names.
+described: cohort
+	@"$(BIN)/neural" run 10-40 --preset described --manifest $(COHORT)/manifest.csv --run runs/described$(patsubst build/phantom%,%,$(filter-out $(USUAL),$(COHORT)))
 
 # The environment is made again only when the lock or the packaging changed.
 install:
