@@ -162,7 +162,8 @@ def index_summary(
 
 # %% ../nbs/api/42_cli.ipynb #ed8a5f99opts
 _IndexLayout = Annotated[
-    Literal["mimic-cxr", "chexpert-plus", "open-i", "folder"], typer.Argument(help="How the dataset is laid out.")]
+    Literal["mimic-cxr", "chexpert-plus", "chexpert", "open-i", "nih", "folder"],
+    typer.Argument(help="How the dataset is laid out.")]
 _IndexRoot = Annotated[
     Path, typer.Argument(help="Its folder, or the file that lists it (a CSV, a .tgz of XML).", exists=True)]
 _IndexOut = Annotated[

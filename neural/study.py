@@ -395,7 +395,7 @@ class Manifest:
     def __init__(self,
         studies: Iterable[Study],    # one each; ids unique
         root: str|Path='.',          # folder of reports, tables, masks
-        layout: str='',              # 'mimic-cxr', 'chexpert-plus', 'open-i', 'folder'
+        layout: str='',              # 'mimic-cxr', 'chexpert-plus', 'chexpert', 'open-i', 'nih', 'folder'
         label_source: str='',        # who made the labels, such as a file name
         image_root: str|Path=None,   # folder of the images; None: the root
         notes: dict=None,            # what the index counted: text -> number
