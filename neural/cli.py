@@ -939,14 +939,14 @@ def inspect(
 ):
     "Show what one asset holds, as text or as a page."
     from neural.asset import AssetStore
-    from neural.study import make_folder, publish, refuse_overwrite
+    from neural.study import make_folder, refuse_overwrite, whole_file
     from neural.viewer import asset_page, is_page
     if html: refuse_overwrite(outside(html, [store]), [key_file] if key_file else [], is_page, force)
     assets = AssetStore(store.resolve())
     asset = find_asset(assets, study, key_file.read_bytes()[:4096] if key_file else None)
     if html is None: return typer.echo("\n".join(asset_lines(asset, assets.vocabulary)))
     make_folder(html.parent)
-    with publish(html) as f: f.write(asset_page(asset, assets.vocabulary))
+    with whole_file(html) as f: f.write(asset_page(asset, assets.vocabulary))
     typer.echo(f"page: {html}")
 
 # %% ../nbs/api/42_cli.ipynb #615ae099

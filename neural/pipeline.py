@@ -15,8 +15,8 @@ from importlib import metadata
 from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
-from .study import (NeuralError, above, at_least, check_relative, make_folder, moved_side, publish as whole_file,
-                          side_text, system_reason, write_side)
+from .study import (NeuralError, above, at_least, check_relative, make_folder, moved_side, side_text,
+                          system_reason, whole_file, write_side)
 
 # %% ../nbs/api/40_pipeline.ipynb #cb9e2071
 @dataclass(frozen=True)
