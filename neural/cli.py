@@ -139,7 +139,7 @@ def phantom(
     ] = None,
 ):
     "Write synthetic studies with known truth, in the MIMIC-CXR layout."
-    from neural.phantom import FRACTIONS, write_cohort
+    from neural.cohort import FRACTIONS, write_cohort
     shares = (0.875 * (1 - test), 0.125 * (1 - test), test) if test is not None else FRACTIONS
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise typer.BadParameter(f"{out} is not empty; name a new folder", param_hint="OUT")

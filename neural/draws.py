@@ -27,10 +27,10 @@ from scipy.stats import t as student
 from tqdm import tqdm
 
 from .baseline import read_films, train_film_cnn
+from .cohort import write_cohort
 from .evaluate import auc, ends, lesion_coverage, mean_interval, patient_weights, weighted_auc
 from .finetune import StudyDataset, rare_weights, read_labels, warm_start
 from .layouts import index_dataset
-from .phantom import write_cohort
 from .radiograph import cache_radiographs
 from .report import study_evidence, train_tokenizer
 from .study import SPLITS, NeuralError, at_least, make_folder, readable, targets, whole_file

@@ -21,12 +21,12 @@ from safetensors.torch import load, save
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
+from .cohort import toy_study
 from .finetune import pad_rows, report_ids
-from .phantom import toy_study
 from .prune import Scores, aggregate, random_map
 from .radiograph import patch_coverage
-from .relevance import all_tokens, contrast, finding_tokens, lift, mixture, one_per_patch, relevance, rollout
-from .relevance import times_gradient, with_fallback
+from .relevance import (all_tokens, contrast, finding_tokens, lift, mixture, one_per_patch, relevance, rollout,
+                              times_gradient, with_fallback)
 from .report import Annotation, labels_of
 from .study import NeuralError, readable, whole_file
 from .vlm import Packed, ReportVLM, hash_of_file

@@ -26,8 +26,8 @@ import traceback
 import weakref
 from pathlib import Path
 
-MODULES = ("neural.cli", "neural.bench", "neural.build", "neural.classify", "neural.cluster", "neural.export",
-           "neural.layouts", "neural.phantom", "neural.pipeline", "neural.publish", "neural.race", "neural.viewer",
+MODULES = ("neural.cli", "neural.bench", "neural.build", "neural.classify", "neural.cluster", "neural.cohort",
+           "neural.export", "neural.layouts", "neural.pipeline", "neural.publish", "neural.race", "neural.viewer",
            "neural.yardstick", "papermill", "papermill.inspection", "nbclient", "nbdev.clean", "execnb.nbio", "pandas",
            "spacy", "jupyter_client.provisioning", "IPython.core.interactiveshell", "sklearn.cluster",
            "fsspec.implementations.local")
