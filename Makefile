@@ -66,7 +66,7 @@ KEEP = MALLOC_TRIM_THRESHOLD_=268435456 MALLOC_MMAP_THRESHOLD_=33554432
 # $(call draw,STUDIES,SIZE,SEED): phantom studies and their manifest; drawn again when the code that draws and lists them changed.
 # What comes out the same is left as it is; a cohort that comes out otherwise is kept beside the new one, since a run may still read it.
 define draw
-	@cohort=$(call folder,$(1),$(2),$(3)); want="$$(cat neural/phantom.py neural/study.py neural/layouts.py | cksum)"; \
+	@cohort=$(call folder,$(1),$(2),$(3)); want="$$(cat neural/phantom.py neural/cohort.py neural/study.py neural/layouts.py | cksum)"; \
 	if [ "$$(cat $$cohort.made 2>/dev/null || true)" != "$$want" ]; then \
 	  rm -rf $$cohort.part $$cohort.index; mkdir -p build; \
 	  $(KEEP) "$(BIN)/neural" phantom $$cohort.part --studies $(1) --size $(2) --seed $(3) --test $(TEST) | sed 's/\.part:/:/'; \

@@ -28,11 +28,11 @@ from .asset import AssetStore, Codes, StudyAsset
 from .classify import (GraphClassifier, Packs, TypedConv, as_columns, collate, deal, graph_loss, graphs_in,
                              one_thread, standardise, to_data)
 from .codec import fit_pca, fit_pq
+from .cohort import toy_study
 from .graph import EDGE_TYPES, knowledge_graph, visual_graph
-from .phantom import toy_study
+from .layouts import index_dataset, walk
 from .picture import thumbnail
 from .report import ReportReader
-from .layouts import index_dataset, walk
 from .study import LABELS, NeuralError, at_least
 from .train import one_epoch
 from .yardstick import alternated, aside, matrix_peak, peak_memory, seconds_of

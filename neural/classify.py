@@ -24,7 +24,7 @@ from torch_geometric.nn import GCNConv
 from .asset import AssetError
 from .graph import ADJACENT, ASSERTIONS, EDGE_TYPES, REVERSE, SHOWS, certainty_share
 from .picture import decode_picture
-from .study import Exclusions, NeuralError, above, at_least, make_folder, publish, read_table, readable
+from .study import Exclusions, NeuralError, above, at_least, make_folder, read_table, readable, whole_file
 from .train import Training, fit
 
 # %% ../nbs/api/22_classify.ipynb #6f00884c
@@ -848,8 +848,8 @@ def save_classifier(
     about = dict(format=FORMAT, **model.config, trained_on={**model.trained_on, **told})
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     data = save(tensors, {'about': json.dumps(dict(about, replaces=before.get('weights', '')))})
-    with publish(folder/'model.safetensors') as f: f.buffer.write(data)
-    with publish(folder/'config.json') as f: json.dump(dict(about, weights=_digest(data)), f, indent=1)
+    with whole_file(folder/'model.safetensors') as f: f.buffer.write(data)
+    with whole_file(folder/'config.json') as f: json.dump(dict(about, weights=_digest(data)), f, indent=1)
 
 # %% ../nbs/api/22_classify.ipynb #0793acb4x1
 def _digest(data): return hashlib.sha256(data).hexdigest()[:16]
@@ -941,7 +941,7 @@ def save_predictions(
 ):
     "Writes what a classifier said of each study (this companion's choice)."
     name = file_digest(Path(classifier)/'model.safetensors')
-    with publish(path) as f:
+    with whole_file(path) as f:
         csv.writer(f, lineterminator='\n').writerows(
             [SAID, *((i, '' if p is None else f'{p:.6f}', name) for i, p in scores.items())])
 

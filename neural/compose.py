@@ -16,7 +16,7 @@ import torch
 from .image_model import hash_of_file, pool_patches
 from .prompt import choose_thresholds, place_of, promptable, said_places, said_states, seen_places
 from .report import Annotation, ReportReader, labels_of, load_lexicon
-from .study import LABELS, NeuralError, at_least, publish, readable
+from .study import LABELS, NeuralError, at_least, readable, whole_file
 
 # %% auto #0
 __all__ = ['learn_bank', 'report_states', 'teach_bank', 'save_bank', 'load_bank']
@@ -305,7 +305,7 @@ def save_bank(
     folder: str | Path,  # of the saved network
 ) -> None:
     "Write the phrase bank beside its network."
-    with publish(Path(folder) / FILE) as f:
+    with whole_file(Path(folder) / FILE) as f:
         json.dump(
             dict(version=1, network=hash_of_file(Path(folder) / "model.safetensors"), **asdict(bank)), f, indent=1)
 

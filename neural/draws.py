@@ -27,13 +27,13 @@ from scipy.stats import t as student
 from tqdm import tqdm
 
 from .baseline import read_films, train_film_cnn
+from .cohort import write_cohort
 from .evaluate import auc, ends, lesion_coverage, mean_interval, patient_weights, weighted_auc
 from .finetune import StudyDataset, rare_weights, read_labels, warm_start
 from .layouts import index_dataset
-from .phantom import write_cohort
 from .radiograph import cache_radiographs
 from .report import study_evidence, train_tokenizer
-from .study import SPLITS, NeuralError, at_least, make_folder, publish, readable, targets
+from .study import SPLITS, NeuralError, at_least, make_folder, readable, targets, whole_file
 from .variants import chance_met, marks_met
 from .vlm import ReportVLM, small_config
 
@@ -353,7 +353,7 @@ def one_draw(
         numbers = draw_numbers(studies, parts, head, said, least)
     finally: torch.set_num_threads(threads)
     found = dict(zip(FIELDS, (cohort, seed, settings, code_name(), seconds, numbers)))
-    with publish(draw_file(work, cohort, seed)) as f: json.dump(found, f)
+    with whole_file(draw_file(work, cohort, seed)) as f: json.dump(found, f)
     return read_draw(draw_file(work, cohort, seed))
 
 # %% ../nbs/api/37_draws.ipynb #draw0042

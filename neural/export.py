@@ -15,8 +15,8 @@ from .asset import AssetStore, StudyAsset, vocabulary_hash
 from .graph import ADJACENT, ASSERTIONS, EDGE_TYPES, RELATIONS, SAYS, SHOWS, certainty_share
 from .graph import to_networkx as graph_to_networkx
 from .report import Annotation, Mention, Relation
-from .study import (COLUMNS, SPLITS, Exclusions, Manifest, NeuralError, from_rows, publish, read_table, readable,
-                          refuse_overwrite)
+from .study import (COLUMNS, SPLITS, Exclusions, Manifest, NeuralError, from_rows, read_table, readable,
+                          refuse_overwrite, whole_file)
 
 # %% ../nbs/api/23_export.ipynb #9beb3473
 TRIPLES = {
@@ -302,7 +302,7 @@ def write_croissant(
     card = croissant(store, name, **about)
     if wrong := check_croissant(card, store.folder):
         raise NeuralError(f"{store.folder.name}: not described: {'; '.join(wrong[:4])}")
-    with publish(path) as f: json.dump(card, f, indent=1, ensure_ascii=False)
+    with whole_file(path) as f: json.dump(card, f, indent=1, ensure_ascii=False)
     return path
 
 # %% ../nbs/api/23_export.ipynb #d220e580x1
@@ -596,5 +596,5 @@ def write_cards(
         raise NeuralError(
             f"{full[0]}.md and {full[0]}.new.md in {run.name} were changed by somebody: move one of them away")
     for name, text in texts.items():
-        with publish(free[name][0]) as f: f.write(sealed(text))
+        with whole_file(free[name][0]) as f: f.write(sealed(text))
     return [places[0] for places in free.values()]

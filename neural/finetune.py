@@ -31,7 +31,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from .image_model import LITE
 from .plot import colours
 from .report import swap_laterality
-from .study import NeuralError, above, at_least, make_folder, publish, readable
+from .study import NeuralError, above, at_least, make_folder, readable, whole_file
 from .train import Training, computes_bf16, fit
 from .vlm import ReportVLM, kept_memory, label_loss, load_vlm, quiet, writable
 
@@ -688,7 +688,7 @@ def refuse_other_run(
             f"the checkpoints in {path.parent.name} were made with {'; '.join(odd)}: go on with those settings, name"
             " another folder, or go on with anyway=True")
     if made != settings:
-        with publish(path) as f: json.dump(settings, f, indent=1)
+        with whole_file(path) as f: json.dump(settings, f, indent=1)
 
 # %% ../nbs/api/12_finetune.ipynb #d2b8e54e
 def _belong(model, tokenizer, train, validate, draw, prompters, **numbers):

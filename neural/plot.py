@@ -27,7 +27,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
-from .study import NeuralError, make_folder, publish, readable, refuse_overwrite
+from .study import NeuralError, make_folder, readable, refuse_overwrite, whole_file
 
 # %% ../nbs/api/05_plot.ipynb #plot0005
 PALETTE = {"blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "purple": "#CC79A7",    # Okabe and Ito
@@ -412,7 +412,7 @@ def save_figure(
         raise NeuralError(f"{path.name}: figures are saved as PNG files; end the name in .png")
     fig.savefig(draft, format="png", bbox_inches="tight", metadata={"Software": None, **told})
     make_folder(path.parent)
-    with publish(path) as f:
+    with whole_file(path) as f:
         f.buffer.write(draft.getvalue())
     return path
 

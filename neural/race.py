@@ -27,18 +27,18 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 from transformers.utils import logging
 from .build import fill_store, open_store, packed_shard, read_groups, settle, shard_of
+from .cohort import toy_study, uid_of, write_cohort, write_dicom
 from .finetune import augment, freeze_stages, pad_rows, report_ids, thrifty
 from .graph import central_node, knowledge_graph, visual_graph
-from .phantom import toy_study, uid_of, write_cohort, write_dicom
+from .layouts import index_dataset
 from .radiograph import fit_square, read_radiograph
 from .report import ReportReader, study_evidence, train_tokenizer
-from .layouts import index_dataset
 from .scores import Aggregation, Network, load_scoring, look, save_aggregation
 from .study import LABELS, Manifest, NeuralError, report_text
 from .train import computes_bf16
 from .vlm import ReportVLM, ReportVLMConfig, kept_memory, load_tokenizer, load_vlm, pack, small_config
-from .yardstick import (Products, TimeBudget, check_device, matrix_peak, memory_now, peak_memory,
-                              peak_of_process, rounds_within, seconds_of, tree_memory)
+from .yardstick import (Products, TimeBudget, check_device, matrix_peak, memory_now, peak_memory, peak_of_process,
+                              rounds_within, seconds_of, tree_memory)
 
 # %% ../nbs/api/36_race.ipynb #cecd81f7
 def paper_network() -> ReportVLMConfig:

@@ -29,7 +29,7 @@ from .asset import TRACKS
 from .evaluate import (ENSEMBLE, HEADLINE, check_predictions, check_scores, ends, file_bytes, known,
                              markdown_table, parquet_table, patients_or_studies, separated_bound,
                              weight_blocks, weighted_auc)
-from .study import LABELS, SPLITS, Manifest, NeuralError, at_least, publish, readable
+from .study import LABELS, SPLITS, Manifest, NeuralError, at_least, readable, whole_file
 
 # %% ../nbs/api/33_results.ipynb #result06
 _WORDS, _SIZES = ("system", "stage", "track", "selection", "codec", "condition"), ("k", "budget")
@@ -195,7 +195,7 @@ def _refuse_foreign(path, *needed):
 def _publish_parquet(path, table):
     "Writes a table as Parquet, whole or not at all."
     rows = pa.Table.from_pandas(table, preserve_index=False)
-    with publish(path) as f: pq.write_table(rows, f.buffer, compression="zstd")
+    with whole_file(path) as f: pq.write_table(rows, f.buffer, compression="zstd")
 
 # %% ../nbs/api/33_results.ipynb #result27
 def write_predictions(
@@ -714,7 +714,7 @@ def write_card(
     _refuse_foreign(path, "metric", "value")
     if path.suffix == ".parquet": _publish_parquet(path, card)
     else:
-        with publish(path) as f: card.to_csv(f, index=False)
+        with whole_file(path) as f: card.to_csv(f, index=False)
     return card
 
 # %% ../nbs/api/33_results.ipynb #result106

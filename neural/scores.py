@@ -21,14 +21,14 @@ from safetensors.torch import load, save
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
+from .cohort import toy_study
 from .finetune import pad_rows, report_ids
-from .phantom import toy_study
 from .prune import Scores, aggregate, random_map
 from .radiograph import patch_coverage
-from .relevance import all_tokens, contrast, finding_tokens, lift, mixture, one_per_patch, relevance, rollout
-from .relevance import times_gradient, with_fallback
+from .relevance import (all_tokens, contrast, finding_tokens, lift, mixture, one_per_patch, relevance, rollout,
+                              times_gradient, with_fallback)
 from .report import Annotation, labels_of
-from .study import NeuralError, publish, readable
+from .study import NeuralError, readable, whole_file
 from .vlm import Packed, ReportVLM, hash_of_file
 
 # %% auto #0
@@ -889,9 +889,9 @@ def save_scoring(
         sharpness=usual.sharpness,
         studies=usual.studies,
     )
-    with publish(folder / MAPS) as f:
+    with whole_file(folder / MAPS) as f:
         f.buffer.write(data)
-    with publish(folder / STATE) as f:
+    with whole_file(folder / STATE) as f:
         json.dump(about, f, indent=1)
 
 # %% ../nbs/api/17_scores.ipynb #sc151x1
@@ -911,7 +911,7 @@ def save_aggregation(
     weights = Path(folder) / "model.safetensors"
     network = hash_of_file(weights) if weights.is_file() else ""
     about = dict(**vars(how), mean=None if mean is None else mean.tolist(), k=k, max_tokens=max_tokens, network=network)
-    with publish(Path(folder) / "relevance.json") as f:
+    with whole_file(Path(folder) / "relevance.json") as f:
         json.dump(about, f)
 
 # %% ../nbs/api/17_scores.ipynb #sc152x1

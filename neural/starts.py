@@ -26,7 +26,7 @@ from .evaluate import auc, ends, patient_weights, weighted_auc
 from .finetune import fit_labels, rare_weights
 from .image_model import ImageModel, hash_of_file
 from .radiograph import cache_radiographs
-from .study import Manifest, NeuralError, at_least, make_folder, publish, readable
+from .study import Manifest, NeuralError, at_least, make_folder, readable, whole_file
 from .warmstart import PIXEL_MEAN, PIXEL_STD, imagenet_model, packaged_file
 
 # %% ../nbs/api/38_starts.ipynb #start0007
@@ -155,7 +155,7 @@ def one_training(
         scores = {split: read_films(model, part).round(6).tolist() for split, part in parts.items()}
     finally: torch.set_num_threads(threads)
     found = dict(zip(("start", "rate", "seed"), key)) | made_of | dict(seconds=seconds, curve=curve, scores=scores)
-    with publish(training_file(work, *key)) as f: json.dump(found, f)
+    with whole_file(training_file(work, *key)) as f: json.dump(found, f)
     return found
 
 # %% ../nbs/api/38_starts.ipynb #start0024

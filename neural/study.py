@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'SPLITS', 'POLICIES', 'NeuralError', 'apply_policy', 'View', 'Study', 'targets', 'split_of', 'Exclusions',
-           'system_reason', 'readable', 'read_table', 'check_relative', 'Manifest', 'publish', 'make_folder',
+           'system_reason', 'readable', 'read_table', 'check_relative', 'Manifest', 'whole_file', 'make_folder',
            'refuse_overwrite', 'made_here', 'at_least', 'above', 'report_text']
 
 # %% ../nbs/api/00_study.ipynb #cc3ed7c5
@@ -488,7 +488,7 @@ def umask() -> int:  # permission bits that new files do not get
 
 # %% ../nbs/api/00_study.ipynb #6720d4e7
 @contextmanager
-def publish(
+def whole_file(
     path: str|Path,  # file to write
 ):
     "A text file that appears whole or not at all; a draft that cannot be finished is taken away."
@@ -554,7 +554,7 @@ def save(self: Exclusions,
 ):
     "Writes one row per study left out, then one per part; never over a file of somebody else."
     refuse_overwrite(path, ours=made_here, force=True)
-    with publish(path) as f:
+    with whole_file(path) as f:
         out = csv.writer(f, lineterminator='\n')
         out.writerows([('study_id', 'reason', 'detail', 'what'), *((*r, 'study') for r in self.rows), *self.parts])
 
@@ -633,7 +633,7 @@ def save(self: Manifest,
                 counts=self.counts(), **beside)
     if self.image_root != self.root: side['image_root'] = str(self.image_root.resolve())
     before = dict(before=dict(sha256=digest_of(path), side=read_side(path))) if path.is_file() else {}
-    with publish(path) as f:
+    with whole_file(path) as f:
         out = csv.writer(f, lineterminator='\n')
         out.writerow((*COLUMNS, *self.label_names))
         for study in self: out.writerows(to_rows(study))
@@ -649,7 +649,7 @@ def write_side(
     side: dict,    # what it says
 ):
     "Writes the JSON beside a manifest."
-    with publish(beside) as f: f.write(side_text(side))
+    with whole_file(beside) as f: f.write(side_text(side))
 
 # %% ../nbs/api/00_study.ipynb #52b6203dx2
 def side_text(

@@ -20,7 +20,7 @@ from safetensors.torch import save as as_bytes
 from torch import nn
 from tqdm import tqdm
 
-from .study import NeuralError, at_least, make_folder, publish
+from .study import NeuralError, at_least, make_folder, whole_file
 
 # %% auto #0
 __all__ = ['pick_device', 'computes_bf16', 'Training', 'fit']
@@ -371,7 +371,7 @@ def save(
     told = dict(format=_FORMAT, identity=self.identity, history=state.history, **state.numbers())
     data = as_bytes(state.tensors(), {"about": json.dumps(told)})
     make_folder(self.path.parent)
-    with publish(self.path) as f: f.buffer.write(data)
+    with whole_file(self.path) as f: f.buffer.write(data)
 
 # %% ../nbs/api/03_train.ipynb #train49bx1
 @patch

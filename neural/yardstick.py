@@ -22,7 +22,7 @@ import pandas as pd
 import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from .study import NeuralError, at_least, publish, readable
+from .study import NeuralError, at_least, readable, whole_file
 from .train import computes_bf16
 from .vlm import Packed
 
@@ -241,7 +241,7 @@ def write_tables(
     "Keeps measured tables with the command and the machine that made them."
     about = dict(command=command, machine=machine(),
                  tables={n: t.reset_index().to_dict("split", index=False) for n, t in tables.items()})
-    with publish(path) as f: json.dump(about, f, indent=1)
+    with whole_file(path) as f: json.dump(about, f, indent=1)
 
 # %% ../nbs/api/35_yardstick.ipynb #98237dc0x1
 def read_tables(

@@ -16,7 +16,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from neural.pipeline import begin, read_record, record, sha256_of
+from neural.record import begin, read_record, record, sha256_of
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = ["10_finetune", "20_prune", "30_fuse", "40_classify", "50_figures"]

@@ -16,7 +16,7 @@ from torch import nn
 
 from neural.docs import with_unlisted
 from neural.image_model import _NETS, ImageModel, load_image_model, register_net, save_image_model
-from neural.pipeline import read_record
+from neural.record import read_record
 from neural.results import HEADLINE, card_markdown, collect_cards
 from neural.study import NeuralError
 
@@ -44,7 +44,7 @@ def strips(config):
 '''
 DRAW = '''
 import numpy as np
-from neural.pipeline import begin, record
+from neural.record import begin, record
 run, begun = begin(run, "10_draw", globals(), {})
 rng = np.random.default_rng(seed)
 y = np.arange(80) % 2
@@ -59,7 +59,7 @@ import torch
 from torch.nn import functional as F
 from neural import strips
 from neural.image_model import ImageModel, load_image_model, save_image_model
-from neural.pipeline import begin, record, run_command
+from neural.record import begin, record, run_command
 from neural.results import Costs, System, count_parameters, predicted, report_card, write_card
 from neural.study import make_folder
 from neural.train import Training, fit

@@ -13,8 +13,9 @@ import nbformat
 import pytest
 import yaml
 
-from neural.pipeline import (code_cells, find_stages, imported_modules, is_fresh, machine_paths, parameters_cell,
-                             pick_stages, sha256_of, stage_parameters)
+from neural.pipeline import code_cells, find_stages, imported_modules, parameters_cell, pick_stages, stage_parameters
+from neural.publish import is_fresh, machine_paths
+from neural.record import sha256_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "nbs/api").glob("*.ipynb"))

@@ -41,7 +41,7 @@ def film(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(next(films)).random((1, 140, 120))
     if path.suffix == ".dcm":
-        from neural.phantom import uid_of, write_dicom
+        from neural.cohort import uid_of, write_dicom
         write_dicom(path, pixels, "PA", uid_of(0, str(path.name)))
     else: Image.fromarray((pixels[0] * 255).astype(np.uint8)).save(path)
     return path

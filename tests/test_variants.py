@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
+from neural.cohort import toy_study
 from neural.report import ReportReader, evidence, split_sections, train_tokenizer
-from neural.phantom import toy_study
-from neural.study import NeuralError
 from neural.scores import Batch, Network, Scoring, anatomy, gather, measure, patch_ranks
+from neural.study import NeuralError
 from neural.variants import STUDY_SCORERS, chance_met, compare_maps, every_map, marks_met
 from neural.vlm import ReportVLM, small_config
 

@@ -180,8 +180,8 @@ def test_a_report_network_keeps_its_start_without_the_package(package, tmp_path,
 
 def test_the_passes_on_findings_teach_it_as_they_teach_the_residual_network(package):
     package()
+    from neural.cohort import toy_study
     from neural.finetune import FROM_IMAGENET, StudyDataset, freeze_stages, stem_logits, warm_start
-    from neural.phantom import toy_study
     toys = {f"s{i}": toy_study("Pleural Effusion" if i % 2 else "Lung Lesion", size=192, seed=i) for i in range(4)}
 
     class Films(dict):
