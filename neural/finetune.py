@@ -28,7 +28,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.models.swin.modeling_swin import SwinAttention, SwinMLP
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from .image_model import LITE
+from .image_model import LITE_NETS
 from .plot import colours
 from .report import swap_laterality
 from .study import NeuralError, above, at_least, make_folder, readable, whole_file
@@ -328,7 +328,7 @@ def stem_logits(
 ) -> torch.Tensor:  # (B, L), before the sigmoid
     "Findings read from the stem by the label head, without the Swin blocks in between."
     tokens = model.encoder.layernorm(model.encoder.embeddings(model.normalise(films))[0])
-    if model.config.stem in ("levels", *LITE): tokens = F.dropout(tokens, model.config.dropout, model.training)
+    if model.config.stem in ("levels", *LITE_NETS): tokens = F.dropout(tokens, model.config.dropout, model.training)
     return model.name_findings(tokens)
 
 # %% ../nbs/api/12_finetune.ipynb #bb307be7

@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from .study import LABELS, NeuralError, at_least, make_folder, readable, system_reason
 
 # %% auto #0
-__all__ = ['LITE', 'start_convolutions', 'sight', 'EfficientNetLite', 'pool_patches', 'register_net', 'ImageModel',
+__all__ = ['LITE_NETS', 'start_convolutions', 'sight', 'EfficientNetLite', 'pool_patches', 'register_net', 'ImageModel',
            'hash_of_file', 'save_image_model', 'load_image_model']
 
 # %% ../nbs/api/09_image_model.ipynb #im06
@@ -156,7 +156,7 @@ class InvertedBlock(nn.Module):
 
 # %% ../nbs/api/09_image_model.ipynb #im45
 # factors of width and depth
-LITE = {"efficientnet-lite0": (1.0, 1.0), "efficientnet-lite1": (1.0, 1.1), "efficientnet-lite2": (1.1, 1.2)}
+LITE_NETS = {"efficientnet-lite0": (1.0, 1.0), "efficientnet-lite1": (1.0, 1.1), "efficientnet-lite2": (1.1, 1.2)}
 
 # %% ../nbs/api/09_image_model.ipynb #im45y1
 # blocks, kernel, stride, widening, channels
@@ -183,10 +183,10 @@ class EfficientNetLite(nn.Module):
         wide: bool = True,  # end with the 1280 channels that its classifier reads, not with the 320 before
     ):
         super().__init__()
-        if name not in LITE:
-            raise NeuralError(f"no network is called {str(name)[:40]!r}: choose one of {', '.join(LITE)}")
+        if name not in LITE_NETS:
+            raise NeuralError(f"no network is called {str(name)[:40]!r}: choose one of {', '.join(LITE_NETS)}")
         if stride not in (16, 32): raise NeuralError(f"the token grid of {name} has stride 16 or 32, got {stride}")
-        wider, deeper = LITE[name]
+        wider, deeper = LITE_NETS[name]
         self.name, self.strides, at, spread, before = name, [], 2, 1, 32
         self.stem = nn.Sequential(*conv_norm(channels, before, 3, True, late=True))
         self.stages = nn.ModuleList()
@@ -272,7 +272,7 @@ def _(config):
 # %% ../nbs/api/09_image_model.ipynb #im61x3
 def _lite(config):
     return EfficientNetLite(config["net"], stride=config["stride"], wide=config["wide"])
-for _name in LITE:
+for _name in LITE_NETS:
     register_net(_name)(_lite)
 
 # %% ../nbs/api/09_image_model.ipynb #im21

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.utils import logging
 
-from .image_model import (LITE, EfficientNetLite, LevelNet, hash_of_file, pool_patches, network_config,
+from .image_model import (LITE_NETS, EfficientNetLite, LevelNet, hash_of_file, pool_patches, network_config,
                                 start_convolutions, writable)
 from .study import LABELS, NeuralError, at_least, make_folder, readable
 
@@ -83,7 +83,7 @@ def small_config(
         raise NeuralError(f"image_size must be 96, 192 or 384 for a 12x12 grid, got {image_size}")
     at_least(1, vocab_size=vocab_size, layers=layers)
     at_least(0, depth=depth)
-    if not depth and kwargs.get("stem") not in ("levels", *LITE):
+    if not depth and kwargs.get("stem") not in ("levels", *LITE_NETS):
         raise NeuralError(
             "without Swin blocks the encoder must be a residual network: stem='levels', or 'efficientnet-lite0'")
     if odd := [n for n, v in dict(width=width, d_model=d_model).items() if v < 32 or v % 32]:
@@ -152,7 +152,7 @@ def build_encoder(
                 f"levels of widths {config.widths} end at stride {2 << len(config.widths)} with {net.width} channels,"
                 f" Swin expects {about.patch_size} and {about.embed_dim}")
         embed.patch_embeddings.projection = net
-    elif config.stem in LITE:
+    elif config.stem in LITE_NETS:
         net = EfficientNetLite(config.stem, about.num_channels, about.patch_size, wide=about.embed_dim == 1280)
         if net.width != about.embed_dim:
             raise NeuralError(

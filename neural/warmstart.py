@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .image_model import LITE, EfficientNetLite, ImageModel
+from .image_model import LITE_NETS, EfficientNetLite, ImageModel
 from .study import LABELS, NeuralError, readable
 from .vlm import ReportVLM, small_config
 
@@ -124,8 +124,8 @@ def imagenet_model(
     **kwargs,  # passed on to `ImageModel`: `stride`, `wide`, `sharpness`, `dropout`
 ) -> ImageModel:
     "An image model that starts from ImageNet; its head is new."
-    if net not in LITE:
-        raise NeuralError(f"no ImageNet weights are known for {str(net)[:40]!r}: choose one of {', '.join(LITE)}")
+    if net not in LITE_NETS:
+        raise NeuralError(f"no ImageNet weights are known for {str(net)[:40]!r}: choose one of {', '.join(LITE_NETS)}")
     model = ImageModel(labels, image_size, net=net, pixel_mean=PIXEL_MEAN, pixel_std=PIXEL_STD, **kwargs)
     start_from_imagenet(model.net)
     return model
