@@ -125,6 +125,8 @@ def test_what_only_its_own_chapter_uses_is_internal():
     public = {p.stem: next((ast.literal_eval(n.value) for n in ast.parse(p.read_text()).body
                             if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"), []) for p in MODULES}
     assert 200 < sum(map(len, public.values())) <= 450
+    homes = {name: [m for m, names in public.items() if name in names] for names in public.values() for name in names}
+    assert not {name: modules for name, modules in homes.items() if len(modules) > 1}, "one name, two meanings"
 
 
 RUFF = [Path(sys.executable).parent / "ruff", "check", "--no-cache", "--output-format", "concise"]
