@@ -16,7 +16,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from neural.pipeline import begin, read_record, record, sha256_of
+from neural.record import begin, read_record, record, sha256_of
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = ["10_finetune", "20_prune", "30_fuse", "40_classify", "50_figures"]
@@ -127,8 +127,11 @@ def run(clone, by_hand):
 
 # before anything has run
 
+NETWORK = [f"vlm/{name}"
+           for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "phrases.json")]
 LEFT = {
-    "10_finetune": ["manifest.csv", "images/ids.json", "vlm/model.safetensors", "history.json"],
+    "10_finetune": ["manifest.csv", "manifest.json", "exclusions.csv", "images/ids.json", *NETWORK, "history.json",
+                    "findings.json"],
     "20_prune": ["relevance.parquet", "mentions.parquet", "relations.parquet", "generated.parquet", "head.parquet",
                  "vlm/relevance.json"],
 }
@@ -202,8 +205,8 @@ def test_without_a_checkout_the_run_lies_where_the_notebook_does(clone, tmp_path
 
 # a small training, again and with other settings
 
-SMALL = dict(phantom_studies=60, image_size=96, width=32, d_model=32, layers=1, vocab_size=300, warm_epochs=1,
-             epochs=1.0, batch_size=16)
+SMALL = dict(phantom_studies=60, image_size=96, width=32, d_model=32, vocab_size=300, warm_epochs=1, epochs=1.0,
+             batch_size=16, recipe=["layers=1"])
 
 
 def test_the_same_training_again_is_the_same_and_another_is_another(clone, tmp_path):
@@ -260,7 +263,7 @@ def test_the_five_stages_run_in_order_with_nothing_typed(by_hand, run):
         assert printed(nb).startswith("run folder: ../../runs/by-hand"), name
         assert "stale" not in printed(nb), name
     assert {name: len(pictures(nb)) for name, nb in by_hand.items()} == {
-        "10_finetune": 2, "20_prune": 3, "30_fuse": 2, "40_classify": 1, "50_figures": 7}
+        "10_finetune": 2, "20_prune": 3, "30_fuse": 2, "40_classify": 2, "50_figures": 7}
 
 
 def test_the_defaults_have_patients_to_spare(run):
