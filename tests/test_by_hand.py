@@ -143,7 +143,7 @@ PLACES = {"the clone": "", "the notebook's folder": "nbs/paper", "another folder
 
 def partial_run(folder, *stages):
     "A run folder with what some stages leave, as far as a look at the names goes."
-    for name in (n for s in stages for n in LEFT[s]):
+    for name in (n for s in stages for n in (*LEFT[s], f"{s}.json")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
     return folder
@@ -248,7 +248,7 @@ def test_which_studies_stage_10_takes(clone, phantom_cohort, tmp_path, known):
         index_dataset("mimic-cxr", phantom_cohort, labels="truth/labels.csv")[0].save(tmp_path / "manifest.csv")
         (tmp_path / "run.json").write_text(json.dumps({"schema": 1, "manifest": "manifest.csv"}))
     stage = clone / "nbs/paper/10_finetune.ipynb"
-    said = set_up([(stage, tmp_path, f"run = '.'; phantom_studies = {n}; workers = 1") for n in (12, 20)], more=1)
+    said = set_up([(stage, tmp_path, f"run = '.'; phantom_studies = {n}; workers = 1") for n in (12, 20)], more=2)
     drawn = [re.search(r"\d+ studies of \d+ patients, layout mimic-cxr", printed)[0] for _, printed, _ in said]
     assert (drawn[0] == drawn[1]) == known and (tmp_path / "phantom").exists() != known
 

@@ -86,7 +86,7 @@ def index(layout, data, more="") -> Row:
     "A row of `neural index`."
     words = f"index {layout} in/data -o {{out}} --limit 1{more}"
     beside = r"out/(exclusions\.csv|list\.json)$"
-    other = words + (" --hash" if "--allow-no-report" in more else " --allow-no-report")
+    other = words + (" --limit 0.9" if "--allow-no-report" in more else " --allow-no-report")
     return Row(words, {"in/data": data, "in/labels.csv": "labels.csv"}, "out/list.csv", other=other, leaves=beside)
 
 
