@@ -276,26 +276,25 @@ class ReleasedBox(nn.Module):
 
 # %% ../nbs/api/32_mxa.ipynb #mxa39
 def hats(
-    low: torch.Tensor,  # (B) where a box begins, share of the side
-    high: torch.Tensor,  # (B) where it ends
+    low: torch.Tensor,  # (...) where a box begins, share of the side
+    high: torch.Tensor,  # (...) where it ends
     cells: int,  # of the side, before and after
-) -> torch.Tensor:  # (B, cells, cells), rows sum to 1
+) -> torch.Tensor:  # (..., cells, cells), rows sum to 1
     "The weights with which the cells of a side make those of a box's side: linear interpolation."
     at = torch.arange(cells, device=low.device, dtype=low.dtype)
-    places = (low[:, None] + (high - low)[:, None] * (at + 0.5) / cells) * cells - 0.5
+    places = low[..., None] * cells + (high - low)[..., None] * (at + 0.5) - 0.5
     return F.relu(1 - (places.clamp(0, cells - 1)[..., None] - at).abs())
 
 # %% ../nbs/api/32_mxa.ipynb #mxa40
 def glimpse(
-    x: torch.Tensor,  # (B, H, W, C)
+    x: torch.Tensor,  # (B, H, H, C)
     boxes: torch.Tensor,  # (B, 4) left, top, right, bottom, shares of the sides
-) -> torch.Tensor:  # (B, H, W, C), what the box holds, stretched to the whole map
+) -> torch.Tensor:  # (B, H, H, C), what the box holds, stretched to the whole map
     "Bilinear crops of a whole batch, with gradients for map and box (Jaderberg et al. 2015)."
-    h, w, c = map(int, x.shape[1:])
-    left, top, right, bottom = boxes.unbind(1)
-    down, across = hats(top, bottom, h).to(x.dtype), hats(left, right, w).to(x.dtype)
-    rows = (down @ x.reshape(-1, h, w * c)).view(-1, w, c)
-    return (across[:, None].expand(-1, h, w, w).reshape(-1, w, w) @ rows).view(-1, h, w, c)
+    h, c = map(int, x.shape[2:])
+    across, down = hats(boxes[:, :2], boxes[:, 2:], h).to(x.dtype).unbind(1)
+    rows = (down @ x.reshape(-1, h, h * c)).view(-1, h, c)
+    return (across[:, None].expand(-1, h, h, h).reshape(-1, h, h) @ rows).view(-1, h, h, c)
 
 # %% ../nbs/api/32_mxa.ipynb #mxa43
 class Finder(nn.Module):
@@ -307,19 +306,20 @@ class Finder(nn.Module):
         width: int,  # channels
     ):
         super().__init__()
-        self.pull = nn.Conv2d(width, 3, 1)
+        self.pull = nn.Linear(width, 3)
         nn.init.normal_(self.pull.weight, std=0.02)
         with torch.no_grad(): self.pull.bias.copy_(torch.tensor([0.0, math.log(2), math.log(2)]))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> float32 (B, 4), shares of the sides
-        h, w = map(int, x.shape[2:])
-        pull, *sizes = self.pull(x).float().flatten(2).unbind(1)
-        share = pull.softmax(1)
-        y, x = ((torch.arange(n, device=x.device) + 0.5) / n for n in (h, w))
-        place = torch.stack([x.repeat(h), y.repeat_interleave(w)], 1)
-        side = self.least + (1 - self.least) * torch.stack([(share * s).sum(1) for s in sizes], 1).sigmoid()
-        low = (1 - side) * (share @ place)
-        return torch.cat([low, low + side], 1)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, H, H, C) -> float32 (B, 4), shares of the sides
+        side = int(x.shape[1])
+        told = self.pull(x).float().flatten(1, 2)
+        line = (torch.arange(side, device=x.device) + 0.5) / side
+        place = torch.stack([line.repeat(side), line.repeat_interleave(side)], 1).expand(len(told), -1, 2)
+        share = told[..., :1].softmax(1).transpose(1, 2)
+        size, middle = (share @ torch.cat([told[..., 1:], place], 2)).squeeze(1).split(2, 1)
+        size = self.least + (1 - self.least) * size.sigmoid()
+        low = (1 - size) * middle
+        return torch.cat([low, low + size], 1)
 
 # %% ../nbs/api/32_mxa.ipynb #mxa44
 class LearntBox(nn.Module):
@@ -333,7 +333,8 @@ class LearntBox(nn.Module):
         self.finder, self.gate = Finder(width), Gate(width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, C, H, W), as it came
-        return self.gate.weigh(glimpse(x.permute(0, 2, 3, 1), self.finder(x))).permute(0, 3, 1, 2)
+        x = x.permute(0, 2, 3, 1)
+        return self.gate.weigh(glimpse(x, self.finder(x))).permute(0, 3, 1, 2)
 
 # %% ../nbs/api/32_mxa.ipynb #mxa48
 def side_branch(
