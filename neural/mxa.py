@@ -239,7 +239,7 @@ class Gate(nn.Module):
         cells: bool = True,  # also weigh cells, by the maximum and the mean over channels
     ):
         super().__init__()
-        inner = max(4, width // 16)
+        inner = max(8, width // 16)
         self.squeeze, self.excite = nn.Linear(width, inner, bias=False), nn.Linear(inner, width, bias=False)
         self.cells = nn.Conv2d(2, 1, 7, padding=3, bias=False) if cells else None
 

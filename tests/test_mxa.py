@@ -70,11 +70,12 @@ def test_a_new_network_begins_at_ln_2(box):
 
 @by_box
 def test_answers_are_logits_in_float32_and_no_two_films_tie(box):
-    model = awake(vit_model(("a",), 64, box=box, **TINY)).eval()
+    model = awake(vit_model(("a",), 64, box=box, **TINY)).train()      # norms by the batch: the films differ
     with torch.no_grad():
-        z = model(torch.rand(64, 1, 64, 64))
+        model.head.weight.mul_(10)
+        z = model(F.interpolate(torch.rand(64, 1, 3, 3), (64, 64), mode="bilinear"))
         rare = (z - z.mean()) / z.std() * 0.3 - 7.5              # an untaught finding: every probability near 0.0005
-    assert z.dtype == torch.float32 and (z.min() < 0 or z.max() > 1)
+    assert z.dtype == torch.float32 and z.abs().max() > 2
     assert len(rare.sigmoid().unique()) == 64
     assert len(rare.sigmoid().half().sigmoid().unique()) < 8, "the test would not see the ties of the released code"
 
@@ -94,7 +95,8 @@ def test_label_cells_are_read_as_numbers(cell, value, target):
 @by_box
 def test_every_parameter_learns_but_those_of_the_released_box(box):
     model = awake(vit_model(("a", "b"), 96, box=box, **TINY)).train()
-    (model(torch.rand(8, 1, 96, 96)) * torch.randn(8, 2)).sum().backward()
+    films = F.interpolate(torch.rand(8, 1, 3, 3), (96, 96), mode="bilinear")
+    (model(films) * torch.randn(8, 2)).sum().backward()
     dead = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()}
     assert dead == ({n for n, _ in model.named_parameters() if ".finder." in n} if box == "released" else set())
     if box in ("released", "learnt"): assert any(".finder." in n for n, _ in model.named_parameters())
@@ -154,7 +156,8 @@ def test_the_attention_is_run_once_and_the_shortcut_is_not_doubled(box):
 
 # the network
 
-@pytest.mark.parametrize("name, millions", zip(("m0", "m1", "m2", "m3", "m4", "m5"), (2.3, 3.0, 4.2, 6.9, 8.8, 12.4)))
+@pytest.mark.parametrize("name, millions", [("m0", 2.3), ("m1", 3.0), ("m2", 4.2), ("m3", 6.9), ("m4", 8.8),
+                                            ("m5", 12.4)])
 def test_sizes_are_the_published_ones(name, millions):
     with torch.device("meta"): net = EfficientViT(vit_config(f"efficientvit-{name}", channels=3))
     norms = sum(m.num_features for m in net.modules() if isinstance(m, nn.BatchNorm2d)) + 2 * net.width
@@ -404,7 +407,7 @@ def test_files_of_other_teachers_are_refused_unopened(tmp_path):
 
 def test_without_the_extra_it_is_said_in_a_line(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(NeuralError, match=r"^ONNX needs packages that are not installed: pip install '[\w-]+\[onnx\]'$"):
+    with pytest.raises(NeuralError, match=r"^ONNX needs packages that are not installed: pip install '.*\[onnx\]'$"):
         export_onnx(vit_model(("a",), 64, **TINY), tmp_path / "a.onnx")
     assert list(tmp_path.iterdir()) == []
 
