@@ -292,6 +292,7 @@ def narrow(
     shapes: dict,  # name of a parameter or buffer -> its shape, no side longer than it is
 ) -> None:
     "Builds a network in the sizes that its configuration names (this companion's choice)."
+    if not isinstance(shapes, dict): raise NeuralError("a configuration names smaller tensors one by one, with shapes")
     there = dict([*model.named_parameters(), *model.named_buffers()])
     for name, shape in shapes.items():
         old = there.get(name)
