@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .image_model import ImageModel, register_net
-from .study import LABELS, NeuralError, above, at_least, make_folder, publish, refuse_overwrite
+from .study import LABELS, NeuralError, above, at_least, make_folder, whole_file, refuse_overwrite
 
 # %% auto #0
 __all__ = ['EFFICIENTVIT', 'BOXES', 'ViTConfig', 'vit_config', 'EfficientViT', 'vit_model', 'boxes_of', 'OnnxModel',
@@ -550,7 +550,7 @@ def export_onnx(
     if not off <= tolerance:
         raise NeuralError(f"{path.name}: the written model is off by {off:.2g}, over {tolerance:g}; nothing is kept")
     make_folder(path.parent)
-    with publish(path) as f: f.buffer.write(written)
+    with whole_file(path) as f: f.buffer.write(written)
     return off
 
 # %% ../nbs/api/32_mxa.ipynb #mxa85

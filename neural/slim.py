@@ -32,7 +32,7 @@ from .train import Training, fit
 from .vlm import Residual, ReportVLM, narrow_heads, save_vlm
 
 # %% auto #0
-__all__ = ['CRITERIA', 'SPACE', 'pipes_of', 'Pipes', 'find_units', 'masked', 'bytes_after', 'slimmed', 'save_slim', 'calibrate',
+__all__ = ['CRITERIA', 'SPACE', 'pipes_of', 'Pipes', 'find_units', 'silenced', 'bytes_after', 'slimmed', 'save_slim', 'calibrate',
            'score_units', 'rank_units', 'choose', 'recalibrate', 'recover', 'agreement', 'erased', 'survival']
 
 # %% ../nbs/api/34_slim.ipynb #slim0006
@@ -338,7 +338,7 @@ def _fitting(model, mask):
 
 # %% ../nbs/api/34_slim.ipynb #slim0032
 @torch.no_grad()
-def masked(
+def silenced(
     model: nn.Module,  # left as it is
     mask: Mask,
 ) -> nn.Module:  # a copy of the same size, whose other units are silent

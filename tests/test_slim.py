@@ -15,8 +15,8 @@ from neural.image_model import ImageModel, InvertedBlock, ResidualBlock, load_im
 from neural.prune import Budget, Scores, top_k
 from neural.results import count_macs
 from neural.slim import (CRITERIA, SPACE, Calibration, Mask, agreement, bytes_after, calibrate, choose, erased,
-                         film_maps, find_units, masked, network_digest, pipes_of, rank_units, recalibrate, recover,
-                         save_slim, score_units, slimmed, survival)
+                         film_maps, find_units, network_digest, pipes_of, rank_units, recalibrate, recover,
+                         save_slim, score_units, silenced, slimmed, survival)
 from neural.study import NeuralError
 from neural.vlm import ReportVLM, load_vlm, save_vlm, small_config
 
@@ -239,7 +239,7 @@ def test_a_unit_removed_is_a_unit_at_zero(name):
     for seed, ratio in enumerate((0.75, 0.5, 0.2)):
         mask = drawn(model, ratio, seed)
         less = slimmed(model, mask)
-        assert torch.allclose(said(less), said(masked(model, mask)), atol=1e-5), ratio
+        assert torch.allclose(said(less), said(silenced(model, mask)), atol=1e-5), ratio
         assert not torch.allclose(said(less), whole, atol=1e-3)
         assert sum(t.nbytes for t in less.state_dict().values()) == bytes_after(model, mask)
     assert torch.equal(said(model), whole)
@@ -250,10 +250,10 @@ def test_wide_efficientnet_and_a_second_removal():
     model = lively(ImageModel(("A", "B"), 64, net="efficientnet-lite0"))
     mask = drawn(model, 0.25)
     less = slimmed(model, mask)
-    assert torch.allclose(less(film(model)), masked(model, mask)(film(model)), atol=1e-5)
+    assert torch.allclose(less(film(model)), silenced(model, mask)(film(model)), atol=1e-5)
     again = drawn(less, 0.5)
     least = slimmed(less, again)
-    assert torch.allclose(least(film(model)), masked(less, again)(film(model)), atol=1e-5)
+    assert torch.allclose(least(film(model)), silenced(less, again)(film(model)), atol=1e-5)
     assert count_macs(least, film(model, 1)) < 0.1 * count_macs(model, film(model, 1))
     assert ImageModel(**least.config).state_dict()["head.weight"].shape == (2, 160)
 
@@ -270,7 +270,7 @@ def test_a_hidden_unit_of_a_graph_classifier_removed_is_one_at_zero(kind, more, 
     for seed, ratio in enumerate((0.75, 0.5, 0.2)):
         mask = drawn(model, ratio, seed)
         less = slimmed(model, mask)
-        assert torch.allclose(less(g), masked(model, mask)(g), atol=1e-5)
+        assert torch.allclose(less(g), silenced(model, mask)(g), atol=1e-5)
     save_slim(less, tmp_path / "slim")
     assert torch.equal(load_classifier(tmp_path / "slim")(g), less(g))
 
@@ -281,7 +281,7 @@ def test_the_ungated_decoder_and_what_it_writes():
     config.decoder = {**config.decoder, "feed_forward_proj": "relu", "num_decoder_layers": 3, "num_heads": 4}
     model = lively(ReportVLM(config))
     mask = drawn(model, 0.5)
-    less, silent = slimmed(model, mask), masked(model, mask)
+    less, silent = slimmed(model, mask), silenced(model, mask)
     assert {b.layer[1].EncDecAttention.n_heads for b in less.decoder.decoder.block} == {2}
     assert torch.allclose(said(less), said(silent), atol=1e-5)
     x = torch.rand(2, 1, 96, 96)
