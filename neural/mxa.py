@@ -299,7 +299,7 @@ def glimpse(
 # %% ../nbs/api/32_mxa.ipynb #mxa43
 class Finder(nn.Module):
     "Where to look, and how closely: a centre of gravity and two sides (this companion's choice)."
-    least = 0.25  # share of a side that a box has at least
+    least = 0.25  # share of a side that a box has at least, and that is left beside it at least
 
     def __init__(
         self,
@@ -308,17 +308,16 @@ class Finder(nn.Module):
         super().__init__()
         self.pull = nn.Linear(width, 3)
         nn.init.normal_(self.pull.weight, std=0.02)
-        with torch.no_grad(): self.pull.bias.copy_(torch.tensor([0.0, math.log(2), math.log(2)]))
+        nn.init.zeros_(self.pull.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, H, H, C) -> float32 (B, 4), shares of the sides
         side = int(x.shape[1])
         told = self.pull(x).float().flatten(1, 2)
         line = (torch.arange(side, device=x.device) + 0.5) / side
-        place = torch.stack([line.repeat(side), line.repeat_interleave(side)], 1).expand(len(told), -1, 2)
+        place = torch.stack([line.repeat(side), line.repeat_interleave(side)], 1)
         share = told[..., :1].softmax(1).transpose(1, 2)
-        size, middle = (share @ torch.cat([told[..., 1:], place], 2)).squeeze(1).split(2, 1)
-        size = self.least + (1 - self.least) * size.sigmoid()
-        low = (1 - size) * middle
+        size = self.least + (1 - 2 * self.least) * (share @ told[..., 1:]).squeeze(1).sigmoid()
+        low = (1 - size) * (share @ place).squeeze(1)
         return torch.cat([low, low + size], 1)
 
 # %% ../nbs/api/32_mxa.ipynb #mxa44

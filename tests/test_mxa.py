@@ -106,9 +106,9 @@ def test_a_learnt_box_is_never_empty_and_never_leaves_the_film():
     finder = Finder(16)
     nn.init.normal_(finder.pull.weight, std=5)
     with torch.no_grad(): box = finder(torch.randn(512, 6, 6, 16))
-    assert ((0 <= box) & (box <= 1)).all() and (box[:, 2:] - box[:, :2] > 0.24).all()
+    assert ((0 <= box) & (box <= 1)).all() and ((box[:, 2:] - box[:, :2] - 0.5).abs() < 0.2501).all()
     moved = Finder(16)(torch.zeros(1, 6, 6, 16))
-    torch.testing.assert_close(moved, torch.tensor([[0.125, 0.125, 0.875, 0.875]]))
+    torch.testing.assert_close(moved, torch.tensor([[0.25, 0.25, 0.75, 0.75]]))
 
 
 def test_a_released_box_has_no_place_and_mostly_no_crop():
@@ -280,7 +280,7 @@ def test_a_spot_is_found_and_the_box_goes_there():
         optimiser.step()
     with torch.no_grad(): z = model.eval()(films)[:, 0]
     assert (z[y > 0][:, None] > z[y == 0]).float().mean() > 0.9
-    assert far(model, films[y > 0], at[y > 0]) < 0.7 * before
+    assert far(model, films[y > 0], at[y > 0]) < 0.85 * before
 
 
 def test_boxes_are_asked_for_where_there_are_some():
