@@ -128,7 +128,7 @@ class _Wall(torch.autograd.Function):
 # %% ../nbs/api/31_attribute.ipynb #attr0029
 _HOW = {}  # name of a function -> how relevance passes it
 _CARRY = set("""view reshape flatten unflatten transpose permute contiguous clone float to type getitem roll squeeze
-             unsqueeze cat stack split chunk unbind pad expand dropout max_pool2d amax logsumexp""".split())
+             unsqueeze cat stack split chunk unbind pad expand dropout max_pool2d amax aminmax logsumexp""".split())
 # their gradient deals out exactly what there is
 
 def _how(*names):
@@ -215,8 +215,10 @@ def _(at, func, a, b, **named):
 # %% ../nbs/api/31_attribute.ipynb #attr0035
 @_how("sub", "isub")
 def _(at, func, a, b, **named):
-    if torch.is_tensor(b) and (b.requires_grad or b.numel() > 1 or b.shape): at.refuse("a difference of two maps")
-    return _Pass.apply(a, func(a.detach(), b, **named))
+    fixed = torch.is_tensor(b) and b.numel() > 1
+    if not torch.is_tensor(a) or not a.requires_grad or (torch.is_tensor(b) and b.requires_grad):
+        at.refuse("a difference of two maps")
+    return at.node(a, lambda v, w: v * w, None, -b) if fixed else _Pass.apply(a, func(a.detach(), b, **named))
 
 @_how("mul", "rmul", "imul", "div", "truediv")
 def _(at, func, a, b):
@@ -339,18 +341,20 @@ def layer_gradients(
     place: str,  # module whose input is moved
     steps: int = 16,  # places on the way, of Gauss and Legendre
     say: Callable | None = None,  # (model, x) -> (B, L) logits; None: calling the model
+    baseline=None,  # what the network reads where the way begins; None: an activation of zero
 ) -> torch.Tensor:  # (B, ...) in the shape of the activation
-    "Integrated Gradients of an activation from zero (Sundararajan et al. 2017; captum's `LayerIntegratedGradients`)."
+    "Integrated Gradients of an activation (Sundararajan et al. 2017; captum's `LayerIntegratedGradients`)."
     at_least(1, steps=steps)
+    stands = lambda v: ask(model, v, label, (place,), None, say).activations[place]
     nodes, weights = np.polynomial.legendre.leggauss(steps)
-    whole, total, module = None, 0, model.get_submodule(place)
+    begin, end, total = 0.0 if baseline is None else stands(baseline), stands(x), 0
     for part, weight in zip((nodes + 1) / 2, weights / 2):
-        move = module.register_forward_pre_hook(lambda m, a: ((part * a[0]).detach().requires_grad_(), *a[1:]))
-        try: trace = ask(model, x, label, (place,), None, say)
+        here = begin + part * (end - begin)
+        moved = lambda module, args: (here.clone().requires_grad_(), *args[1:])
+        move = model.get_submodule(place).register_forward_pre_hook(moved)
+        try: total = total + weight * ask(model, x, label, (place,), None, say).found[place]
         finally: move.remove()
-        whole = trace.activations[place] / part
-        total = total + weight * trace.found[place]
-    return whole * total
+    return (end - begin) * total
 
 # %% ../nbs/api/31_attribute.ipynb #attr0066
 def conductance(

@@ -353,11 +353,14 @@ def masked(
 # %% ../nbs/api/34_slim.ipynb #slim0035
 def _shrunken(model, mask):
     "The tensors that become smaller, by name."
-    found = {}
+    stays, found = {}, {}
     for layer in _fitting(model, mask):
-        for place in (*layer.made, *layer.cut):
-            value = found.get(place.name, _tensor(model, place.name).detach())
-            found[place.name] = value.index_select(place.axis, _stays(place, mask.kept[layer.name]).nonzero().flatten())
+        for place in (*layer.made, *layer.cut):          # one axis may hold units of two layers
+            where = place.name, place.axis
+            stays[where] = stays.get(where, True) & _stays(place, mask.kept[layer.name])
+    for (name, axis), stay in stays.items():
+        value = found.get(name, _tensor(model, name).detach())
+        found[name] = value.index_select(axis, stay.nonzero().flatten())
     return found
 
 # %% ../nbs/api/34_slim.ipynb #slim0035x
@@ -447,7 +450,8 @@ SPACE = ("sum of sizes", "size of sum")  # over the places of a film where a uni
 
 # %% ../nbs/api/34_slim.ipynb #slim0051
 def _per_unit(place, value, units, studies, space):
-    "Relevance where a unit stands, (studies, units), each film's shares summing to one."
+    "Relevance where a unit stands, (studies, units), each film's shares summing to one; None: nobody was there."
+    if value is None: return torch.zeros(studies, units)
     flat = value.movedim(place.axis, -1).reshape(1 if place.whole else studies, -1, len(place.unit))
     flat = flat.abs().sum(1) if space == "sum of sizes" else flat.sum(1)
     mine = place.unit >= 0
@@ -473,12 +477,15 @@ def _weight_scores(model, layer, criterion):
 # %% ../nbs/api/34_slim.ipynb #slim0055x
 def _asked(model, x, label, places, criterion, say, steps, addition):
     "What an attribution finds at each place."
+    if criterion in ("ig", "conductance"):
+        places = [p for p in places if p in ask(model, x, label, places, None, say).activations]
     if criterion == "ig": return {p: layer_gradients(model, x, label, p, steps, say) for p in places}
     if criterion == "conductance": return conductance(model, x, label, places, steps, say)
     rule = Rule(criterion, addition=addition) if criterion in RULES else None
     trace = ask(model, x, label, places, rule, say, "one")
     if criterion == "activation": return trace.activations
-    return {p: trace.activations[p] * trace.found[p] if criterion == "taylor" else trace.found[p] for p in places}
+    if criterion == "taylor": return {p: trace.activations[p] * r for p, r in trace.found.items()}
+    return trace.found
 
 # %% ../nbs/api/34_slim.ipynb #slim0057x
 def _without_films(model, layers, criterion, seed):
@@ -517,7 +524,7 @@ def score_units(
         x = films(rows) if callable(films) else torch.as_tensor(films)[rows]
         values = _asked(ready, x, label, places, criterion, say, steps, addition)
         for l in layers:
-            each = torch.stack([_per_unit(p, values[p.name], l.units, len(rows), space) for p in l.read])
+            each = torch.stack([_per_unit(p, values.get(p.name), l.units, len(rows), space) for p in l.read])
             found[l.name].append(aggregate(Scores(each, ("place", "study", "unit")), "place").values)
     return {name: Scores(torch.cat(rows).detach(), ("study", "unit")) for name, rows in found.items()}
 
