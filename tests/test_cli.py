@@ -259,7 +259,7 @@ def test_build_then_predict(tmp_path, phantom_cohort):
 
 @pytest.mark.parametrize(
     "what, names",
-    [("read", ["read"]), ("index", ["index"]), ("bytes", ["bytes", "growth"]),
+    [("read", ["read"]), ("index", ["index"]), ("bytes", ["bytes", "growth"]), ("imitate", ["imitate"]),
      ("build", ["growth", "roofline", "ways"])],
 )
 def test_what_the_bench_measures_is_kept(tmp_path, what, names):
