@@ -31,10 +31,10 @@ from .classify import (GraphClassifier, Packs, TypedConv, as_columns, collate, d
 from .codec import fit_pca, fit_pq
 from .graph import EDGE_TYPES, knowledge_graph, visual_graph
 from .image_model import ImageModel
-from .imitate import (Imitate, PairTraining, Softening, cicl, correlation, draw_channels, pair_loss,
-                            prior_vectors, section_loss)
+from .imitate import Softening, cicl, correlation, prior_vectors
 from .phantom import toy_study
 from .picture import thumbnail
+from .pretrain import Imitate, PairTraining, draw_channels, pair_loss, section_loss
 from .report import ReportReader
 from .layouts import index_dataset, walk
 from .study import LABELS, NeuralError, at_least
@@ -408,7 +408,7 @@ def bench_index(
 def drawn_pairs(
     studies: int,    # in the batch
     size: int,       # side of the films in pixels
-) -> dict:           # of `imitate.pair_batch`: two views
+) -> dict:           # of `pretrain.pair_batch`: two views
     "A batch of noise with drawn text vectors: what a step costs does not depend on what it sees."
     features = torch.randn(2, studies, 64)
     prior = torch.stack([prior_vectors(f) for f in features])
@@ -432,11 +432,11 @@ def everyone_asks(
 # %% ../nbs/api/41_bench.ipynb #imib002
 def four_passes(
     model: Imitate,
-    batch: dict,              # of `imitate.pair_batch`, two views
+    batch: dict,              # of `pretrain.pair_batch`, two views
     how: PairTraining,        # with terms between the views
     describe=everyone_asks,   # (FINDINGS branch, maps) -> (B, dim)
 ) -> torch.Tensor:            # scalar, nats
-    "The objective of chapter 30, each view encoded anew for each of its uses: the reference (answers C9)."
+    "The objective of chapter 31, each view encoded anew for each of its uses: the reference (answers C9)."
     once, again = ([model.levels(view) for view in batch["films"]] for _ in range(2))
     total = 0.0
     for name, branch in (("findings", lambda m: describe(model.describe, m)), ("impression", model.conclude)):

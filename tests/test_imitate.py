@@ -18,12 +18,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from neural.image_model import ImageModel, save_image_model
-from neural.imitate import (FindingsBranch, Imitate, PairTraining, Pairs, Softening, SectionVectors, between_patients,
-                            channel_counts, check_spread, cicl, contrast_on, correlation, draw_channels,
-                            load_imitate, load_text_encoder, pair_batch, pair_batches, pair_loss, pretrain,
-                            prior_vectors, read_pairs, register_backbone, save_imitate, save_text_encoder,
-                            section_loss, section_vectors, soft_targets, start_from_pairs, train_text_encoder,
-                            warm_cosine)
+from neural.imitate import (Pairs, Softening, between_patients, check_spread, cicl, correlation, load_text_encoder,
+                            prior_vectors, read_pairs, save_text_encoder, section_vectors, soft_targets,
+                            train_text_encoder, warm_cosine)
+from neural.pretrain import (FindingsBranch, Imitate, PairTraining, channel_counts, contrast_on, draw_channels,
+                             load_imitate, pair_batch, pair_batches, pair_loss, pretrain, register_backbone,
+                             save_imitate, start_from_pairs, trained_together)
 from neural.probe import label_efficiency, linear_probe, patients_at, retrieval, zero_shot
 from neural.report import swap_laterality
 from neural.study import Manifest, NeuralError, Study, View
@@ -406,7 +406,6 @@ dist.destroy_process_group()
 
 def together(place, rank=0, of=1):
     "Two steps on batches of 16 without a draw, and what they left: losses and weights."
-    from neural.imitate import trained_together
     pairs = halves(32)
     vectors, model = vectors_of(pairs), network(shares=(1.0,))
     model.settle_words(vectors)
@@ -439,7 +438,7 @@ def test_processes_share_batches_evenly(monkeypatch):
     vectors = vectors_of(pairs)
     seen = []
     for rank in (0, 1):
-        monkeypatch.setattr("neural.imitate.processes", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr("neural.pretrain.processes", lambda rank=rank: (rank, 2))
         pairs.films.asked = []
         sizes = [len(b["films"][0]) for b in pair_batches(pairs, vectors, 16)(0, torch.Generator().manual_seed(0))]
         assert sizes == [8, 8, 8]
