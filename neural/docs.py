@@ -156,6 +156,8 @@ def write_source(
             if cell.cell_type == "markdown":
                 cell.source = link_figures(relative_links(cell.source, moved[path], host, moved), moved[path], pages)
             if cell.cell_type == "raw": cell.source = re.sub(r"(?m)^(output-file|skip_showdoc):.*\n", "", cell.source)
+            for shown in (o.data for o in cell.get("outputs", []) if "text/markdown" in o.get("data", {})):
+                shown["text/markdown"] = relative_links(shown["text/markdown"], moved[path], host, moved)
         target = site/Path(moved[path]).with_suffix(".ipynb")
         target.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, target)
