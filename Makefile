@@ -1,5 +1,6 @@
 # make reproduce   from an empty machine to the results table, on phantom studies (about a quarter of an hour, no data needed)
 # make audit       the same run held against its controls, leaks and the released code's defects (an hour more)
+# make described   the same studies as the paper describes it: its network, its choices (a quarter of an hour)
 # make test        everything the project promises, checked: notebooks, tests, a smoke run, the pages
 # make lab         JupyterLab on the notebooks            make docs    the pages, in _docs/
 # make install     the environment of requirements.lock   make hooks   git hooks that keep notebooks clean
@@ -10,7 +11,7 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: reproduce audit install test lab docs clean hooks smoke drift cohort fine elsewhere
+.PHONY: reproduce audit install test lab docs clean hooks smoke drift cohort fine elsewhere described
 .DEFAULT_GOAL := reproduce
 
 VENV ?= .venv
@@ -35,6 +36,10 @@ export TOKENIZERS_PARALLELISM := false
 
 reproduce: cohort
 	@"$(BIN)/neural" run --preset $(PRESET) --manifest $(COHORT)/manifest.csv --run "$(RUN)"
+
+# The same studies with the network and the choices that the paper names.
+described: cohort
+	@"$(BIN)/neural" run 10-40 --preset described --manifest $(COHORT)/manifest.csv --run runs/described$(patsubst build/phantom%,%,$(filter-out $(USUAL),$(COHORT)))
 
 # The environment is made again only when the lock or the packaging changed.
 install:
@@ -61,7 +66,7 @@ KEEP = MALLOC_TRIM_THRESHOLD_=268435456 MALLOC_MMAP_THRESHOLD_=33554432
 # $(call draw,STUDIES,SIZE,SEED): phantom studies and their manifest; drawn again when the code that draws and lists them changed.
 # What comes out the same is left as it is; a cohort that comes out otherwise is kept beside the new one, since a run may still read it.
 define draw
-	@cohort=$(call folder,$(1),$(2),$(3)); want="$$(cat neural/phantom.py neural/study.py neural/layouts.py | cksum)"; \
+	@cohort=$(call folder,$(1),$(2),$(3)); want="$$(cat neural/phantom.py neural/cohort.py neural/study.py neural/layouts.py | cksum)"; \
 	if [ "$$(cat $$cohort.made 2>/dev/null || true)" != "$$want" ]; then \
 	  rm -rf $$cohort.part $$cohort.index; mkdir -p build; \
 	  $(KEEP) "$(BIN)/neural" phantom $$cohort.part --studies $(1) --size $(2) --seed $(3) --test $(TEST) | sed 's/\.part:/:/'; \
@@ -102,7 +107,7 @@ smoke: install
 	@rm -rf build/smoke; mkdir -p build
 	@"$(BIN)/neural" phantom build/smoke/cohort --studies 160 --size 192 --seed 3
 	@"$(BIN)/neural" index mimic-cxr build/smoke/cohort -o build/smoke/manifest.csv --labels build/smoke/cohort/truth/labels.csv
-	@"$(BIN)/neural" run --preset smoke --manifest build/smoke/manifest.csv --run build/smoke/run
+	@"$(BIN)/neural" run --preset smoke --manifest build/smoke/manifest.csv --run build/smoke/run $(if $(filter Linux,$(shell uname)),--strict)
 
 docs: install
 	@"$(BIN)/python" -m neural.docs

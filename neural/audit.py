@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.colors import PowerNorm
+from matplotlib.markers import CARETRIGHT
 from sklearn.model_selection import train_test_split
 from torch_geometric.data import Data
 
@@ -18,6 +21,7 @@ from .classify import edge_shares, to_data
 from .finetune import pad_rows, report_ids
 from .graph import (EDGE_TYPES, RELATIONS, KnowledgeGraph, VisualGraph, centrality, fusion_ties, knowledge_from,
                           knowledge_graph, visual_graph)
+from .plot import colours, draw_radiograph
 from .prune import released_rows
 from .relevance import pick_layer
 from .report import Annotation, Relation, load_lexicon
@@ -25,10 +29,9 @@ from .scores import Batch, Network, as_scoring, look
 from .study import LABELS, NeuralError
 
 # %% auto #0
-__all__ = ['PARENT', 'TEXT_EDGES', 'speaks_of', 'kin_of', 'kin_concepts', 'spared', 'without', 'masked', 'target_free',
-           'reading_without', 'asset_without', 'SeenFilms', 'ReadyNotes', 'read_variants', 'Defects', 'released_visual',
-           'read_rows', 'one_way', 'one_word', 'without_negation', 'first_hub', 'released_asset', 'released_data',
-           'released_bytes', 'stage_overlap', 'overlapping', 'sister_split', 'peeked']
+__all__ = ['speaks_of', 'kin_of', 'kin_concepts', 'masked', 'target_free', 'reading_without', 'SeenFilms', 'read_variants',
+           'Defects', 'read_rows', 'draw_token_rows', 'draw_attention_rows', 'released_asset', 'released_data',
+           'released_bytes', 'stage_overlap', 'overlapping', 'sister_split']
 
 # %% ../nbs/api/27_audit.ipynb #32829669
 def speaks_of(
@@ -55,6 +58,7 @@ PARENT = {
     "Cardiomegaly": "Enlarged Cardiomediastinum",
 }  # CheXpert's hierarchy
 
+# %% ../nbs/api/27_audit.ipynb #3e8845acy1
 def kin_of(
     target: str,   # one of the fourteen CheXpert labels
 ) -> tuple:        # its ancestors and descendants, in CheXpert's order
@@ -221,6 +225,50 @@ def read_rows(
         try: out.append(released_visual(heads[b, :len(words)], tokens[b], model.grid, percentile))
         except NeuralError as e: out.append(str(e))
     return out
+
+# %% ../nbs/api/27_audit.ipynb #drawrow2
+def draw_token_rows(
+    image,                   # radiograph, (1, H, W) in [0, 1]
+    patches: np.ndarray,     # row numbers that the released rule returns, repeats allowed, [n]
+    words: list[str],        # of the report, one per row of the attention
+    grid: tuple[int, int],   # rows, columns of the token grid
+    ax: plt.Axes,            # to draw in
+) -> plt.Axes:
+    "The released selection on a radiograph: each row number taken as a patch, with the word it belongs to (defect A1)."
+    draw_radiograph(image, grid=grid, bar=False, ax=ax)
+    places, times = np.unique(patches, return_counts=True)
+    colour = colours(["released"])["released"]
+    for place, n in zip(places.tolist(), times):
+        row, column = divmod(place, grid[1])
+        strength = .25 + .6 * n / times.max()
+        ax.add_patch(plt.Rectangle((column, row), 1, 1, fc=colour, ec="white", lw=.5, alpha=strength))
+        word = words[place].strip()
+        size = min(7, 34 / max(len(word), 1))
+        ax.text(column + .5, row + .5, word, ha="center", va="center", color="white", fontsize=size, clip_on=True)
+    return ax
+
+# %% ../nbs/api/27_audit.ipynb #drawrow3
+def draw_attention_rows(
+    attention: np.ndarray,   # (T, N) words by patches
+    words: list[str],        # T of them
+    columns: np.ndarray,     # patches that the described method keeps
+    rows: np.ndarray,        # rows that the released code returns
+    grid: tuple[int, int],   # rows, columns of the token grid
+    ax: plt.Axes,            # to draw in
+) -> plt.Axes:
+    "Words by patches: the described method asks for columns, the released code returns rows (defect A1)."
+    ax.imshow(attention, aspect="auto", cmap="magma", norm=PowerNorm(.5), interpolation="nearest")
+    for column in columns:
+        ax.axvline(column, color="#5EE0FF", lw=1.4)              # as `draw_radiograph` outlines patches
+    red = colours(["released"])["released"]
+    for row in np.unique(rows):
+        ax.plot([-2], [row], marker=CARETRIGHT, color=red, ms=6, clip_on=False)
+    ax.set_yticks(range(len(words)), words, fontsize=6.5)
+    ax.tick_params(axis="y", length=0, pad=14)
+    starts = np.arange(0, attention.shape[1], grid[1])
+    ax.set_xticks(starts, [f"row {i}" for i in range(grid[0])], fontsize=7, ha="left")
+    ax.set_xlim(-.5, attention.shape[1] - .5)
+    return ax
 
 # %% ../nbs/api/27_audit.ipynb #baef92c4
 TEXT_EDGES = tuple(i for i, name in enumerate(EDGE_TYPES) if name.removeprefix("rev_") in RELATIONS)

@@ -5,9 +5,11 @@
 # %% ../nbs/api/26_baseline.ipynb #0a61fcec
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
+import pandas as pd
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -18,18 +20,19 @@ from torch_geometric.data import Data
 from .asset import dequantise, quantise
 from .build import Reading
 from .classify import GraphClassifier, as_columns, edge_shares, one_thread, standardise
+from .evaluate import target_verdicts
 from .finetune import StudyDataset, film_logits, fit_labels
 from .graph import EDGE_TYPES, visual_graph
 from .image_model import ImageModel
 from .prune import random_map, top_k
-from .study import NeuralError, above, at_least
+from .study import SPLITS, Manifest, NeuralError, above, at_least, targets
 from .train import Training, fit
 from .vlm import ReportVLM, label_loss
 
 # %% auto #0
-__all__ = ['film_network', 'read_films', 'train_film_cnn', 'length_control', 'centre_prior', 'film_contrast', 'patch_tokens',
-           'FilmArray', 'only_patches', 'other_patches', 'visual_data', 'read_graphs', 'train_graphs', 'pool_cells',
-           'pooled_bytes', 'linear_reader']
+__all__ = ['read_films', 'train_film_cnn', 'length_control', 'centre_prior', 'film_contrast', 'patch_tokens', 'FilmArray',
+           'only_patches', 'other_patches', 'visual_data', 'read_graphs', 'train_graphs', 'pool_cells', 'pooled_bytes',
+           'linear_reader', 'audited_studies']
 
 # %% ../nbs/api/26_baseline.ipynb #f548fc55
 def film_network(
@@ -320,3 +323,51 @@ def linear_reader(
             m.predict_proba(np.asarray(x_validate)[usable])[np.arange(usable.sum()), held[usable].astype(int)], 1e-9, 1)
     ).mean()
     return max(fits, key=right).predict_proba(np.asarray(others))[:, 1] if len(others) else np.zeros(0)
+
+# %% ../nbs/api/26_baseline.ipynb #audit26b
+@dataclass(frozen=True)
+class AuditedStudies:
+    "The studies that all contenders read, in one order, and the findings that are asked of them."
+    ids: dict  # split -> study ids
+    patients: dict  # study id -> patient id, of all studies of the manifest
+    verdicts: pd.DataFrame  # of `target_verdicts`: which findings can be judged
+    goals: list  # the L findings that can be
+    y: np.ndarray  # float32 (n, L), in the order of `everyone`: 1, 0 or NaN
+    left_out: dict  # finding that cannot be judged -> why
+
+    @cached_property
+    def everyone(self) -> list:  # n study ids: train, then validate, then test
+        return [i for split in SPLITS for i in self.ids[split]]
+
+    @cached_property
+    def place(self) -> dict:  # study id -> row
+        return {i: n for n, i in enumerate(self.everyone)}
+
+    @cached_property
+    def rows(self) -> dict:  # split -> its rows
+        return {split: [self.place[i] for i in some] for split, some in self.ids.items()}
+
+    def truth(self, split: str) -> np.ndarray:  # float32 (n of the split, L)
+        return self.y[self.rows[split]]
+
+# %% ../nbs/api/26_baseline.ipynb #audit26c
+def audited_studies(
+    studies: Manifest,  # of the run
+    readings: dict,  # track -> what it read, by study id; a study takes part where every track has read it
+    findings: list,  # label columns that are asked for
+    policy: str = "ones",  # what uncertain labels become
+    each: int = 5,  # patients of each class that test must hold
+) -> AuditedStudies:
+    "Settles which studies and which findings a comparison is about (this companion's choice)."
+    there = lambda s: all(s.study_id in track for track in readings.values())
+    ids = {split: [s.study_id for s in studies.of(split) if there(s)] for split in SPLITS}
+    named = [f for f in findings if f in studies.label_names]
+    verdicts = target_verdicts(studies, named, policy, each=each)
+    usable = verdicts.usable.astype(bool) if named else pd.Series(dtype=bool)
+    goals, order = list(usable.index[usable]), [studies[i] for split in SPLITS for i in ids[split]]
+    y = [targets(order, f, policy) for f in goals]
+    left_out = {f: "no label column of this manifest" for f in findings if f not in named}
+    left_out |= {f: verdicts.why[f] for f in named if f not in goals}
+    patients = {s.study_id: s.patient_id for s in studies}
+    values = np.stack(y, 1).astype(np.float32) if goals else np.zeros((len(order), 0), np.float32)
+    return AuditedStudies(ids, patients, verdicts, goals, values, left_out)

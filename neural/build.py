@@ -20,7 +20,7 @@ import torch
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from .asset import (AssetStore, StudyAsset, check_new, check_secret, is_store, key_check, keyed_id, told,
+from .asset import (TRACKS, AssetStore, StudyAsset, check_new, check_secret, is_store, key_check, keyed_id, told,
                           vocabulary_hash)
 from .codec import Codebook
 from .compose import PhraseBank, compose_reports, load_bank
@@ -39,15 +39,8 @@ from .study import Exclusions, Manifest, NeuralError, readable, report_text
 from .vlm import ReportVLM, kept_memory, load_tokenizer, load_vlm, pack
 
 # %% auto #0
-__all__ = ['TRACKS', 'TABLES', 'SCHEMAS', 'Reading', 'concept_findings', 'certainties', 'read', 'read_batch', 'habit',
-           'write_reports', 'with_bank', 'bank_of', 'prompted_looks', 'Packing', 'corners', 'hide', 'reading_rows',
-           'save_readings', 'load_readings', 'lead', 'close_calls', 'settle', 'in_groups', 'Ready', 'shard_of',
-           'read_groups', 'decode_films', 'film_paths', 'ahead', 'usable', 'unnamed', 'hash_of', 'reading_settings',
-           'selection_of', 'dataset_name', 'open_store', 'begin', 'packed_shard', 'fill_store', 'load_network',
-           'build_store', 'measure_baseline']
-
-# %% ../nbs/api/21_build.ipynb #c9a646cf
-TRACKS = ("image+report", "image-only")
+__all__ = ['Reading', 'read', 'measured', 'write_reports', 'with_bank', 'bank_of', 'Packing', 'save_readings', 'load_readings',
+           'shard_of', 'hash_of', 'reading_settings', 'dataset_name', 'packed_shard', 'build_store']
 
 # %% ../nbs/api/21_build.ipynb #c2021d47
 @dataclass
@@ -182,6 +175,19 @@ def _mean_activation(model, batches):
         total, n = total + model.find(model.encode(films)).double().sum(0).cpu(), n + len(films)
     if not n: raise NeuralError("no training study to measure the habit on")
     return (total / n).float()
+
+# %% ../nbs/api/21_build.ipynb #measd001
+def measured(
+    network: Network,  # that reads
+    batches,  # yields `Batch`es of TRAINING studies
+) -> Scoring:  # the network's, with the baseline map that its aggregation compares with
+    "How a network is read, complete with what is usual on training studies (this companion's choice)."
+    state = network.scoring
+    if state.how.guide == "attention" and not state.how.lift:
+        return state
+    rows = ((b.ids, b.films, b.texts) for b in batches)
+    mean = habit(network.model, network.tokenizer, network.reader, rows, state.how, state.max_tokens)
+    return as_scoring((state.how, mean, state.k, state.max_tokens))
 
 # %% ../nbs/api/21_build.ipynb #60e45e3c
 def write_reports(
@@ -392,6 +398,7 @@ SCHEMAS = {
                             ("tail", pa.int32()), ("type", pa.string())]),
 }
 
+# %% ../nbs/api/21_build.ipynb #ee3d4b0ey1
 def save_readings(
     readings: list[Reading],  # of any track
     run: str | Path,  # run folder; relevance.parquet, mentions.parquet and relations.parquet are written there
@@ -469,6 +476,14 @@ def _reading(row, mentions, relations, certainty):
     return Reading(row["study_id"], row["track"], (row["rows"], row["cols"]), np.array(row["relevance"], np.float32),
                    np.array(row["retained"], np.int64), np.array(row["features"], np.float32).reshape(k, -1), note,
                    looks, row["tokens_used"], row["fell_back"], certainty)
+
+# %% ../nbs/api/21_build.ipynb #askept01
+def as_kept(
+    reading: Reading,  # from `read`
+) -> Reading:  # as `load_readings` gives it back, its words aside
+    "A reading with the precision of the tables of stage 20 (this companion's choice)."
+    halved = {n: getattr(reading, n).astype(np.float16).astype(np.float32) for n in ("relevance", "features", "looks")}
+    return replace(reading, **halved)
 
 # %% ../nbs/api/21_build.ipynb #4fccc1eb
 def lead(
@@ -581,9 +596,9 @@ def decode_films(
 
 # %% ../nbs/api/21_build.ipynb #51fb1591x1
 def _film(path, size):
-    "One film, or why not."
+    "One film in the eight bits in which stages keep theirs, or why not."
     if isinstance(path, NeuralError): return str(path)
-    try: return load_radiograph(path, size)
+    try: return np.round(load_radiograph(path, size) * 255).astype(np.uint8).astype(np.float32) / 255
     except NeuralError as e: return str(e)
 
 # %% ../nbs/api/21_build.ipynb #51fb1591x2
@@ -759,9 +774,8 @@ def packed_shard(
     "Assets of a batch; full films are decoded again, one at a time, only where their pixels are kept."
     out, full = [], lambda i: read_radiograph(manifest.image_path(manifest[i].frontal)) if packing.pixels else None
     for r, (i, film, *_) in zip(readings, studies):
-        try:
-            out.append(
-                (r if certain else replace(r, certainty={})).asset(vocabulary, fusion, None, packing, film, full(i)))
+        kept = as_kept(r if certain else replace(r, certainty={}))
+        try: out.append(kept.asset(vocabulary, fusion, None, packing, film, full(i)))
         except NeuralError as e:
             if excluded is None: raise
             excluded.add(i, "cannot be packed", str(e))

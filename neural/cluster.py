@@ -19,7 +19,7 @@ from .scores import Scoring
 from .study import Exclusions, Manifest, NeuralError
 
 # %% auto #0
-__all__ = ['TOKEN', 'Worker', 'own_token', 'ray_session', 'build_on_cluster']
+__all__ = ['build_on_cluster']
 
 # %% ../nbs/api/29_cluster.ipynb #65f9862f
 class Worker:

@@ -16,12 +16,10 @@ import torch
 from .image_model import hash_of_file, pool_patches
 from .prompt import choose_thresholds, place_of, promptable, said_places, said_states, seen_places
 from .report import Annotation, ReportReader, labels_of, load_lexicon
-from .study import LABELS, NeuralError, at_least, publish, readable
+from .study import LABELS, NeuralError, at_least, readable, whole_file
 
 # %% auto #0
-__all__ = ['UNFIT', 'QUALITIES', 'NOUNS', 'WHOLE', 'WHERE', 'GRAVE', 'WIDER', 'FILE', 'MOST', 'sayable', 'phrases_of', 'Phrase',
-           'read_phrase', 'own_sentence', 'word_pairs', 'PhraseBank', 'learn_bank', 'settled', 'raising', 'denying',
-           'compose', 'report_states', 'teach_bank', 'compose_reports', 'save_bank', 'load_bank']
+__all__ = ['learn_bank', 'report_states', 'teach_bank', 'save_bank', 'load_bank']
 
 # %% ../nbs/api/15_compose.ipynb #compose06
 UNFIT = re.compile(  # what a composed report has no right to say
@@ -301,12 +299,13 @@ def compose_reports(
 # %% ../nbs/api/15_compose.ipynb #compose40
 FILE, MOST = "phrases.json", (2_000_000, 3000)  # bytes and phrases that are read at most
 
+# %% ../nbs/api/15_compose.ipynb #compose40y1
 def save_bank(
     bank: PhraseBank,
     folder: str | Path,  # of the saved network
 ) -> None:
     "Write the phrase bank beside its network."
-    with publish(Path(folder) / FILE) as f:
+    with whole_file(Path(folder) / FILE) as f:
         json.dump(
             dict(version=1, network=hash_of_file(Path(folder) / "model.safetensors"), **asdict(bank)), f, indent=1)
 

@@ -4,15 +4,20 @@
 
 # %% ../nbs/api/12_finetune.ipynb #1e4bfde4
 from __future__ import annotations
+import difflib
 import hashlib
 import json
 import math
 import signal
 import threading
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+import seaborn as sns
 import torch
 from fastcore.basics import patch
 from torch import nn
@@ -23,18 +28,17 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.models.swin.modeling_swin import SwinAttention, SwinMLP
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from .image_model import LITE_NETS
+from .plot import colours
 from .report import swap_laterality
-from .study import NeuralError, above, at_least, make_folder, publish, readable
+from .study import NeuralError, above, at_least, make_folder, readable, whole_file
 from .train import Training, computes_bf16, fit
 from .vlm import ReportVLM, kept_memory, label_loss, load_vlm, quiet, writable
 
 # %% auto #0
-__all__ = ['HEALTHY', 'StudyDataset', 'mirror', 'poses', 'moved', 'augment', 'report_ids', 'Collator', 'pad_rows', 'focus_batch',
-           'parameter_groups', 'coarser_side', 'label_batches', 'film_logits', 'fit_labels', 'stem_logits',
-           'warm_start', 'draw_weights', 'rare_weights', 'focus_loss', 'WindowLook', 'GeluLinear', 'learnt_bias',
-           'WindowAttention', 'GeluMLP', 'thrifty', 'freeze_stages', 'ReportTrainer', 'training_arguments', 'Stop',
-           'interrupts', 'last_checkpoint', 'digest', 'data_name', 'network_name', 'refuse_other_run', 'finetune',
-           'read_labels']
+__all__ = ['FROM_IMAGENET', 'StudyDataset', 'report_ids', 'Collator', 'pad_rows', 'fit_labels', 'warm_start', 'draw_weights',
+           'rare_weights', 'freeze_stages', 'last_checkpoint', 'finetune', 'read_labels', 'Recipe', 'recipe_of',
+           'draw_learning']
 
 # %% ../nbs/api/12_finetune.ipynb #31d8fa23
 class StudyDataset(Dataset):
@@ -324,7 +328,7 @@ def stem_logits(
 ) -> torch.Tensor:  # (B, L), before the sigmoid
     "Findings read from the stem by the label head, without the Swin blocks in between."
     tokens = model.encoder.layernorm(model.encoder.embeddings(model.normalise(films))[0])
-    if model.config.stem == "levels": tokens = F.dropout(tokens, model.config.dropout, model.training)
+    if model.config.stem in ("levels", *LITE_NETS): tokens = F.dropout(tokens, model.config.dropout, model.training)
     return model.name_findings(tokens)
 
 # %% ../nbs/api/12_finetune.ipynb #bb307be7
@@ -353,6 +357,7 @@ def warm_start(
 # %% ../nbs/api/12_finetune.ipynb #01342e61
 HEALTHY = ("no finding", "normal", "support devices")  # label names that are no illness, in lower case
 
+# %% ../nbs/api/12_finetune.ipynb #01342e61y1
 def draw_weights(
     targets: np.ndarray,  # (n, L) in [0, 1], NaN where unknown
     names: list[str],  # L label names
@@ -683,7 +688,7 @@ def refuse_other_run(
             f"the checkpoints in {path.parent.name} were made with {'; '.join(odd)}: go on with those settings, name"
             " another folder, or go on with anyway=True")
     if made != settings:
-        with publish(path) as f: json.dump(settings, f, indent=1)
+        with whole_file(path) as f: json.dump(settings, f, indent=1)
 
 # %% ../nbs/api/12_finetune.ipynb #d2b8e54e
 def _belong(model, tokenizer, train, validate, draw, prompters, **numbers):
@@ -789,3 +794,90 @@ def read_labels(
         films = torch.as_tensor(np.asarray(data.films.batch(data.ids[start : start + batch_size]))).to(model.device)
         out.append(torch.sigmoid(model(films).label_logits.float()).cpu().numpy())
     return np.concatenate(out) if out else np.zeros((0, len(model.config.label_names)), np.float32)
+
+# %% ../nbs/api/12_finetune.ipynb #recipe01
+@dataclass(frozen=True)
+class Recipe:
+    "How a report network is built and taught, beyond its size and its passes (this companion's choice)."
+
+    stem: str = "levels"  # of the small encoder: "levels", "efficientnet-lite0", "conv", or "patch" as in the paper
+    depth: int = 0  # Swin blocks behind it; 0 only after "levels" and "efficientnet-lite0"
+    layers: int = 2  # layers of the small decoder
+    label_weight: float = 2.0  # weight of the label loss beside the text loss; the paper uses 0.5
+    sharpness: float = 1.0  # of the label head's pooling over patches; 0 is their mean, as in the paper
+    warm_batch: int = 16  # films per step of the passes on findings alone
+    rare: float = 4.0  # largest extra weight of a rare finding in the draw of these passes; 0 draws all alike
+    coarse: float = 0.6  # share of these passes, the first ones, on films of two thirds the side
+    lr_warm: float = 3e-3  # peak learning rate of these passes
+    frozen: int = 1  # stages of the encoder that do not learn from the words; the small one has one
+    lr_words: float = 3e-3  # learning rate of a new decoder and its projection
+    lr_pretrained: float = 2e-5  # learning rate of checkpoint weights
+    accumulate: int = 1  # steps per update
+    bucket: bool = False  # put reports of like length into one batch
+    checkpointing: int = 0  # compute every encoder layer (1), or every third (3), again on the way back; 0: none
+    bf16: bool = True  # autocast to bfloat16
+    finding_weight: float = 1.0  # weight of finding-bearing tokens in the text loss; 1 treats all alike
+    oversample: float = 1.0  # draws of an abnormal training study for one of a normal one
+    focus_weight: float = 0.0  # weight of the focus loss, for studies with masks or boxes
+    max_excluded: float = 0.05  # largest share of studies that may be left out
+    least_auc: float = 0.0  # mean AUC on train below which a run stops, as a network that underfits
+
+    def __post_init__(self):
+        counts = ("layers", "warm_batch", "accumulate")
+        at_least(1, **{n: getattr(self, n) for n in counts})
+        rates = ("lr_warm", "lr_words", "lr_pretrained", "oversample")
+        above(0, **{n: getattr(self, n) for n in rates})
+        rest = [f.name for f in fields(self) if type(f.default) in (int, float) and f.name not in (*counts, *rates)]
+        at_least(0, **{n: getattr(self, n) for n in rest})
+
+
+FROM_IMAGENET = Recipe(stem="efficientnet-lite0", lr_warm=1e-3, bf16=False)  # of an encoder that starts from ImageNet
+
+# %% ../nbs/api/12_finetune.ipynb #recipe02
+def recipe_of(
+    words: list,  # settings that are to be different, such as ["label_weight=0.5", "frozen=0"]
+    start: Recipe = Recipe(),  # the other settings
+) -> Recipe:
+    "A recipe with some settings changed, each read by its own type; an unknown one is refused with the nearest."
+    kinds, given = {f.name: type(f.default) for f in fields(Recipe)}, {}
+    for word in words:
+        name, _, value = (part.strip() for part in str(word).partition("="))
+        if name not in kinds:
+            near = difflib.get_close_matches(name, kinds, 1, 0)[0]
+            raise NeuralError(f"a recipe has no {name!r}: is it {near!r}? Settings are written as {near}=value")
+        told = {"true": True, "false": False} if kinds[name] is bool else {}
+        try:
+            given[name] = told[value.lower()] if told else kinds[name](value)
+        except (KeyError, ValueError):
+            raise NeuralError(f"{name} of a recipe takes {kinds[name].__name__}, got {value!r}") from None
+    return replace(start, **given)
+
+# %% ../nbs/api/12_finetune.ipynb #curves01
+def losses_of(
+    history: list[dict],  # of `fit_labels` or `finetune`
+    term: str,  # "loss", "label_loss", "text_loss" or "focus_loss"
+) -> pd.DataFrame:  # epoch, nats, split
+    "One loss of a training, on train and on validate."
+    splits = {"train": term, "validate": f"eval_{term}"}
+    rows = [(h["epoch"], h[name], split) for split, name in splits.items() for h in history if name in h]
+    return pd.DataFrame(rows, columns=["epoch", "nats", "split"])
+
+# %% ../nbs/api/12_finetune.ipynb #curves01x1
+def draw_learning(
+    findings: list[dict],  # of `warm_start`; empty where the encoder was not warmed up
+    words: list[dict],  # of `finetune`
+    vocabulary: int,  # pieces of the tokenizer
+) -> plt.Figure:
+    "Label loss and text loss over the training; dashed, a network that knows nothing."
+    curves = {"words": (words, "text_loss", math.log(vocabulary))}
+    first = (findings, "loss") if findings else (words, "label_loss")
+    curves = {"findings": (*first, math.log(2)), **curves}
+    fig, axes = plt.subplots(1, 2, figsize=(7, 2.4), layout="constrained")
+    for ax, (title, (history, term, undecided)) in zip(axes, curves.items()):
+        losses = losses_of(history, term)
+        sns.lineplot(losses, x="epoch", y="nats", hue="split", palette=colours(losses.split), ax=ax)
+        ax.axhline(undecided, ls="--", color="grey", lw=1)
+        ax.set(title=title, xlabel="epoch", ylabel="nats")
+    axes[1].get_legend().remove()
+    axes[0].legend(title="", frameon=False)
+    return fig

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,9 +24,8 @@ from fastcore.basics import patch
 from .study import LABELS, NeuralError, at_least, make_folder, readable, system_reason
 
 # %% auto #0
-__all__ = ['LITE', 'LITE_STAGES', 'KIND', 'ResidualBlock', 'start_convolutions', 'LevelNet', 'sight', 'middle', 'conv_norm',
-           'InvertedBlock', 'eights', 'EfficientNetLite', 'pool_patches', 'ImageModel', 'writable', 'hash_of_file',
-           'network_config', 'save_image_model', 'load_image_model']
+__all__ = ['LITE_NETS', 'start_convolutions', 'sight', 'EfficientNetLite', 'pool_patches', 'register_net', 'ImageModel',
+           'hash_of_file', 'save_image_model', 'load_image_model']
 
 # %% ../nbs/api/09_image_model.ipynb #im06
 class ResidualBlock(nn.Module):
@@ -156,7 +156,9 @@ class InvertedBlock(nn.Module):
 
 # %% ../nbs/api/09_image_model.ipynb #im45
 # factors of width and depth
-LITE = {"efficientnet-lite0": (1.0, 1.0), "efficientnet-lite1": (1.0, 1.1), "efficientnet-lite2": (1.1, 1.2)}
+LITE_NETS = {"efficientnet-lite0": (1.0, 1.0), "efficientnet-lite1": (1.0, 1.1), "efficientnet-lite2": (1.1, 1.2)}
+
+# %% ../nbs/api/09_image_model.ipynb #im45y1
 # blocks, kernel, stride, widening, channels
 LITE_STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112),
                (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))
@@ -181,10 +183,10 @@ class EfficientNetLite(nn.Module):
         wide: bool = True,  # end with the 1280 channels that its classifier reads, not with the 320 before
     ):
         super().__init__()
-        if name not in LITE:
-            raise NeuralError(f"no network is called {str(name)[:40]!r}: choose one of {', '.join(LITE)}")
+        if name not in LITE_NETS:
+            raise NeuralError(f"no network is called {str(name)[:40]!r}: choose one of {', '.join(LITE_NETS)}")
         if stride not in (16, 32): raise NeuralError(f"the token grid of {name} has stride 16 or 32, got {stride}")
-        wider, deeper = LITE[name]
+        wider, deeper = LITE_NETS[name]
         self.name, self.strides, at, spread, before = name, [], 2, 1, 32
         self.stem = nn.Sequential(*conv_norm(channels, before, 3, True, late=True))
         self.stages = nn.ModuleList()
@@ -238,6 +240,41 @@ def pool_patches(
     if not sharpness: return scores.float().mean(1)
     return (torch.logsumexp(sharpness * scores.float(), 1) - math.log(scores.shape[1])) / sharpness
 
+# %% ../nbs/api/09_image_model.ipynb #im61
+_NETS = {}  # name -> function from a configuration to a network with `levels` and `width`
+
+def register_net(
+    name: str,  # unique, small letters, digits and hyphens, such as "efficientnet-lite0"
+) -> Callable:  # decorates a function (config) -> nn.Module, and gives it back
+    "Put a network where an image model finds it by its name (this companion's choice)."
+    if name in _NETS or not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+        raise NeuralError(
+            f"a network needs a name of its own, of small letters, digits and hyphens; got {str(name)[:40]!r}")
+
+    def put(make):
+        _NETS[name] = make
+        return make
+
+    return put
+
+# %% ../nbs/api/09_image_model.ipynb #im61x1
+def _make_net(config):
+    "The network inside, by the name in a configuration."
+    if make := _NETS.get(config["net"]): return make(config)
+    said = f"no network is called {str(config['net'])[:40]!r}"
+    raise NeuralError(f"{said}: import the module that registers it, or choose one of {', '.join(_NETS)}")
+
+# %% ../nbs/api/09_image_model.ipynb #im61x2
+@register_net("levels")
+def _(config):
+    return LevelNet(config["widths"], last=config["last"])
+
+# %% ../nbs/api/09_image_model.ipynb #im61x3
+def _lite(config):
+    return EfficientNetLite(config["net"], stride=config["stride"], wide=config["wide"])
+for _name in LITE_NETS:
+    register_net(_name)(_lite)
+
 # %% ../nbs/api/09_image_model.ipynb #im21
 def _wrong_films(films, size):
     "What to say of films of another shape."
@@ -258,7 +295,7 @@ class ImageModel(nn.Module):
         dropout: float = 0.2,  # of the patch features in training
         pixel_mean: float = 0.45,  # subtracted from pixels in [0, 1]
         pixel_std: float = 0.25,  # divides after the mean
-        net: str = "levels",  # the network inside: `LevelNet`, or an `EfficientNetLite` by its name
+        net: str = "levels",  # the network inside, by its registered name: "levels" is `LevelNet`
         stride: int = 16,  # of the token grid of an `EfficientNetLite`, 16 or 32
         wide: bool = True,  # an `EfficientNetLite` ends with 1280 channels, not 320
     ):
@@ -268,7 +305,7 @@ class ImageModel(nn.Module):
         self.config = dict(labels=list(labels), image_size=image_size, widths=[list(w) for w in widths],
                            last=list(last), sharpness=sharpness, dropout=dropout, pixel_mean=pixel_mean,
                            pixel_std=pixel_std, net=net, stride=stride, wide=wide)
-        self.net = LevelNet(widths, last=last) if net == "levels" else EfficientNetLite(net, stride=stride, wide=wide)
+        self.net = _make_net(self.config)
         self.dropout, self.head = nn.Dropout(dropout), nn.Linear(self.net.width, len(labels))
         for part in self.head.parameters(): nn.init.zeros_(part)
 

@@ -17,8 +17,7 @@ from .radiograph import LIBRARY_ERRORS, MAX_PIXELS, CountedFile, check_density, 
 from .study import NeuralError
 
 # %% auto #0
-__all__ = ['PICTURE_CODECS', 'QUALITIES', 'PICTURE_FORMATS', 'encode_picture', 'jxl_shape', 'picture_shape', 'decode_picture',
-           'within_budget', 'thumbnail_side', 'thumbnail', 'mosaic', 'pad_square', 'encode_tiles', 'decode_tiles']
+__all__ = ['picture_shape', 'decode_picture', 'thumbnail_side', 'thumbnail', 'mosaic']
 
 # %% ../nbs/api/08_picture.ipynb #bf043e77
 PICTURE_CODECS = {"jpeg": ("JPEG", dict(optimize=True)), "webp": ("WEBP", dict(method=4)),

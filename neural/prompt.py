@@ -16,10 +16,7 @@ from .report import Annotation, labels_of
 from .study import LABELS, NeuralError, at_least
 
 # %% auto #0
-__all__ = ['STATES', 'SIDES', 'ZONES', 'PLACES', 'WORDS', 'HEIGHTS', 'promptable', 'prompt_words', 'add_prompts', 'prompt_rows',
-           'check_writer', 'best_threshold', 'choose_thresholds', 'said_states', 'place_of', 'said_places',
-           'seen_places', 'told_prompts', 'prior_of', 'Prompter', 'teach_prompts', 'own_states', 'own_prompts',
-           'read_prompts', 'prompters_of', 'NewSentences']
+__all__ = []
 
 # %% ../nbs/api/13_prompt.ipynb #prompt06
 STATES = {"no": 0.0, "perhaps": 0.5, "yes": 1.0}

@@ -21,23 +21,19 @@ from safetensors.torch import load, save
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
+from .cohort import toy_study
 from .finetune import pad_rows, report_ids
-from .phantom import toy_study
 from .prune import Scores, aggregate, random_map
 from .radiograph import patch_coverage
-from .relevance import all_tokens, contrast, finding_tokens, lift, mixture, one_per_patch, relevance, rollout
-from .relevance import times_gradient, with_fallback
+from .relevance import (all_tokens, contrast, finding_tokens, lift, mixture, one_per_patch, relevance, rollout,
+                              times_gradient, with_fallback)
 from .report import Annotation, labels_of
-from .study import NeuralError, publish, readable
+from .study import NeuralError, readable, whole_file
 from .vlm import Packed, ReportVLM, hash_of_file
 
 # %% auto #0
-__all__ = ['OF_STUDY', 'OF_TRAINING', 'NEEDS', 'FAMILIES', 'ZONES', 'SIDES', 'GUIDED', 'LUNG', 'DRAWN', 'MIXTURES', 'STATE',
-           'MAPS', 'Scorer', 'register_scorer', 'scorers', 'scorer', 'section_tokens', 'word_mask', 'word_classes',
-           'named_findings', 'guided', 'region', 'mention_regions', 'finding_places', 'wanted_findings', 'Aggregation',
-           'Baseline', 'Scoring', 'as_scoring', 'scored_by', 'anatomy', 'Network', 'Batch', 'Evidence', 'patch_ranks',
-           'look', 'decode', 'gather', 'attended', 'measure', 'made_ready', 'score', 'save_scoring', 'save_aggregation',
-           'load_aggregation', 'load_scoring', 'baseline_hash']
+__all__ = ['MIXTURES', 'register_scorer', 'scorers', 'scorer', 'Aggregation', 'Scoring', 'as_scoring', 'Network', 'Batch', 'look',
+           'gather', 'measure', 'shared_looks', 'save_aggregation', 'load_aggregation', 'load_scoring']
 
 # %% ../nbs/api/17_scores.ipynb #sc05
 OF_STUDY = {  # what a scorer may ask of a study
@@ -292,7 +288,7 @@ GUIDED = {  # scorers that the fields of an `Aggregation` can say
     "activation, placed": dict(guide="activation", places=True),
 }
 
-
+# %% ../nbs/api/17_scores.ipynb #sc51y1
 @dataclass(frozen=True)
 class Aggregation:
     "How a report becomes one number per patch: by which guide, over which tokens, heads and layers, against what."
@@ -850,6 +846,21 @@ def score(
     ready = replace(network, scoring=made_ready(network.scoring, network.model))
     return Scores(mine(gather(ready, batch, mine.needs), ready.scoring), ("study", "patch"))
 
+# %% ../nbs/api/17_scores.ipynb #shared01
+@torch.no_grad()
+def shared_looks(
+    network: Network,  # that reads
+    batch: Batch,  # of studies
+) -> list[tuple[int, float]]:  # per study: words, effective number of patches that they look at most
+    "Do words look at patches of their own (this companion's choice)?"
+    rows = [report_ids(network.tokenizer, text, network.scoring.max_tokens)[0] for text in batch.texts]
+    labels = pad_rows(rows, -100).to(batch.films.device)
+    looks, found = look(network.model, batch.films, labels, -1, batch.grids)[1][-1].mean(1), []
+    for seen, row in zip(looks, rows):
+        share = torch.bincount(seen[: len(row)].argmax(-1)).float() / len(row)
+        found.append((len(row), float(torch.special.entr(share).sum().exp())))
+    return found
+
 # %% ../nbs/api/17_scores.ipynb #sc151
 STATE, MAPS = "scores.json", "scores.safetensors"
 
@@ -878,9 +889,9 @@ def save_scoring(
         sharpness=usual.sharpness,
         studies=usual.studies,
     )
-    with publish(folder / MAPS) as f:
+    with whole_file(folder / MAPS) as f:
         f.buffer.write(data)
-    with publish(folder / STATE) as f:
+    with whole_file(folder / STATE) as f:
         json.dump(about, f, indent=1)
 
 # %% ../nbs/api/17_scores.ipynb #sc151x1
@@ -900,7 +911,7 @@ def save_aggregation(
     weights = Path(folder) / "model.safetensors"
     network = hash_of_file(weights) if weights.is_file() else ""
     about = dict(**vars(how), mean=None if mean is None else mean.tolist(), k=k, max_tokens=max_tokens, network=network)
-    with publish(Path(folder) / "relevance.json") as f:
+    with whole_file(Path(folder) / "relevance.json") as f:
         json.dump(about, f)
 
 # %% ../nbs/api/17_scores.ipynb #sc152x1

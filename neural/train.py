@@ -20,10 +20,10 @@ from safetensors.torch import save as as_bytes
 from torch import nn
 from tqdm import tqdm
 
-from .study import NeuralError, at_least, make_folder, publish
+from .study import NeuralError, at_least, make_folder, whole_file
 
 # %% auto #0
-__all__ = ['pick_device', 'computes_bf16', 'one_epoch', 'Training', 'fit', 'Checkpoint']
+__all__ = ['pick_device', 'computes_bf16', 'Training', 'fit']
 
 # %% ../nbs/api/03_train.ipynb #train05
 def _total(
@@ -57,14 +57,14 @@ def _to_device(
 # %% ../nbs/api/03_train.ipynb #train11b
 def pick_device(
     name: str="auto",  # "cpu", "cuda", "cuda:1", or "auto": a GPU where there is one
-) -> torch.device:     # on this machine
+) -> str:              # "cpu", "cuda" or one card of several; there is one of that name here
     "The device a network is taught and read on (this companion's choice)."
     try: device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except (RuntimeError, TypeError): raise NeuralError(f"{name!r} is no device; use auto, cpu or cuda") from None
     if device.type not in ("cpu", "cuda"): raise NeuralError(f"{name!r} is no device here; use auto, cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise NeuralError(f"{name}: there are {torch.cuda.device_count()} GPUs that torch can use; use auto or cpu")
-    return device
+    return str(device)
 
 
 # %% ../nbs/api/03_train.ipynb #train11f
@@ -371,7 +371,7 @@ def save(
     told = dict(format=_FORMAT, identity=self.identity, history=state.history, **state.numbers())
     data = as_bytes(state.tensors(), {"about": json.dumps(told)})
     make_folder(self.path.parent)
-    with publish(self.path) as f: f.buffer.write(data)
+    with whole_file(self.path) as f: f.buffer.write(data)
 
 # %% ../nbs/api/03_train.ipynb #train49bx1
 @patch

@@ -25,15 +25,13 @@ from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.utils import logging
 
-from .image_model import (LITE, EfficientNetLite, LevelNet, hash_of_file, pool_patches, network_config,
+from .image_model import (LITE_NETS, EfficientNetLite, LevelNet, hash_of_file, pool_patches, network_config,
                                 start_convolutions, writable)
 from .study import LABELS, NeuralError, at_least, make_folder, readable
 
 # %% auto #0
-__all__ = ['MALLOPT', 'ReportVLMConfig', 'small_config', 'Residual', 'conv_stem', 'build_encoder', 'build_decoder',
-           'ReportVLMOutput', 'ReportVLM', 'text_loss', 'label_loss', 'by_heads', 'mix', 'causal_bias', 'Packed',
-           'pack', 'kept_memory', 'quiet', 'save_vlm', 'read_config', 'load_vlm', 'load_tokenizer', 'checkpoint_folder',
-           'read_checkpoint']
+__all__ = ['small_config', 'ReportVLM', 'label_loss', 'Packed', 'pack', 'kept_memory', 'save_vlm', 'load_vlm', 'load_tokenizer',
+           'checkpoint_folder']
 
 # %% ../nbs/api/10_vlm.ipynb #5bf4efa2
 class ReportVLMConfig(PreTrainedConfig):
@@ -85,7 +83,7 @@ def small_config(
         raise NeuralError(f"image_size must be 96, 192 or 384 for a 12x12 grid, got {image_size}")
     at_least(1, vocab_size=vocab_size, layers=layers)
     at_least(0, depth=depth)
-    if not depth and kwargs.get("stem") not in ("levels", *LITE):
+    if not depth and kwargs.get("stem") not in ("levels", *LITE_NETS):
         raise NeuralError(
             "without Swin blocks the encoder must be a residual network: stem='levels', or 'efficientnet-lite0'")
     if odd := [n for n, v in dict(width=width, d_model=d_model).items() if v < 32 or v % 32]:
@@ -154,7 +152,7 @@ def build_encoder(
                 f"levels of widths {config.widths} end at stride {2 << len(config.widths)} with {net.width} channels,"
                 f" Swin expects {about.patch_size} and {about.embed_dim}")
         embed.patch_embeddings.projection = net
-    elif config.stem in LITE:
+    elif config.stem in LITE_NETS:
         net = EfficientNetLite(config.stem, about.num_channels, about.patch_size, wide=about.embed_dim == 1280)
         if net.width != about.embed_dim:
             raise NeuralError(
@@ -513,6 +511,7 @@ def pack(
 # %% ../nbs/api/10_vlm.ipynb #099293b1
 MALLOPT = dict(trim=-1, mmap_size=-3, mmap_count=-4)    # numbers of mallopt(3)'s options
 
+# %% ../nbs/api/10_vlm.ipynb #099293b1y1
 @contextmanager
 def kept_memory():
     """Inside the block, memory that is let go stays with this process for what comes next; where the C library is not

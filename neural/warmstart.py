@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .image_model import LITE, EfficientNetLite, ImageModel
+from .image_model import LITE_NETS, EfficientNetLite, ImageModel
 from .study import LABELS, NeuralError, readable
+from .vlm import ReportVLM, small_config
 
 # %% auto #0
-__all__ = ['PACKAGED', 'PIXEL_MEAN', 'PIXEL_STD', 'packaged_file', 'imagenet_weights', 'fill', 'first_kernels',
-           'start_from_imagenet', 'LiteClassifier', 'imagenet_classifier', 'imagenet_model']
+__all__ = ['packaged_file', 'start_from_imagenet', 'imagenet_report_network']
 
 # %% ../nbs/api/11_warmstart.ipynb #ws06
 PACKAGED = {  # file in the package, its size in bytes, its SHA-256
@@ -29,6 +29,7 @@ PACKAGED = {  # file in the package, its size in bytes, its SHA-256
                            "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
 }
 
+# %% ../nbs/api/11_warmstart.ipynb #ws06y1
 def packaged_file(
     name: str,  # of an `EfficientNetLite`
 ) -> Path:
@@ -123,8 +124,26 @@ def imagenet_model(
     **kwargs,  # passed on to `ImageModel`: `stride`, `wide`, `sharpness`, `dropout`
 ) -> ImageModel:
     "An image model that starts from ImageNet; its head is new."
-    if net not in LITE:
-        raise NeuralError(f"no ImageNet weights are known for {str(net)[:40]!r}: choose one of {', '.join(LITE)}")
+    if net not in LITE_NETS:
+        raise NeuralError(f"no ImageNet weights are known for {str(net)[:40]!r}: choose one of {', '.join(LITE_NETS)}")
     model = ImageModel(labels, image_size, net=net, pixel_mean=PIXEL_MEAN, pixel_std=PIXEL_STD, **kwargs)
     start_from_imagenet(model.net)
+    return model
+
+# %% ../nbs/api/11_warmstart.ipynb #wsrep01
+def imagenet_report_network(
+    vocab_size: int,  # pieces in the tokenizer
+    image_size: int = 192,  # side of the film in pixels: 192 or 384
+    labels: tuple = LABELS,  # findings, in order
+    net: str = "efficientnet-lite0",  # or -lite1, -lite2, where their packages are installed
+    width: int = 320,  # channels of the token grid: 320 or 1280
+    **kwargs,  # passed on to `small_config`: d_model, layers, label_weight, sharpness
+) -> ReportVLM:
+    "A report generator whose encoder starts from ImageNet; projection, decoder and head are new."
+    packaged_file(net)
+    if image_size not in (192, 384):
+        raise NeuralError(f"an encoder that starts from ImageNet reads films of 192 or 384 pixels, got {image_size}")
+    pixels = dict(pixel_mean=(PIXEL_MEAN,), pixel_std=(PIXEL_STD,))
+    model = ReportVLM(small_config(vocab_size, image_size, labels, width, depth=0, stem=net, **pixels, **kwargs))
+    start_from_imagenet(model.encoder.embeddings.patch_embeddings.projection)
     return model

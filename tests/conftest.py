@@ -26,7 +26,7 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def phantom_cohort(tmp_path_factory) -> Path:
     "Sixty small phantom studies in the MIMIC-CXR layout, written once for the whole test session."
-    from neural.phantom import write_cohort
+    from neural.cohort import write_cohort
     out = tmp_path_factory.mktemp("phantom") / "cohort"
     write_cohort(out, studies=60, size=256, seed=7, workers=2)
     return out

@@ -8,12 +8,12 @@ import torch
 from neural.asset import StudyAsset
 from neural.audit import (PARENT, Defects, ReadyNotes, asset_without, kin_concepts, kin_of, masked, one_way, one_word,
                           overlapping, read_variants, reading_without, released_asset, released_data, sister_split,
-                          speaks_of, spared, stage_overlap, target_free, without, without_negation)
+                          spared, speaks_of, stage_overlap, target_free, without, without_negation)
 from neural.build import Aggregation, Reading, read_batch
 from neural.classify import predict, to_data, train_classifier
+from neural.cohort import toy_study
 from neural.evaluate import auc
 from neural.graph import knowledge_graph, visual_graph
-from neural.phantom import toy_study
 from neural.report import Annotation, Mention, ReportReader, evidence, labels_of, split_sections, train_tokenizer
 from neural.study import LABELS, NeuralError
 from neural.vlm import ReportVLM, small_config

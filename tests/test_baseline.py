@@ -3,12 +3,12 @@ import numpy as np
 import pytest
 import torch
 
-from neural.baseline import (FilmArray, film_logits, film_network, linear_reader, only_patches, patch_tokens,
-                             pool_cells, pooled_bytes, random_map, read_films, read_graphs, train_graphs, visual_data,
-                             centre_prior, train_film_cnn)
+from neural.baseline import (FilmArray, centre_prior, film_logits, film_network, linear_reader, only_patches,
+                             patch_tokens, pool_cells, pooled_bytes, random_map, read_films, read_graphs,
+                             train_film_cnn, train_graphs, visual_data)
+from neural.cohort import toy_study
 from neural.evaluate import auc
 from neural.finetune import StudyDataset
-from neural.phantom import toy_study
 from neural.prune import top_k
 from neural.study import NeuralError
 from neural.vlm import ReportVLM, ReportVLMConfig, small_config

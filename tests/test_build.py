@@ -20,8 +20,8 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as hub
 from typer.testing import CliRunner
 
-from neural.asset import AssetStore, keyed_id, vocabulary_hash
-from neural.build import (TRACKS, Packing, ahead, build_store, certainties, close_calls, concept_findings, habit,
+from neural.asset import TRACKS, AssetStore, keyed_id, vocabulary_hash
+from neural.build import (Packing, ahead, build_store, certainties, close_calls, concept_findings, habit,
                           hash_of, load_network, load_readings, open_store, read_batch, save_readings, settle,
                           shard_of, write_reports)
 from neural.cli import app

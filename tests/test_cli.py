@@ -110,7 +110,7 @@ def test_libraries_errors_are_told_by_what_they_are(tmp_path):
 
 
 INTERRUPTED = (
-    "import neural.phantom\ndef stop(*a, **k): raise KeyboardInterrupt\nneural.phantom.write_cohort = stop\nfrom"
+    "import neural.cohort\ndef stop(*a, **k): raise KeyboardInterrupt\nneural.cohort.write_cohort = stop\nfrom"
     " neural.cli import main; main()")
 
 

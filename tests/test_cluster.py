@@ -15,9 +15,9 @@ import neural.cluster as cluster_module
 from neural.asset import is_keyed, keyed_id
 from neural.build import Aggregation, Packing, build_store, save_aggregation
 from neural.cluster import build_on_cluster
-from neural.phantom import write_cohort
-from neural.report import train_tokenizer
+from neural.cohort import write_cohort
 from neural.layouts import index_dataset
+from neural.report import train_tokenizer
 from neural.study import Manifest, NeuralError, report_text
 from neural.vlm import ReportVLM, small_config
 

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from neural.build import Aggregation, bank_of, save_aggregation, load_aggregation, with_bank, write_reports
-from neural.compose import (FILE, PhraseBank, WHERE, WHOLE, compose, compose_reports, learn_bank, load_bank,
+from neural.build import Aggregation, bank_of, load_aggregation, save_aggregation, with_bank, write_reports
+from neural.compose import (FILE, WHERE, WHOLE, PhraseBank, compose, compose_reports, learn_bank, load_bank,
                             own_sentence, phrases_of, read_phrase, report_states, save_bank, sayable, settled,
                             teach_bank)
-from neural.evaluate import variety
 from neural.prompt import place_of, promptable
 from neural.report import ReportReader, labels_of, swap_laterality, train_tokenizer
 from neural.study import LABELS, NeuralError
 from neural.vlm import ReportVLM, load_vlm, save_vlm, small_config
+from neural.writing import variety
 
 READER = ReportReader()
 SAID = ["Small {s} pleural effusion.", "A moderate {s} effusion is present.", "{S} basilar atelectasis.",

@@ -1,7 +1,9 @@
 """Draws of cohort and seed: made as the stages make them, kept at once, summed up rightly, and shown by a page that
 runs without them."""
+import ast
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import nbclient
@@ -15,6 +17,7 @@ from neural import draws
 from neural.cli import SMALL, how_drawn
 from neural.draws import (FILM, GAP, HEAD, SIX, bench_draws, draw_file, draw_parts, draw_settings, draw_tables,
                           kept_draw, new_draw, prepare_cohort, taught_control, taught_head)
+from neural.finetune import Recipe, recipe_of
 from neural.pipeline import load_preset, stage_parameters
 from neural.study import NeuralError, targets
 from neural.yardstick import is_tables, read_tables, write_tables
@@ -50,6 +53,7 @@ def test_a_draw_has_the_settings_of_the_stages_and_the_cohort_of_the_makefile():
     values, preset = found["settings"], load_preset("quickstart", PAPER)
     declared = {k: p.default for name in ("53_controls", "10_finetune")
                 for k, p in stage_parameters(PAPER / f"{name}.ipynb").items()}
+    declared |= vars(recipe_of(preset.get("recipe", declared["recipe"])))
     assert {k: values[k] for k in draws.TAUGHT} == {k: preset.get(k, declared[k]) for k in draws.TAUGHT}
     make = dict(re.findall(r"^(STUDIES|SIZE|TEST) \?= (\S+)$", (ROOT / "Makefile").read_text(), re.M))
     assert {k: float(values[k.lower()]) for k in make} == {k: float(v) for k, v in make.items()} and len(make) == 3
@@ -82,6 +86,7 @@ def test_the_head_of_a_draw_is_that_of_stage_10(settings, cohort):
     studies, films, parts = cohort
     names = {k: p.default for k, p in stage_parameters(PAPER / "10_finetune.ipynb").items()} | {
         k: settings[k] for k in draws.TAUGHT if k != "film_epochs"}
+    names["how"] = replace(Recipe(), **{k: settings[k] for k in draws.TAUGHT if k in vars(Recipe())})
     names |= (
         vars(vlm)
         | vars(finetune)
@@ -90,8 +95,9 @@ def test_the_head_of_a_draw_is_that_of_stage_10(settings, cohort):
     )
     torch.manual_seed(3)
     exec(source("10_finetune", "ReportVLM(small_config("), names)
-    line = next(x for x in source("10_finetune", "curve = warm_start(").splitlines() if "curve = warm_start(" in x)
-    exec(line.strip(), names)
+    warmed = next(
+        s for s in ast.walk(ast.parse(source("10_finetune", "curve = warm_start("))) if isinstance(s, ast.If)).body
+    exec(compile(ast.Module(warmed, []), "10_finetune", "exec"), names)
     mine = taught_head(parts, list(studies.label_names), settings, 3).state_dict()
     assert all(torch.equal(v, mine[k]) for k, v in names["model"].state_dict().items())
 

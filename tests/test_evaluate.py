@@ -7,16 +7,16 @@ import pandas as pd
 import pytest
 from sklearn import metrics
 
-from neural.evaluate import (auc, auc_difference, auc_interval, auprc, bleu, brier, check_predictions, check_target,
-                             file_bytes, ece, finding_counts, finding_difference, finding_patches, finding_summary,
-                             finding_table, hit_rate, image_bytes, known, markdown_table, mean_interval,
-                             negation_table, other_patient, paired_summary, patient_weights, patches_hit, precision,
-                             random_hit_rate, random_precision, read_predictions, reliability, report_quality,
-                             roc_band, rouge_l, seed_scores, seed_summary, separated_bound, target_counts,
-                             target_verdicts, text_metrics, typical_report, weighted_auc)
-from neural.report import ReportReader, evidence, labels_of, split_sections
+from neural.evaluate import (auc, auc_difference, auc_interval, auprc, brier, check_predictions, check_target, delong,
+                             ece, file_bytes, finding_patches, hit_rate, image_bytes, known, markdown_table,
+                             mean_interval, patches_hit, patient_weights, precision, random_hit_rate, random_precision,
+                             read_predictions, reliability, roc_band, seed_summary, separated_bound, target_counts,
+                             target_verdicts, weighted_auc)
 from neural.layouts import index_dataset
+from neural.report import ReportReader, evidence, labels_of, split_sections
 from neural.study import LABELS, SPLITS, Manifest, NeuralError, Study, View, report_text, targets
+from neural.writing import (bleu, finding_counts, finding_difference, finding_summary, finding_table, negation_table,
+                            other_patient, report_quality, rouge_l, text_metrics, typical_report)
 
 
 def binormal(rng, patients, each=1, effect=1.0, shared=0.0):
@@ -83,7 +83,7 @@ def test_blocks_of_samples_change_nothing_but_memory(monkeypatch):
     import neural.evaluate as ev
     y, p, who = binormal(np.random.default_rng(4), 200)
     one = auc_interval(y, p, who, samples=400)
-    monkeypatch.setattr(ev._bootstrap, "__defaults__", (len(y) * 7,))
+    monkeypatch.setattr(ev.bootstrap, "__defaults__", (len(y) * 7,))
     many = auc_interval(y, p, who, samples=400)
     assert one[0] == many[0] and np.allclose(one, many, atol=.02)
 
@@ -283,12 +283,12 @@ def test_sound_predictions_pass_and_come_back_from_disk(tmp_path):
     assert check_predictions(table, GOOD) is table
     table.to_parquet(tmp_path / "predictions.parquet")
     again = read_predictions(tmp_path / "predictions.parquet", GOOD)
-    ids, y, scores = seed_scores(again, "Pneumonia", "image-only", "both")
+    part = again[(again.split == "test") & again.y.notna()]
     # the unknown one is left out
-    assert scores.shape == (2, 29) and len(ids) == len(y) == 29 and y.sum() == 9
-    assert dict(zip(ids, y)) == {
+    wide, y = part.pivot(index="study_id", columns="seed", values="p"), part.groupby("study_id").y.first()
+    assert wide.shape == (29, 2) and y.sum() == 9 and y.to_dict() == {
         s.study_id: v for s, v in zip(GOOD.of("test"), targets(GOOD.of("test"), "Pneumonia")) if not np.isnan(v)}
-    assert seed_summary(y, scores)["auc"] == 1
+    assert seed_summary(y.to_numpy(), wide.to_numpy().T)["auc"] == 1
 
 
 def spoil(column, value, rows=1):
@@ -338,28 +338,20 @@ def test_a_torn_table_of_predictions_is_refused(tmp_path, content):
     with pytest.raises(NeuralError, match="no readable Parquet"): read_predictions(tmp_path / "p.parquet", GOOD)
 
 
-def test_seeds_that_met_other_studies_are_refused():
-    # a test study less
-    table = pd.concat([predicted(GOOD), predicted(GOOD).assign(seed=1).query("study_id != 's100'")])
-    assert seed_scores(table, "Pneumonia", "image-only", "both", "train")[2].shape == (2, 84)
-    with pytest.raises(NeuralError, match="different studies"): seed_scores(table, "Pneumonia", "image-only", "both")
-    with pytest.raises(NeuralError, match="the table holds both"):
-        seed_scores(table, "Pneumonia", "image-only", "neither")
-    with pytest.raises(NeuralError, match="twice"):
-        seed_scores(pd.concat([table, table.head(40)]), "Pneumonia", "image-only", "both")
-
-
 def test_paired_seeds_are_narrower_than_unpaired_ones():
     rng = np.random.default_rng(8)
     y, p, who = binormal(rng, 150)
     noise = rng.normal(size=(4, len(y)))
     # seed by seed the same noise
-    s = paired_summary(y, p + .5 * y + noise, p + noise, who)
-    assert s["seeds"] == s["seeds_better"] == 4 and s["low"] > 0 and s["delong_p"] < .05
-    assert s["seed_sd"] < np.std([auc(y, r) for r in p + noise], ddof=1)
-    back = paired_summary(y, p + noise, p + .5 * y + noise, who)
-    assert back["difference"] == pytest.approx(-s["difference"]) and back["seeds_better"] == 0
-    assert paired_summary(y, p + noise, p, who)["seeds"] == 4
+    better, base = p + .5 * y + noise, p + noise
+    d, low, high = auc_difference(y, better, base, who)
+    gaps = np.array([auc(y, a) - auc(y, b) for a, b in zip(better, base)])
+    assert d == pytest.approx(gaps.mean()) and (gaps > 0).all() and 0 < low < d < high
+    assert gaps.std(ddof=1) < np.std([auc(y, r) for r in base], ddof=1)
+    assert delong(y, better.mean(0), base.mean(0))[3] < .05
+    assert auc_difference(y, base, better, who)[0] == pytest.approx(-d)
+    # one row meets every seed of the other
+    assert auc_difference(y, base, p, who)[0] == pytest.approx(np.mean([auc(y, r) for r in base]) - auc(y, p))
 
 
 # written reports

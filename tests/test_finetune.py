@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from neural.cohort import toy_study
 from neural.finetune import (Collator, ReportTrainer, StudyDataset, augment, draw_weights, finetune, focus_loss,
                              freeze_stages, last_checkpoint, moved, poses, read_labels, report_ids, warm_start)
-from neural.phantom import toy_study
 from neural.radiograph import patch_coverage
 from neural.report import train_tokenizer
 from neural.study import LABELS, NeuralError

@@ -13,13 +13,14 @@ import nbformat
 import pytest
 import yaml
 
-from neural.pipeline import (code_cells, find_stages, imported_modules, is_fresh, machine_paths, parameters_cell,
-                             pick_stages, sha256_of, stage_parameters)
+from neural.pipeline import code_cells, find_stages, imported_modules, parameters_cell, pick_stages, stage_parameters
+from neural.publish import is_fresh, machine_paths
+from neural.record import sha256_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "nbs/api").glob("*.ipynb"))
 STAGES = sorted((ROOT / "nbs/paper").glob("[0-9]*.ipynb"))
-PAGES = sorted((ROOT / "nbs/paper").glob("[!0-9]*.ipynb")) + [ROOT / "nbs/index.ipynb"]
+PAGES = sorted((ROOT / "nbs/paper").glob("[!0-9]*.ipynb")) + [ROOT / "nbs/index.ipynb", ROOT / "nbs/contribute.ipynb"]
 NOTEBOOKS = CHAPTERS + STAGES + PAGES
 MODULES = sorted(p for p in (ROOT / "neural").glob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
 by_name = pytest.mark.parametrize
@@ -115,9 +116,17 @@ def test_figures_have_label_caption_and_words(path):
 @by_name("path", CHAPTERS, ids=names)
 def test_export_cells_are_small(path):
     cells = [c for c in nbformat.read(path, 4).cells
-             if c.cell_type == "code" and re.search(r"#\|\s*exports?\b", options(c.source))]
+             if c.cell_type == "code" and re.search(r"#\|\s*export[si]?\b", options(c.source))]
     sizes = [len([l for l in c.source.splitlines() if l.strip() and not l.startswith("#|")]) for c in cells]
     assert max(sizes) <= 40, f"an export cell of {max(sizes)} lines"
+
+
+def test_what_only_its_own_chapter_uses_is_internal():
+    public = {p.stem: next((ast.literal_eval(n.value) for n in ast.parse(p.read_text()).body
+                            if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"), []) for p in MODULES}
+    assert 200 < sum(map(len, public.values())) <= 450
+    homes = {name: [m for m, names in public.items() if name in names] for names in public.values() for name in names}
+    assert not {name: modules for name, modules in homes.items() if len(modules) > 1}, "one name, two meanings"
 
 
 RUFF = [Path(sys.executable).parent / "ruff", "check", "--no-cache", "--output-format", "concise"]
@@ -156,7 +165,7 @@ def test_stage_outputs_belong_to_its_code(path):
 def test_presets_speak_to_some_stage():
     known = {n: p for path in STAGES for n, p in stage_parameters(path).items()}
     found = sorted((ROOT / "nbs/paper/presets").glob("*.yaml"))
-    assert [p.stem for p in found] == ["open-i", "paper", "quickstart", "smoke"]
+    assert [p.stem for p in found] == ["described", "open-i-warm", "open-i", "paper", "quickstart", "smoke"]
     for preset in found:
         values = yaml.safe_load(preset.read_text())
         pick_stages(find_stages(ROOT / "nbs/paper"), values.pop("stages", ()))

@@ -41,7 +41,7 @@ def film(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(next(films)).random((1, 140, 120))
     if path.suffix == ".dcm":
-        from neural.phantom import uid_of, write_dicom
+        from neural.cohort import uid_of, write_dicom
         write_dicom(path, pixels, "PA", uid_of(0, str(path.name)))
     else: Image.fromarray((pixels[0] * 255).astype(np.uint8)).save(path)
     return path
@@ -216,6 +216,28 @@ def nih(root: Path) -> dict:
     return put
 
 
+def chexpert_films(root: Path, release="CheXpert-v1.0-small", has_test=True) -> dict:
+    "CheXpert, small or full: films, three tables with labels, no reports; the test table names studies."
+    rows, put = {"train": [], "valid": [], "test": []}, {}
+    names = sorted(LABELS)
+    for p, s, split, _, _, told, views in EXAMS:
+        official = "valid" if split == "validate" else split
+        put[f"patient{p}_study{s}"] = (p, s, split, told, views)
+        cells = ["" if told.get(n) is None else told[n] for n in names]
+        for v, view in enumerate(views, 1):
+            side = "Lateral" if view == "LATERAL" else "Frontal"
+            path = f"{release}/{official}/patient{p}/study{s}/view{v}_{side.lower()}.jpg"
+            film(root / path)
+            rows[official].append((path, "Female", 60, side, "" if side == "Lateral" else view, *cells))
+        if official == "test":
+            del rows["test"][-len(views):]
+            rows["test"].append((f"{release}/test/patient{p}/study{s}", *cells))
+    for official in ("train", "valid"):
+        table(root / f"{official}.csv", ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *names), rows[official])
+    if has_test: table(root / "test_labels.csv", ("Study", *names), rows["test"])
+    return put
+
+
 @pytest.fixture(scope="module")
 def network(tmp_path_factory) -> Path:
     "A small network that has learnt nothing, with its tokenizer."
@@ -335,6 +357,56 @@ def test_chest_x_ray_14_as_a_folder(tmp_path, network):
     assert assets_of(manifest, tmp_path / "store", network, "image-only").keys() == put.keys()
     with pytest.raises(NeuralError, match="'report_text' is missing"):
         index_dataset("folder", tmp_path / "d/Data_Entry_2017.csv")
+
+
+@pytest.mark.parametrize("release", ["CheXpert-v1.0-small", "CheXpert-v1.0"])
+def test_chexpert_as_it_ships(tmp_path, network, release):
+    put = chexpert_films(tmp_path / "d", release)
+    manifest, out = index_dataset("chexpert", tmp_path / "d", need_report=False)
+    assert not len(out) and not out.parts and [s.study_id for s in manifest] == sorted(put)
+    for name, (p, _, split, told, views) in put.items():
+        s = manifest[name]
+        assert (s.patient_id, s.split, s.report, s.frontal.view) == (f"patient{p}", split, "", "frontal")
+        assert sorted(v.view for v in s.views) == sorted("lateral" if v == "LATERAL" else "frontal" for v in views)
+        assert s.labels == {n: told.get(n) for n in manifest.label_names}        # a blank is unknown, -1 uncertain
+    assert manifest.label_source == "train.csv, valid.csv, test_labels.csv"
+    assert assets_of(manifest, tmp_path / "store", network, "image-only").keys() == put.keys()
+    with pytest.raises(NeuralError, match="CheXpert ships no reports; .*--allow-no-report"):
+        index_dataset("chexpert", tmp_path / "d")
+
+
+def test_chexpert_without_its_test_set(tmp_path):
+    put = chexpert_films(tmp_path, has_test=False)
+    manifest, out = index_dataset("chexpert", tmp_path, need_report=False)
+    at = {s.study_id: s.split for s in manifest}
+    assert at["patient3_study1"] == "test" and {s for n, s in at.items() if n[:8] in ("patient1", "patient2")} <= {
+        "train", "validate"}
+    # films that no table names are listed, and stand in no split
+    assert sorted(s for s, *_ in out) == ["patient4_study1", "patient5_study1"] == sorted(put)[-2:]
+
+
+def test_chexpert_keeps_its_patients_apart(tmp_path):
+    chexpert_films(tmp_path)
+    lines = (tmp_path / "valid.csv").read_text()
+    (tmp_path / "valid.csv").write_text(lines.replace("valid/patient3", "valid/patient1"))
+    with pytest.raises(NeuralError, match="valid.csv row 2: patient1 is in train.csv too"):
+        index_dataset("chexpert", tmp_path, need_report=False)
+
+
+def test_chest_x_ray_14_as_it_ships(tmp_path):
+    put = nih(tmp_path)
+    head = ("Image Index", "Finding Label", "Bbox [x", "y", "w", "h]", "", "", "")
+    table(tmp_path / "BBox_List_2017.csv", head, [("00000001_001.png", "Cardiomegaly", 1, 2, 30.5, 4, "", "", "")])
+    manifest, out = index_dataset("nih", tmp_path, need_report=False)
+    assert not len(out) and [s.study_id for s in manifest] == list(put)
+    assert [(b.label, b.x, b.w) for b in manifest["00000001_001"].frontal.boxes] == [("Cardiomegaly", 1, 30.5)]
+    assert not manifest["00000002_001"].frontal.boxes
+    assert {s.study_id for s in manifest if s.split == "test"} == {n for n, exam in put.items() if exam[2] == "test"}
+    as_folder = index_dataset("folder", tmp_path / "Data_Entry_2017.csv", need_report=False)[0]
+    assert [(s.study_id, s.split, s.labels) for s in as_folder] == [(s.study_id, s.split, s.labels) for s in manifest]
+    with pytest.raises(NeuralError, match="ships no reports"): index_dataset("nih", tmp_path)
+    (tmp_path / "test_list.txt").unlink()
+    with pytest.raises(NeuralError, match="not both at the top"): index_dataset("nih", tmp_path, need_report=False)
 
 
 def test_the_shipped_trees_in_two_numbers(tmp_path):

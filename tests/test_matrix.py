@@ -86,8 +86,8 @@ def index(layout, data, more="") -> Row:
     "A row of `neural index`."
     words = f"index {layout} in/data -o {{out}} --limit 1{more}"
     beside = r"out/(exclusions\.csv|list\.json)$"
-    return Row(words, {"in/data": data, "in/labels.csv": "labels.csv"}, "out/list.csv",
-               other=words + " --allow-no-report", leaves=beside)
+    other = words + (" --limit 0.9" if "--allow-no-report" in more else " --allow-no-report")
+    return Row(words, {"in/data": data, "in/labels.csv": "labels.csv"}, "out/list.csv", other=other, leaves=beside)
 
 
 SHARDS = r"(out/store|in/store)/(store\.parquet|_?codebook\.safetensors|shard-[\w-]+\.parquet)$"
@@ -99,7 +99,9 @@ ROWS = {
         "phantom {out} --studies 3 --size 64", {}, "out/cohort", True, "phantom {out} --studies 3 --size 64 --seed 1"),
     "index mimic-cxr": index("mimic-cxr", "cohort", " --labels in/data/truth/labels.csv"),
     "index chexpert-plus": index("chexpert-plus", "chexpert"),
+    "index chexpert": index("chexpert", "films", " --allow-no-report"),
     "index open-i": index("open-i", "openi"),
+    "index nih": index("nih", "nih", " --allow-no-report"),
     "index folder": index("folder", "folder", " --labels in/labels.csv --hash"),
     "run": Row(
         "run 10 --stages in/stages --preset in/small.yaml --manifest in/list.csv --run {out}",

@@ -1,4 +1,4 @@
-"""What the phantom chapter cannot test by itself: whole cohorts, several processes, rates, and the words of reports."""
+"What two chapters cannot test by themselves: whole cohorts, several processes, rates, and the words of reports."
 import csv
 import gzip
 import io
@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from scipy.stats import chi2_contingency
 
-from neural import phantom
-from neural.phantom import (DRAW, PREVALENCE, SIDES, Finding, draw_cohort, draw_film, draw_findings, draw_patient,
-                            draw_patient_studies, lay_out, toy_study, truth_of, write_cohort, write_report)
+from neural.cohort import (FRACTIONS, HEDGED, LATERAL, MONOCHROME1, NEITHER, NO_FINDINGS, NO_IMPRESSION, RAISED, STATED,
+                           draw_cohort, draw_patient_studies, toy_study, truth_of, write_cohort, write_report)
 from neural.layouts import index_dataset
+from neural.phantom import DRAW, PREVALENCE, SIDES, Finding, draw_film, draw_findings, draw_patient, lay_out
 from neural.study import LABELS, NeuralError
 
 
@@ -76,7 +76,7 @@ def test_split_is_by_patient(plan):
     of = defaultdict(set)
     for s in plan: of[s["patient"]].add(s["split"])
     assert all(len(v) == 1 for v in of.values())
-    for name, stated in zip(("train", "validate", "test"), phantom.FRACTIONS):
+    for name, stated in zip(("train", "validate", "test"), FRACTIONS):
         assert abs(share(v == {name} for v in of.values()) - stated) < .01
 
 
@@ -118,12 +118,12 @@ def test_a_longer_cohort_begins_like_a_shorter_one():
 
 def test_missing_sections_and_odd_films_at_the_stated_rates(plan):
     no_findings, no_impression = (share(word not in s["report"] for s in plan) for word in ("FINDINGS:", "IMPRESSION:"))
-    assert (abs(no_findings - phantom.NO_FINDINGS - phantom.NEITHER) < 0.04
-            and abs(no_impression - phantom.NO_IMPRESSION - phantom.NEITHER) < 0.04)
+    assert (abs(no_findings - NO_FINDINGS - NEITHER) < 0.04
+            and abs(no_impression - NO_IMPRESSION - NEITHER) < 0.04)
     neither = share("FINDINGS:" not in s["report"] and "IMPRESSION:" not in s["report"] for s in plan)
     assert 0 < neither < .015
-    assert abs(share(s["negative"] for s in plan) - phantom.MONOCHROME1) < .04
-    assert (abs(share("LL" in s["views"] for s in plan) - phantom.LATERAL) < 0.04
+    assert abs(share(s["negative"] for s in plan) - MONOCHROME1) < .04
+    assert (abs(share("LL" in s["views"] for s in plan) - LATERAL) < 0.04
             and 0 < share(s["views"] == ["LL"] for s in plan) < 0.03)
 
 
@@ -143,7 +143,7 @@ def test_the_indication_knows_nothing(plan):
 
 def test_the_indication_does_not_move_with_the_findings(monkeypatch):
     before = [indication(s["report"]) for n in range(40) for s in draw_patient_studies(5, n)]
-    monkeypatch.setattr(phantom, "PREVALENCE", {n: .9 for n in PREVALENCE})
+    monkeypatch.setattr("neural.phantom.PREVALENCE", {n: .9 for n in PREVALENCE})
     healthy = [indication(s["report"]) for n in range(40) for s in draw_patient_studies(5, n)]
     assert before == healthy
 
@@ -211,8 +211,8 @@ def test_reports_are_wrong_about_as_often_as_stated():
         silent += says in (None, 0)
         hedged += says == -1
         raised += write_report([], None, r)[1]["Pneumonia"] in (1, -1)
-    assert abs(silent / n - (1 - phantom.STATED - phantom.HEDGED)) < .04 and abs(hedged / n - phantom.HEDGED) < .04
-    assert 0 < raised / n < phantom.RAISED
+    assert abs(silent / n - (1 - STATED - HEDGED)) < .04 and abs(hedged / n - HEDGED) < .04
+    assert 0 < raised / n < RAISED
 
 
 def test_changes_are_told_against_the_previous_study():
@@ -368,7 +368,7 @@ def test_a_folder_with_files_is_left_alone(tmp_path):
 def test_an_empty_folder_is_used_and_a_failure_leaves_nothing(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     assert write_cohort(tmp_path / "empty", studies=2, size=64, workers=1)["studies"] == 2
-    monkeypatch.setattr(phantom, "write_tables", lambda *a: 1 / 0)
+    monkeypatch.setattr("neural.cohort.write_tables", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError): write_cohort(tmp_path / "new", studies=2, size=64, workers=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from neural.phantom import toy_study
+from neural.cohort import toy_study
 from neural.picture import (PICTURE_CODECS, decode_picture, decode_tiles, encode_picture, encode_tiles, jxl_shape,
                             mosaic, picture_shape, thumbnail, thumbnail_side, within_budget)
 from neural.radiograph import fit_square

@@ -19,9 +19,10 @@ from jupyter_client.kernelspec import NoSuchKernel
 from nbclient.exceptions import DeadKernelError
 
 from neural import pipeline
-from neural.pipeline import (SCHEMA, code_hash, explain_failure, find_stages, is_fresh, kernel_environment, lock_run,
-                             publish, read_record, record, run_command, run_pipeline, sha256_of, shown_record,
-                             stage_parameters, typed_value, write_json)
+from neural.pipeline import (code_hash, explain_failure, find_stages, kernel_environment, lock_run, run_pipeline,
+                             shown_record, stage_parameters)
+from neural.publish import is_fresh, publish
+from neural.record import SCHEMA, read_record, record, run_command, sha256_of, stale, typed_value, write_json
 from neural.study import NeuralError
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -163,7 +164,7 @@ def test_publishing_leaves_nothing_for_the_cleaner(stages, tmp_path):
         assert is_fresh(path) and code_hash(path) == before[path.name]
         text = path.read_text()
         assert (
-            "papermill" not in text.replace("neural.pipeline", "").replace("vnd.neural", "").replace(
+            "papermill" not in text.replace("vnd.neural", "").replace(
                 '"papermill": "', "")
             and "injected-parameters" not in text
         )
@@ -240,7 +241,7 @@ def metrics(run: Path, *names: str) -> list:
 def test_the_command_of_a_row_makes_it_again_when_it_is_pasted(stages, tmp_path):
     "In a shell, in a folder with a blank, from the words that the stage itself wrote into its table."
     edit(stages, "20_sum", "record(",
-         "from neural.pipeline import run_command\n(Path(run)/'table.txt').write_text(run_command(run,"
+         "from neural.record import run_command\n(Path(run)/'table.txt').write_text(run_command(run,"
          " '20_sum'))\nrecord(",)
     (stages / "presets/own values.yaml").write_text("count: 4\nscale: 2\n")
     (tmp_path / "a place").mkdir()
@@ -440,7 +441,7 @@ def test_a_preset_that_is_none_is_refused_and_leaves_nothing(stages, tmp_path, p
 def test_a_list_that_papermill_hands_on_as_text(tmp_path, value, left):
     cells = [
         "run: str = \".\"  # run folder\ntargets_read: list = [\"Edema\"]  # findings\nlr: float = 1e-3  # rate",
-        ("from neural.pipeline import begin, record\nrun, began = begin(run, \"10_toy\","
+        ("from neural.record import begin, record\nrun, began = begin(run, \"10_toy\","
          " globals())\nrecord(\"10_toy\", run, {\"targets\": targets_read, \"lr\": lr})"),
     ]
     nb = nbformat.v4.new_notebook(
@@ -558,6 +559,7 @@ KILL = """
 import os, shutil, sys
 from pathlib import Path
 import papermill, neural.pipeline as p
+from neural.record import record
 stages, desk = Path(sys.argv[1]), Path(sys.argv[2])
 left, really = [0], os.replace
 def end():
@@ -575,7 +577,7 @@ def execute(stage, run, parameters, **options):
         out.write_text(text[:1])
         end()
         out.write_text(text)
-        p.record(stage.name, run, {"text": text})
+        record(stage.name, run, {"text": text})
 p.execute_stage, os.replace = execute, replace
 def go(run, most, seed):
     if not (child := os.fork()):
@@ -723,7 +725,7 @@ def begun_with_films(home: Path) -> tuple[Path, Path]:
     ):
         cells = [
             parameters,
-            "from neural.pipeline import files_read, record\nfrom neural.study import Manifest",
+            "from neural.record import files_read, record\nfrom neural.study import Manifest",
             body,
             (f'record("{name}", run, {{"studies": len(studies)}}, reads={reads}, read=files_read(run, {{}} if'
              f' "{name}" == "10_own" else {{"10_own": ["manifest.csv", "manifest.json"]}}))'),
@@ -755,7 +757,7 @@ def test_a_run_is_told_where_its_films_lie_now_and_nothing_runs_again(tmp_path):
         p.read_bytes() == b for p, b in rows.items())
     # and it is remembered
     assert ran(told(folder, run)) == [] and pipeline.out_of_date(folder, run, []) == []
-    assert not [line for line in pipeline.stale(run, {"20_all": [], "30_rows": []}, {}) if line.startswith("stale")]
+    assert not [line for line in stale(run, {"20_all": [], "30_rows": []}, {}) if line.startswith("stale")]
     # which finds its films
     assert ran(told(folder, run, ["20"], force=True)) == ["20_all"]
     (tmp_path / "films").mkdir()

@@ -9,7 +9,8 @@ import pytest
 from test_pipeline import quick, ran, told  # noqa: F401
 
 from neural import pipeline
-from neural.pipeline import find_stages, out_of_date, read_record, run_files, run_pipeline, write_json
+from neural.pipeline import find_stages, out_of_date, run_files, run_pipeline
+from neural.record import read_record, short_hash, stage_records, write_json
 from neural.study import NeuralError
 
 HEAD = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
@@ -31,7 +32,7 @@ if factor == 0: raise ValueError('stopped')
 def write_stage(folder: Path, name: str, body: str, reads="None", parameters="", metrics="{}"):
     "A stage that begins with what it says it reads, does one thing, and records it."
     cells = [f'run: str = "."  # run folder\nseed: int = 0  # of the draw\n{parameters}',
-             f'from neural.pipeline import begin, record\nrun, begun = begin(run, "{name}", globals(), {reads})', body,
+             f'from neural.record import begin, record\nrun, begun = begin(run, "{name}", globals(), {reads})', body,
              f'record("{name}", run, {metrics}, **begun)']
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata=HEAD)
     nb.cells[0].metadata["tags"] = ["parameters"]
@@ -85,7 +86,7 @@ def test_a_record_counts_by_what_it_found(four):
 def test_a_record_of_a_former_version_depends_on_all_before_it(four):
     told(four, "r")
     entry = read_record(Path("r"), "60_imitate")
-    everything = pipeline.short_hash(pipeline.upstream("r", find_stages(four)[2]))
+    everything = short_hash(pipeline.upstream("r", find_stages(four)[2]))
     del entry["reads"]
     write_json("r/60_imitate.json", entry | {"inputs": {**entry["inputs"], "upstream": everything}})
     assert ran(told(four, "r")) == []
@@ -213,7 +214,7 @@ def test_being_looked_at_changes_nothing(four):
     told(four, "free"), told(four, "held", strict=True)
     assert run_files("free").keys() == run_files("held").keys() and ran(told(four, "held")) == []
     same = ("metrics", "parameters", "figures")
-    stable = lambda run: {n: {k: e[k] for k in same} for n, e in pipeline.stage_records(run).items()}
+    stable = lambda run: {n: {k: e[k] for k in same} for n, e in stage_records(run).items()}
     assert stable("free") == stable("held") and not list(Path("held").rglob("*.part"))
 
 

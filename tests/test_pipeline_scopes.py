@@ -10,7 +10,8 @@ from test_pipeline import quick, ran, told, tree  # noqa: F401
 from typer.testing import CliRunner
 
 from neural.cli import app
-from neural.pipeline import find_stages, load_preset, read_record, settle_parameters
+from neural.pipeline import find_stages, load_preset, settle_parameters
+from neural.record import read_record
 from neural.study import NeuralError
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +23,7 @@ def write_stage(folder: Path, name: str, parameters: str):
     "A stage that records what it was told."
     names = [line.split(":")[0] for line in parameters.strip().splitlines()]
     cells = [f'run: str = "."  # run folder\n{parameters}',
-             f'from neural.pipeline import begin, record\nrun, begun = begin(run, "{name}", globals())',
+             f'from neural.record import begin, record\nrun, begun = begin(run, "{name}", globals())',
              f'record("{name}", run, {{{", ".join(f"{n!r}: {n}" for n in names)}}}, **begun)']
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata=HEAD)
     nb.cells[0].metadata["tags"] = ["parameters"]

@@ -20,9 +20,10 @@ from PIL import Image
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-from neural.pipeline import describe_figures, slim_output
 from neural.plot import (FIXED, PALETTE, THEMES, cell_words, colours, draw_forest, draw_radiograph, draw_rates,
                          draw_reliability, draw_roc, figure_words, panels, save_figure, theme)
+from neural.publish import slim_output
+from neural.record import describe_figures
 from neural.study import NeuralError
 
 WORDS = dict(caption="AUC of 0.83 – on «test».", alt="One dot with its interval.", source="53_controls")

@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 from neural.asset import is_keyed, keyed_id
 from neural.build import Packing, build_store, corners, fill_store, open_store
 from neural.codec import fit_pq
+from neural.cohort import toy_study
 from neural.export import write_croissant
-from neural.phantom import toy_study
-from neural.report import ReportReader, train_tokenizer
 from neural.layouts import index_dataset
+from neural.report import ReportReader, train_tokenizer
 from neural.scores import Aggregation, Network, load_scoring, save_aggregation
 from neural.study import Manifest, NeuralError
 from neural.viewer import asset_page

@@ -9,15 +9,14 @@ import torch
 from transformers import LogitsProcessor
 
 from neural.build import prompted_looks, write_reports
-from neural.evaluate import sentences
 from neural.finetune import Collator, StudyDataset, data_name, finetune
-from neural.prompt import (NewSentences, PLACES, Prompter, add_prompts, best_threshold, check_writer,
-                           choose_thresholds, own_prompts, own_states, prior_of, prompt_rows, prompt_words,
-                           prompters_of, read_prompts, said_places, said_states, seen_places, teach_prompts,
-                           told_prompts)
+from neural.prompt import (PLACES, NewSentences, Prompter, add_prompts, best_threshold, check_writer, choose_thresholds,
+                           own_prompts, own_states, prior_of, prompt_rows, prompt_words, prompters_of, read_prompts,
+                           said_places, said_states, seen_places, teach_prompts, told_prompts)
 from neural.report import ReportReader, swap_laterality, train_tokenizer
 from neural.study import LABELS, NeuralError
 from neural.vlm import ReportVLM, load_tokenizer, load_vlm, save_vlm, small_config
+from neural.writing import sentences
 
 NAMES = ("No Finding", "Pneumonia", "Pleural Effusion")
 WORDS = ["No pneumonia. Small left pleural effusion.", "Right lower lobe pneumonia. No effusion.",

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from neural.build import read_batch, Aggregation
+from neural.build import Aggregation, read_batch
+from neural.cohort import toy_study
 from neural.finetune import Collator, StudyDataset, augment, mirror
-from neural.phantom import toy_study
 from neural.prune import released_rows, top_k
 from neural.relevance import relevance
 from neural.report import ReportReader, evidence, split_sections, train_tokenizer

@@ -119,7 +119,7 @@ def test_the_network_of_this_project_gives_what_relevance_reads():
 
 
 def test_every_phantom_mention_has_its_tokens_and_only_those():
-    from neural.phantom import toy_study
+    from neural.cohort import toy_study
     from neural.report import ReportReader, evidence, split_sections, train_tokenizer
     texts = [evidence(split_sections(toy_study(f, size=48, seed=s).report))
              for f in ("Pneumonia", "Pleural Effusion", "Edema", "") for s in range(5)]

@@ -379,7 +379,7 @@ def test_real_reports_round_trip_and_mirror(real_data, reader):
 
 def test_phantom_reports_say_what_their_labels_say(phantom_cohort, reader):
     "The phantom's chexpert.csv holds what its report says: present versus not must agree."
-    pytest.importorskip("neural.phantom")
+    pytest.importorskip("neural.cohort")
     with gzip.open(phantom_cohort / "mimic-cxr-2.0.0-chexpert.csv.gz", "rt", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     agree = total = 0

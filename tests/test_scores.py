@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from neural.build import habit, read, read_batch
+from neural.cohort import toy_study
 from neural.finetune import pad_rows, report_ids
-from neural.phantom import toy_study
 from neural.prune import Budget, keep, top_k
 from neural.relevance import lift, phantom_attention, relevance
 from neural.report import ReportReader, evidence, split_sections, train_tokenizer
 from neural.scores import (GUIDED, MIXTURES, OF_STUDY, OF_TRAINING, Aggregation, Baseline, Batch, Evidence, Network,
-                           Scoring, as_scoring, finding_places, gather, guided, load_scoring, look, made_ready,
-                           measure, register_scorer, save_aggregation, save_scoring, score, scored_by, scorer, scorers,
+                           Scoring, as_scoring, finding_places, gather, guided, load_scoring, look, made_ready, measure,
+                           register_scorer, save_aggregation, save_scoring, score, scored_by, scorer, scorers,
                            wanted_findings, word_mask)
 from neural.study import NeuralError
 from neural.vlm import ReportVLM, pack, small_config

@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from neural import starts
 from neural.cli import app, stage_values
+from neural.cohort import write_cohort
 from neural.image_model import EfficientNetLite
 from neural.layouts import index_dataset
-from neural.phantom import write_cohort
 from neural.starts import (LITE, PLAIN, WARM, bench_starts, new_network, start_parts, start_settings, start_tables,
                            training_file)
 from neural.study import NeuralError

@@ -282,7 +282,7 @@ def test_links_out_of_the_root_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "act, why",
     [
-        (lambda root: index_dataset("nih", root), "layout 'nih' is not known; use one of mimic-cxr"),
+        (lambda root: index_dataset("dicomdir", root), "layout 'dicomdir' is not known; use one of mimic-cxr"),
         (lambda root: index_dataset("folder", root / "nowhere"), "not a folder"),
         (lambda root: index_dataset("folder", root), "CSV files at the top"),
         (lambda root: index_dataset("chexpert-plus", root), "no file named like"),

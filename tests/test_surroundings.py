@@ -124,7 +124,7 @@ def test_the_number_of_cores_is_asked_and_not_believed(tmp_path, usual, cores):
 
 def test_a_copy_without_history_says_so_in_no_word_of_git(tmp_path):
     "A tarball has no commit: that is an empty word, not an error, and not the commit of a checkout around it."
-    from neural.pipeline import git_commit
+    from neural.record import git_commit
     assert git_commit(tmp_path) == ""
 
 

