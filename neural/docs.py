@@ -61,9 +61,10 @@ def reading_copy(
         if cell.cell_type == "code" and EXPORT.search(cell.source):
             body = EXPORT.sub("", cell.source)
             internal = EXPORT.search(cell.source)[1]
-            names = [] if internal else public_names(body)
-            extra = "".join(f'<span id="{n.lower()}"></span>' for n in names[1:])
-            if names: cells.append(new_markdown_cell(f"### {names[0]} {{#{names[0].lower()}}}\n{extra}".strip()))
+            names = public_names(body)
+            head = f"### {names[0]} {{#{names[0].lower()}}}\n" if names and not internal else ""
+            places = "".join(f'<span id="{n.lower()}"></span>' for n in names[bool(head):])
+            if names: cells.append(new_markdown_cell((head + places).strip()))
             cell.source = ("#| code-fold: true\n#| code-summary: \"Imports\"\n" if is_import_cell(body) else "") + body
         cells.append(cell)
     nb.cells = cells

@@ -74,6 +74,8 @@ def theme(
     page, ink, scale, dpi = THEMES[variant]
     inked = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink)
     paged = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), page)
+    # The backend begins with the first figure; begun inside `rc_context`, later cells of a notebook show nothing.
+    if not plt.get_fignums(): plt.switch_backend(plt.get_backend())
     bare = dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False)
     return {**sns.plotting_context("paper", scale), **sns.axes_style("ticks"), **inked, **paged, **bare,
             "font.family": ["DejaVu Sans"], "axes.prop_cycle": cycler(color=list(PALETTE.values())),

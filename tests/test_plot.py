@@ -10,6 +10,8 @@ from itertools import combinations
 from pathlib import Path
 
 import matplotlib
+import nbclient
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -134,6 +136,14 @@ def test_a_theme_is_whole_and_leaves_nothing_behind(variant):
         assert {to_rgb(t.label1.get_color()) for t in ax.xaxis.get_major_ticks()} == {to_rgb(THEMES[variant][1])}
         assert not ax.spines["top"].get_visible() and fig.get_layout_engine() is not None
     assert dict(plt.rcParams) == before
+
+
+def test_every_cell_of_a_notebook_shows_what_it_drew_within_the_theme():
+    drawn = "with plt.rc_context(theme()): plt.subplots()[1].plot([1, 2])"
+    sources = ["import matplotlib.pyplot as plt\nfrom neural.plot import theme", drawn, drawn]
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    nbclient.NotebookClient(nb, kernel_name="python3", timeout=120).execute()
+    assert [sum("image/png" in o.get("data", {}) for o in c.outputs) for c in nb.cells] == [0, 1, 1]
 
 
 def test_letters_are_those_that_come_with_matplotlib():
