@@ -15,6 +15,7 @@ import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
 from PIL import Image
 from scipy.stats import norm, rankdata
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+from .prune import met_by_chance
 from .radiograph import box_mask, fit_mask, patch_coverage, read_radiograph
 from .study import SPLITS, Manifest, NeuralError, Study, above, at_least, system_reason, targets
 
@@ -595,10 +596,7 @@ def random_hit_rate(
     threshold=0.25,   # coverage from which a patch is on the finding
 ) -> float:           # exact expected hit rate of k patches drawn at random
     "The hit rate that chance alone gives, exactly (hypergeometric; this companion's choice)."
-    m = np.atleast_2d(finding_patches(coverage, threshold)).sum(-1)
-    N, ks = np.shape(coverage)[-1], np.broadcast_to(k, m.shape)
-    if ks.min() < 1 or ks.max() > N: raise NeuralError(f"k must lie in 1..{N}, got {ks.min()} to {ks.max()}")
-    return float(np.mean([1 - math.comb(N-int(a), int(b))/math.comb(N, int(b)) for a, b in zip(m, ks)]))
+    return float(met_by_chance(np.atleast_2d(finding_patches(coverage, threshold)), k)["hit"].mean())
 
 # %% ../nbs/api/24_evaluate.ipynb #8e4865cb
 def random_precision(

@@ -477,15 +477,16 @@ def trained_rows(
     manifest,      # its Manifest, or None
 ) -> list[tuple]:  # (what, in words)
     "What a network was trained on and how it was chosen, as recorded (NEURAL, sec. 2.1)."
-    record, quality = read_json(Path(run)/'10_finetune.json'), read_json(Path(run)/'51_quality.json')
+    record = read_json(Path(run)/'10_finetune.json')
     n, of = manifest.counts() if manifest else {}, lambda *names: look_up(record, *names, default='not recorded')
-    made = {True: 'phantoms: drawn from a seed, no patient behind them', False: 'no phantoms'}.get(
-        look_up(quality, 'metrics', 'phantoms'), 'not recorded whether phantoms')
+    masks = [mask for study in manifest or () for view in study.views for mask in view.masks]
+    drawn = any(mask.startswith('truth/') for mask in masks)
+    made = 'phantoms: drawn from a seed, no patient behind them' if drawn else 'no phantoms'
     splits = ', '.join(f'{s} {k:,}' for s, k in n['splits'].items()) if n else 'not recorded'
     weights = Path(run)/'vlm'/'model.safetensors'
     return [
         ('studies', splits),
-        ('layout', f"{manifest.layout or 'not recorded'}; {made}" if n else made),
+        ('layout', f"{manifest.layout or 'not recorded'}; {made}" if n else 'not recorded'),
         ('labels from', manifest.label_source or 'not recorded' if n else 'not recorded'),
         ('left out', of('metrics', 'excluded')),
         ('parameters', of('metrics', 'parameters')),

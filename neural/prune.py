@@ -211,15 +211,16 @@ def met(
 # %% ../nbs/api/16_prune.ipynb #prveri03
 def met_by_chance(
     truth,  # bool [n, U], which units are right
-    k: int,  # units drawn
+    k,  # units drawn: one number, or one for each row
 ) -> dict[str, np.ndarray]:  # as `met`
     "What `k` units drawn blindly are expected to meet, exactly (hypergeometric; this companion's choice)."
     truth = np.asarray(truth, bool)
-    units = truth.shape[-1]
-    if truth.ndim != 2 or not 1 <= k <= units:
+    units, drawn = truth.shape[-1], np.broadcast_to(k, len(truth))
+    if truth.ndim != 2 or len(truth) and not 1 <= drawn.min() <= drawn.max() <= units:
         raise NeuralError(f"k must lie between 1 and the {units} units of a truth [n, U], got {k}")
-    hit = [1 - math.comb(units - int(right), k) / math.comb(units, k) for right in truth.sum(1)]
-    return {"hit": np.array(hit), "precision": truth.mean(1), "recall": np.full(len(truth), k / units)}
+    pairs = zip(truth.sum(1).tolist(), drawn.tolist())
+    hit = [1 - math.comb(units - right, n) / math.comb(units, n) for right, n in pairs]
+    return {"hit": np.array(hit), "precision": truth.mean(1), "recall": drawn / units}
 
 # %% ../nbs/api/16_prune.ipynb #prveri04
 def verify(

@@ -21,7 +21,8 @@ import torch
 from tqdm import tqdm
 
 from .baseline import film_network, read_films
-from .draws import draw_parts
+from .classify import one_thread
+from .draws import draw_parts, may_stay
 from .evaluate import auc, ends, patient_weights, weighted_auc
 from .finetune import fit_labels, rare_weights
 from .image_model import ImageModel, hash_of_file
@@ -131,11 +132,7 @@ def kept_training(
     if not isinstance(found, dict) or set(found) != set(TRAINING_FIELDS):
         raise NeuralError(
             f"{path.name}: is no training of `neural starts`; move it away, or name another folder with --work")
-    other = [k for k, v in made_of.items() if found[k] != v]
-    if not other: return found
-    if force: return None
-    raise NeuralError(
-        f"{path.name}: was made with other {other[0]}; make it again with --force, or name another folder with --work")
+    return found if may_stay(path, [f"other {k}" for k, v in made_of.items() if found[k] != v], force) else None
 
 # %% ../nbs/api/38_starts.ipynb #start0020
 def one_training(
@@ -145,15 +142,12 @@ def one_training(
     made_of: dict,  # settings, studies and code
 ) -> dict:  # of `kept_training`
     "Makes one training, one thread wide so that no number depends on how many run side by side, and keeps it."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         studies, parts = start_parts(manifest, work, made_of["settings"])
         begun = time.perf_counter()
         model, curve = taught_start(*key, parts, list(studies.label_names), made_of["settings"])
         seconds = time.perf_counter() - begun
         scores = {split: read_films(model, part).round(6).tolist() for split, part in parts.items()}
-    finally: torch.set_num_threads(threads)
     found = dict(zip(("start", "rate", "seed"), key)) | made_of | dict(seconds=seconds, curve=curve, scores=scores)
     with whole_file(training_file(work, *key)) as f: json.dump(found, f)
     return found

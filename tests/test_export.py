@@ -1,5 +1,6 @@
 """The asset in other people's tools: random assets there and back, descriptions that lie or leak, cards of whole, torn
 and planted records."""
+import dataclasses
 import json
 import re
 import shutil
@@ -337,10 +338,13 @@ def test_the_gate_lets_ordinary_words_pass():
         assert refuse_identifiers(text, known) == text
 
 
-def test_trained_rows_say_phantoms_only_when_recorded(run):
-    assert "not recorded whether phantoms" in dict(trained_rows(run, cohort()))["layout"]
-    (run / "51_quality.json").write_text('{"metrics": {"phantoms": true}}')
-    assert "no patient behind them" in dict(trained_rows(run, cohort()))["layout"]
+def test_trained_rows_say_phantoms_where_the_manifest_has_their_truth(run):
+    told = lambda manifest: dict(trained_rows(run, manifest))["layout"]
+    assert told(None) == "not recorded" and told(cohort()).endswith("no phantoms")
+    first, *rest = cohort()
+    drawn = dataclasses.replace(first.views[0], masks=("truth/masks/1__Edema.png",))
+    known = [dataclasses.replace(first, views=(drawn,)), *rest]
+    assert "no patient behind them" in told(Manifest(known, layout="mimic-cxr"))
 
 
 # what is there already

@@ -74,7 +74,7 @@ def test_a_finished_training_is_not_made_again_and_another_is_refused(
     assert bench_starts(manifest, settings, [0], [3e-3], tmp_path, workers=1)["auc"].equals(first["auc"])
     with pytest.raises(
         NeuralError,
-        match=r"^residual-network-from-nothing-0.003-0.json: was made with other settings; make it again with --force"):
+        match=r"^residual-network-from-nothing-0.003-0.json: was made otherwise \(other settings\); make it again"):
         bench_starts(manifest, settings | {"epochs": 2}, [0], [3e-3], tmp_path, workers=1)
     training_file(tmp_path, PLAIN, 3e-3, 0).write_text("{}")
     with pytest.raises(NeuralError, match="is no training of `neural starts`"):
