@@ -77,10 +77,11 @@ def is_keyed(
     "Whether a study id is a keyed one."
     return re.fullmatch('k[0-9a-f]{32}', study_id) is not None
 
-# %% ../nbs/api/20_asset.ipynb #65f7a1d0
+# %% ../nbs/api/20_asset.ipynb #9bced59e
 _HASH, _NAME = re.compile(r'[0-9a-f]{8,64}'), re.compile(r'[a-z][a-z0-9_-]{0,31}')
 PROVENANCE = {'model_hash': _HASH, 'vocabulary_hash': _HASH, 'keep_ratio': float, 'selection': _NAME, 'fusion': _NAME}
 
+# %% ../nbs/api/20_asset.ipynb #65f7a1d0
 def check_provenance(
     # any of: model_hash, vocabulary_hash (hex), keep_ratio (0, 1], selection, fusion (short lower-case names)
     provenance: dict,
@@ -105,7 +106,7 @@ def vocabulary_hash(
     "Names a vocabulary by its content, so that an id cannot change its meaning unnoticed (DESIGN of this companion)."
     return hashlib.blake2b(json.dumps(list(vocabulary)).encode(), digest_size=8).hexdigest()
 
-# %% ../nbs/api/20_asset.ipynb #2ab0d71c
+# %% ../nbs/api/20_asset.ipynb #3a757709
 _DATASET = re.compile(r'[a-z][a-z0-9-]{0,31} [0-9a-f]{8}')
 SETTINGS = dict(  # what was set when a store was begun, and the form of it
     key=re.compile(r'none|[0-9a-f]{16}'),
@@ -130,6 +131,7 @@ SETTINGS = dict(  # what was set when a store was begun, and the form of it
     draw=range(2**31),
 )
 
+# %% ../nbs/api/20_asset.ipynb #2ab0d71c
 def _fits(value, form):
     "Whether a value has its form: true or false, a whole number of a range, a list, or text of a pattern."
     if form is bool: return type(value) is bool
@@ -542,9 +544,10 @@ def describe(
            ', '.join(f"{k} {v}" for k, v in a.provenance.items()) or 'no provenance']
     )
 
-# %% ../nbs/api/20_asset.ipynb #9afbefc1
+# %% ../nbs/api/20_asset.ipynb #dc9ff43b
 _COLOURS = dict(present='#0b6e4f', uncertain='#9a6700', absent='#a40e26')
 
+# %% ../nbs/api/20_asset.ipynb #9afbefc1
 def asset_svg(
     asset: StudyAsset,
     side=144,          # pixels of the longer side
@@ -679,12 +682,13 @@ def _thrift_struct(data, at, depth):
             out[field] = (z >> 1) ^ -(z & 1)
         else: out[field], at = _thrift(data, at, kind, depth + 1)
 
-# %% ../nbs/api/20_asset.ipynb #59972df2
+# %% ../nbs/api/20_asset.ipynb #5a27bf69
 # bytes of a file, and of what it says of itself
 MAX_SHARD, MAX_FOOTER = 2_000_000_000, 16_000_000
 # studies, bytes and values of one row group
 MAX_ROWS, MAX_UNFOLDED, MAX_VALUES = 1024, 256_000_000, 4_000_000
 
+# %% ../nbs/api/20_asset.ipynb #59972df2
 def _footer(path, columns):
     """Row groups as [(studies, [(first byte, length, values, bytes unfolded) of each column])], from a footer whose
     every announced part is there."""
@@ -727,12 +731,13 @@ def told(
     try: yield
     except OSError as e: raise AssetError(f"{what}, {system_reason(e)}") from e
 
-# %% ../nbs/api/20_asset.ipynb #8feb8edb
+# %% ../nbs/api/20_asset.ipynb #4f1659b6
 _META = dict(format=str, schema_version=int, track=str, codec=str, grid=list, dim=int, vocabulary=list, kinds=dict,
              provenance=dict, codebook=str, loss=float, generation=int, settings=dict)
 _META_2 = dict(codebook='', loss=0.0, generation=0)      # what version 1 did not have
 HEAD, _OLD_HEAD, _OLD_BOOK, _SAID = 'store.parquet', 'store.json', 'codebook.safetensors', 'neural-asset-store'
 
+# %% ../nbs/api/20_asset.ipynb #8feb8edb
 def _read_meta(folder):
     "The checked content of a store's head, and its codebook's bytes, or one line that says why the folder is no store."
     with told(f"{folder.name} cannot be read"): text, book = _head_text(folder)
@@ -918,10 +923,11 @@ def locked(self: AssetStore):
         yield self
     finally: os.close(handle)
 
-# %% ../nbs/api/20_asset.ipynb #4aad8eae
+# %% ../nbs/api/20_asset.ipynb #b5c6ff51
 # of a writer that was killed
 _DRAFT = re.compile(r'\.(shard-.*|store|codebook)\.(parquet|json|safetensors)\.\d+\.tmp')
 
+# %% ../nbs/api/20_asset.ipynb #4aad8eae
 def check_new(
     folder,    # where a store is to be made
 ) -> Path:     # the same
@@ -976,9 +982,10 @@ def create(
         raise
     return cls(folder)
 
-# %% ../nbs/api/20_asset.ipynb #44905209
+# %% ../nbs/api/20_asset.ipynb #630cec60
 _SHARD = re.compile(r'shard-(?:(\d{6})-)?(\d{6})-([0-9a-f]{16})\.parquet')     # version 1 had no generation
 
+# %% ../nbs/api/20_asset.ipynb #44905209
 @patch(as_prop=True)
 def shards(self: AssetStore) -> list[Path]:
     "Paths of the published shards, oldest first."

@@ -37,9 +37,10 @@ from .study import LABELS, NeuralError, at_least
 from .train import one_epoch
 from .yardstick import alternated, aside, matrix_peak, peak_memory, seconds_of
 
-# %% ../nbs/api/41_bench.ipynb #88ac6d1a
+# %% ../nbs/api/41_bench.ipynb #490bb8f5
 FINDINGS = ("Pneumonia", "Pleural Effusion", "Cardiomegaly", "Atelectasis", "Pneumothorax", "Edema")
 
+# %% ../nbs/api/41_bench.ipynb #88ac6d1a
 def drawn_features(
     n: int,      # rows
     dim: int,    # numbers per row
@@ -358,7 +359,7 @@ def walked_index(
     studies = pd.read_csv(root/'mimic-cxr-2.0.0-chexpert.csv.gz')['study_id']
     return {str(s): next((p for p in paths if f'/s{s}/' in p), None) for s in studies}
 
-# %% ../nbs/api/41_bench.ipynb #720df526
+# %% ../nbs/api/41_bench.ipynb #d31a2008
 _INDEX = """import time
 from neural.layouts import index_dataset
 def memory(field):
@@ -369,6 +370,7 @@ manifest, _ = index_dataset('mimic-cxr', TREE, hash_files=HASH)
 manifest.save(TREE + '.csv')
 print([time.perf_counter() - begin, memory('VmHWM') - before])"""
 
+# %% ../nbs/api/41_bench.ipynb #720df526
 def timed_index(
     tree: Path,         # of `mimic_tree`
     hash_files=True,    # read every film for its checksum

@@ -363,9 +363,10 @@ def hide(
     for p in patches: out[:, p // grid[1] * t : (p // grid[1] + 1) * t, p % grid[1] * t : (p % grid[1] + 1) * t] = 0
     return out
 
-# %% ../nbs/api/21_build.ipynb #de3ddb17
+# %% ../nbs/api/21_build.ipynb #3e4466c3
 TABLES = ("relevance", "mentions", "relations")
 
+# %% ../nbs/api/21_build.ipynb #de3ddb17
 def reading_rows(
     readings: list[Reading],  # of any track
 ) -> dict[str, list[dict]]:  # table name -> rows

@@ -27,10 +27,11 @@ from .picture import decode_picture
 from .study import Exclusions, NeuralError, above, at_least, make_folder, read_table, readable, whole_file
 from .train import Training, fit
 
-# %% ../nbs/api/22_classify.ipynb #6f00884c
+# %% ../nbs/api/22_classify.ipynb #f5916316
 PARTS = ('visual', 'knowledge')                      # the two graphs
 CONTEXT, CONTEXT_SIDE = 'context', 48                # a thumbnail of the whole film, read as one more node
 
+# %% ../nbs/api/22_classify.ipynb #6f00884c
 def edge_shares(
     edges: np.ndarray,    # [2, e]
     types: np.ndarray,    # [e], places in EDGE_TYPES
@@ -698,9 +699,10 @@ def deal(
     "Deals studies into shuffled batches of nearly one size (this companion's choice)."
     return np.array_split(np.random.default_rng(seed).permutation(len(rows)), math.ceil(len(rows)/size))
 
-# %% ../nbs/api/22_classify.ipynb #3860adeb
+# %% ../nbs/api/22_classify.ipynb #5ed341b3
 KEPT = 2**28     # bytes of patch features up to which cut batches are kept
 
+# %% ../nbs/api/22_classify.ipynb #3860adeb
 class Packs:
     "Training batches, dealt once (this companion's choice)."
     def __init__(self,
@@ -931,9 +933,10 @@ def _check_known(name, known):
         return known
     raise NeuralError(f"{name}/config.json: trained_on must hold texts; copy the folder again")
 
-# %% ../nbs/api/22_classify.ipynb #95b102cc
+# %% ../nbs/api/22_classify.ipynb #a6a87222
 SAID = ('study_id', 'p', 'classifier')       # columns of a file of predictions
 
+# %% ../nbs/api/22_classify.ipynb #95b102cc
 def save_predictions(
     path,            # CSV file, whole or not at all
     scores: dict,    # study -> probability, or None where it could not be read

@@ -52,9 +52,10 @@ class Worker:
         return [dict(batch=row["id"], study=i, data=data, reason=reason, detail=detail)
                 for i, data, reason, detail in [*made, *((i, b"", reason, detail) for i, reason, detail in left)]]
 
-# %% ../nbs/api/29_cluster.ipynb #tokenfun
+# %% ../nbs/api/29_cluster.ipynb #0a99f676
 TOKEN = secrets.token_hex(32)    # of this process
 
+# %% ../nbs/api/29_cluster.ipynb #tokenfun
 @contextmanager
 def own_token():
     """A token for the Ray that this process starts, where the user has none; nothing is written (this companion's

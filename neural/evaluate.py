@@ -515,9 +515,10 @@ def _on_finding(patches, coverage, threshold):
             f"retained patches must be distinct indices below {len(truth)}, at least one; got {k.tolist()[:8]}")
     return truth[k]
 
-# %% ../nbs/api/24_evaluate.ipynb #ec0335f6
+# %% ../nbs/api/24_evaluate.ipynb #d8170d62
 ANATOMY = ('left lung', 'right lung', 'lung', 'lungs', 'heart', 'mediastinum', 'cardiomediastinum')
 
+# %% ../nbs/api/24_evaluate.ipynb #ec0335f6
 def _read_mask(
     path,              # PNG, white (above 127) where the finding is
 ) -> np.ndarray:       # bool (H, W)

@@ -830,7 +830,7 @@ class Recipe:
         rest = [f.name for f in fields(self) if type(f.default) in (int, float) and f.name not in (*counts, *rates)]
         at_least(0, **{n: getattr(self, n) for n in rest})
 
-
+# %% ../nbs/api/12_finetune.ipynb #a3b9fe02
 FROM_IMAGENET = Recipe(stem="efficientnet-lite0", lr_warm=1e-3, bf16=False)  # of an encoder that starts from ImageNet
 
 # %% ../nbs/api/12_finetune.ipynb #recipe02

@@ -81,10 +81,11 @@ def theme(
             "font.family": ["DejaVu Sans"], "axes.prop_cycle": cycler(color=list(PALETTE.values())),
             "figure.constrained_layout.use": True, "figure.dpi": 90, "savefig.dpi": dpi}
 
-# %% ../nbs/api/05_plot.ipynb #plot0020
+# %% ../nbs/api/05_plot.ipynb #af10b1af
 _MARKS = "osD^vP<>"              # shapes of dots, in turn
 _SPAN = ("value", "low", "high") # columns of a number with its interval
 
+# %% ../nbs/api/05_plot.ipynb #plot0020
 def _intervals(
     table,          # long form: value, low, high, and what tells the lines apart
     *names,         # those columns; None is left out
@@ -285,9 +286,10 @@ def draw_rates(
     ax.legend(loc="center left", bbox_to_anchor=(1, .5), frameon=False)
     return ax
 
-# %% ../nbs/api/05_plot.ipynb #plot0046
+# %% ../nbs/api/05_plot.ipynb #20be5251
 _ROOM = .15  # share of a panel's height, below the radiograph, for its colour bar
 
+# %% ../nbs/api/05_plot.ipynb #plot0046
 def panels(
     titles,                      # one a panel
     columns: int | None = None,  # panels in a row; None: all

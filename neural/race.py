@@ -71,9 +71,10 @@ def bench_cohort(
         (Path(manifest.root)/s.report).write_text('FINDINGS: ' + ' '.join((said*words)[:words]) + '\n')
     return manifest
 
-# %% ../nbs/api/36_race.ipynb #d6e985d7
+# %% ../nbs/api/36_race.ipynb #01a90455
 SHARPER = 16     # times larger queries of the last cross-attention
 
+# %% ../nbs/api/36_race.ipynb #d6e985d7
 def bench_network(
     home: Path,               # folder to fill
     config: ReportVLMConfig,  # of a network with random weights
@@ -494,10 +495,11 @@ def step_growth(
                          "megabytes": memory_now()})
     return pd.DataFrame(rows).groupby("work").median()
 
-# %% ../nbs/api/36_race.ipynb #4631aa07
+# %% ../nbs/api/36_race.ipynb #787e0e60
 LOOPS = {'reference_step': 'released loop, float32', 'fast_step': 'finetune, bfloat16',
          'frozen_step': 'finetune, bfloat16, last stage only'}
 
+# %% ../nbs/api/36_race.ipynb #4631aa07
 def bench_finetune(
     paper=False,  # the paper's sizes: minutes; else seconds
     steps=20,     # of each side, in turn; at least five
@@ -573,11 +575,13 @@ def building(
         with torch.inference_mode(): look(model, films, words, state.how.layer, lower=True)
     return alone
 
+# %% ../nbs/api/36_race.ipynb #7498295e
 BUILDING = ('plain, float32', 'float32', 'bfloat16', 'bfloat16, read once', 'bfloat16, the network alone')
 
-# %% ../nbs/api/36_race.ipynb #gpu36v
+# %% ../nbs/api/36_race.ipynb #9dd8ddb0
 STEPPING = ('plain, float32', 'plain, bfloat16', 'bfloat16')
 
+# %% ../nbs/api/36_race.ipynb #gpu36v
 def stepping(
     how: str,        # one of STEPPING
     config,          # of the network
@@ -651,9 +655,10 @@ def small_networks(
     return {f'small network, {name}, {size} px': small_config(words, size, **how) for size in sizes
             for name, how in makes.items()}
 
-# %% ../nbs/api/36_race.ipynb #gpu36nx1
+# %% ../nbs/api/36_race.ipynb #db73c99c
 IMITATED = "float32, since this processor only imitates bfloat16; shares are of the float32 peak"
 
+# %% ../nbs/api/36_race.ipynb #gpu36nx1
 def rounding(
     device="cpu",   # that was measured
 ) -> dict:          # what the numbers of a card depend on

@@ -88,12 +88,13 @@ def check_size(
         raise RadiographError(
             f'{name}: {rows} x {columns} pixels, the limit is {MAX_PIXELS:,}; leave it out or make it smaller')
 
-# %% ../nbs/api/02_radiograph.ipynb #caf146d1
+# %% ../nbs/api/02_radiograph.ipynb #97bbf640
 # pixels one byte can hold: deflate repeats 1032 times, a JPEG block of 64 takes a bit, a lossless pixel takes one, two
 # bytes of runs give 128
 DENSEST = {'PNG': 8 * 1032, 'JPEG': 512, 'lossless JPEG': 8, 'RLE': 64}
 MAX_SCANS = 40                                                            # of a progressive JPEG; ten are usual
 
+# %% ../nbs/api/02_radiograph.ipynb #caf146d1
 def check_density(
     data: bytes,   # a file, or one compressed frame
     kind: str,     # of DENSEST
@@ -268,13 +269,14 @@ def codes(
     if not all(re.fullmatch('[A-Z0-9_ ]{0,16}', v) for v in found): raise HeaderError(f'{key} is no code')
     return [v for v in found if v]
 
-# %% ../nbs/api/02_radiograph.ipynb #1e0170de
+# %% ../nbs/api/02_radiograph.ipynb #26f646e8
 # kinds of film, captures, photographs, and "other"
 MODALITIES = {'CR', 'DX', 'DR', 'RG', 'RF', 'SC', 'XC', 'HC', 'OT'}
 CLASSES = {ComputedRadiographyImageStorage, DigitalXRayImageStorageForPresentation, XRayRadiofluoroscopicImageStorage,
            SecondaryCaptureImageStorage, VLPhotographicImageStorage,
            *(f'{SecondaryCaptureImageStorage}.{n}' for n in (2, 3, 4))}
 
+# %% ../nbs/api/02_radiograph.ipynb #1e0170de
 def check_kind(
     ds: pydicom.Dataset,  # from `read_header`
 ):                        # nothing
@@ -294,9 +296,10 @@ def check_kind(
         if key in ds: raise HeaderError(f'{key} is not supported; export the film as a plain radiograph')
     if 'PixelData' not in ds: raise HeaderError('PixelData is missing, there is no pixel data; leave it out')
 
-# %% ../nbs/api/02_radiograph.ipynb #053bfd3d
+# %% ../nbs/api/02_radiograph.ipynb #2e36cc58
 CHEST = re.compile('CHEST|THORA|LUNG|RIB|HEART')
 
+# %% ../nbs/api/02_radiograph.ipynb #053bfd3d
 def check_view(
     ds: pydicom.Dataset,  # from `read_header`
 ):                        # nothing
@@ -360,7 +363,7 @@ def overlay_bits(
              for a, p in zip(OVERLAYS[::2], OVERLAYS[1::2])]
     return [int(place[0]) for deep, place in pairs if deep and place and deep[0] > 1]
 
-# %% ../nbs/api/02_radiograph.ipynb #2a391989
+# %% ../nbs/api/02_radiograph.ipynb #17fee631
 # plug-ins of pydicom
 DECODERS = {JPEGBaseline8Bit: 'pillow', JPEGExtended12Bit: 'pillow', JPEG2000: 'pylibjpeg',
             JPEG2000Lossless: 'pylibjpeg', RLELossless: 'pydicom'}
@@ -373,6 +376,7 @@ COLOURS = {  # how the colours of each kind of coding may be told
     'JPEG 2000': ('RGB', 'YBR_RCT', 'YBR_ICT', 'YBR_FULL'),
 }
 
+# %% ../nbs/api/02_radiograph.ipynb #2a391989
 def coding(
     ds: pydicom.Dataset,  # from `read_header`
 ) -> str:                 # one of COLOURS
@@ -498,11 +502,12 @@ def coded_header(
         at += 1 if mark == 0xFF else 2 + struct.unpack('>H', frame[at + 2:at + 4])[0]
     return 0, 0, 0, 0, 0
 
-# %% ../nbs/api/02_radiograph.ipynb #83ee9bfc
+# %% ../nbs/api/02_radiograph.ipynb #b3ba881a
 # of JPEG 2000 headers
 STYLE_MARKS = {0x50, 0x51, 0x52, 0x53, 0x55, 0x57, 0x58, 0x59, 0x5C, 0x5D, 0x5E, 0x5F, 0x60, 0x61, 0x63, 0x64, 0x74,
                0x75, 0x77, 0x78, 0x90, 0x93}
 
+# %% ../nbs/api/02_radiograph.ipynb #83ee9bfc
 def coding_styles(
     frame: bytes,   # one JPEG 2000 codestream
 ):                  # yields (layers, bytes of a style: levels, block width, block height, mode, transform, precincts)
@@ -866,13 +871,14 @@ def grey_values(
     for rows, _, at in in_bands(words, ds): np.take(curve, at, out=grey[rows], mode='clip')
     return grey
 
-# %% ../nbs/api/02_radiograph.ipynb #endfun
+# %% ../nbs/api/02_radiograph.ipynb #e98cfd9d
 _NOISE = hashlib.sha512(b'noise').digest().replace(b'\xff', b'')    # no 0xFF, which would begin a mark
 # also behind each of the eight restart marks
 NOISE = _NOISE + b''.join(bytes((255, mark)) + _NOISE for mark in range(0xD0, 0xD8))
 
 CUT = 'PixelData ends before its picture does; copy the file again or leave it out'
 
+# %% ../nbs/api/02_radiograph.ipynb #endfun
 def ends_early(
     frame: bytes,  # a JPEG
     corner,        # values of its last pixel, as decoded
@@ -977,9 +983,10 @@ def full_scale(
     "White of a picture that does not say its depth: 8, 10, 12, 14 or 16 bits (this companion's choice)."
     return next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if largest < 2**bits)
 
-# %% ../nbs/api/02_radiograph.ipynb #30daefde
+# %% ../nbs/api/02_radiograph.ipynb #c4115fd0
 TURNS = {3: 2, 6: 3, 8: 1}    # EXIF orientation: quarter turns to the left
 
+# %% ../nbs/api/02_radiograph.ipynb #30daefde
 def check_picture(
     im: Image.Image,  # opened, nothing decoded yet
     data: bytes,      # its file

@@ -81,9 +81,10 @@ class System:
         parts = (self.system, self.stage, self.track, self.selection, patches, self.codec, size, self.condition)
         return " · ".join(p for p in parts if p)
 
+# %% ../nbs/api/33_results.ipynb #426f6380
 SYSTEM = tuple(System.__dataclass_fields__)   # the columns that name a system
 
-# %% ../nbs/api/33_results.ipynb #result12
+# %% ../nbs/api/33_results.ipynb #1774e89a
 _PLACES = (*SPLITS, "external")   # `external`: of another manifest, on which nothing was trained and nothing chosen
 PREDICTIONS = {
     "study_id": "str", "patient_id": "str", "split": "str", "target": "str", "y": "float64", "p": "float64",
@@ -91,6 +92,7 @@ PREDICTIONS = {
 }
 _OPTIONAL = {"selection": "", "k": pd.NA, "codec": "", "budget": pd.NA, "condition": ""}   # what a table may leave out
 
+# %% ../nbs/api/33_results.ipynb #result12
 def _as_kinds(table, kinds, what):
     "A table with each column of its kind."
     for name, kind in kinds.items():

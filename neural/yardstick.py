@@ -193,10 +193,11 @@ def matrix_peak(
     with torch.inference_mode(): best = min(seconds_of(way, device) for way in ways*rounds)
     return 2*size**3/best/1e9
 
-# %% ../nbs/api/35_yardstick.ipynb #b83c7f61
+# %% ../nbs/api/35_yardstick.ipynb #ed385a3c
 # how torch names what multiplies matrices
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "linear", "scaled_dot_product")
 
+# %% ../nbs/api/35_yardstick.ipynb #b83c7f61
 class Products(TorchDispatchMode):
     "While it is entered, adds up the seconds spent in matrix products, attention's included, on a CPU."
 
