@@ -350,10 +350,9 @@ def graphs(
     "The graphs that an asset stands for (DESIGN of this companion, sec. 4)."
     ties = np.zeros((len(self.concepts), len(self.patches)), np.float32)
     ties[self.grounding[:, 0], self.grounding[:, 1]] = self.weights
-    return (
-        visual_graph(self.patches, self.features, self.relevance, self.grid, repeats=True),
-        knowledge_from(self.concepts, self.assertions, self.relations, self.certainty if len(self.certainty) else None),
-        ties)
+    sure = self.certainty if len(self.certainty) else None
+    return (visual_graph(self.patches, self.features, self.relevance, self.grid, repeats=True),
+            knowledge_from(self.concepts, self.assertions, self.relations, sure), ties)
 
 # %% ../nbs/api/20_asset.ipynb #78873641
 @patch
@@ -545,7 +544,7 @@ def describe(
     )
 
 # %% ../nbs/api/20_asset.ipynb #dc9ff43b
-_COLOURS = dict(present='#0b6e4f', uncertain='#9a6700', absent='#a40e26')
+_COLOURS = dict(present='#0b6e4f', uncertain='#9a6700', absent='#a40e26')  # of the assertions
 
 # %% ../nbs/api/20_asset.ipynb #9afbefc1
 def asset_svg(
@@ -608,12 +607,10 @@ def to_table(
 ) -> pa.Table:        # one row per asset; features as rows of codes (chapter 19), pairs and triples flattened
     "Assets as an Arrow table (this companion's choice)."
     schema = _schema(3 if certain else 2)
-    rows = [
-        [a.study_id, a.patches.tolist(), a.relevance.tolist(), a.codes.tobytes(), a.concepts.tolist(),
-         a.assertions.tolist(), *[a.certainty.tolist()] * certain, a.relations.ravel().tolist(),
-         a.grounding.ravel().tolist(), a.weights.tolist(), a.thumbnail, a.pixels, a.to_bytes()[-8:]]
-        for a in assets
-    ]
+    rows = [[a.study_id, a.patches.tolist(), a.relevance.tolist(), a.codes.tobytes(), a.concepts.tolist(),
+             a.assertions.tolist(), *[a.certainty.tolist()] * certain, a.relations.ravel().tolist(),
+             a.grounding.ravel().tolist(), a.weights.tolist(), a.thumbnail, a.pixels, a.to_bytes()[-8:]]
+            for a in assets]
     return pa.table([pa.array(column, f.type) for column, f in zip(zip(*rows), schema)], schema=schema)
 
 # %% ../nbs/api/20_asset.ipynb #a8e21fd5
@@ -1161,9 +1158,8 @@ def settings(self: AssetStore) -> dict:   # name -> value; None is unknown
 @patch
 def _evident(self: AssetStore, wanted) -> dict:
     "What the first study shows of settings that are not written down; what agrees with the wanted value is that value."
-    unknown, ids = [
-        n for n in ('key', 'keep', 'thumbnail', 'pixels') if n in wanted and self.settings[n] is None], self.ids
-    if not unknown or not ids: return {}
+    unknown = [n for n in ('key', 'keep', 'thumbnail', 'pixels') if n in wanted and self.settings[n] is None]
+    if not (ids := self.ids) or not unknown: return {}
     a = self[ids[0]]
     plain = dict(key='none', keep=len(a.patches), thumbnail=0, pixels=False)
     some = dict(key=is_keyed(a.study_id), keep=False, thumbnail=bool(a.thumbnail), pixels=bool(a.pixels))
@@ -1216,12 +1212,10 @@ def add_dataset(self: AssetStore,
 # %% ../nbs/api/20_asset.ipynb #1938d0bb
 @patch
 def _alike(self: AssetStore, ids):
-    """Refuses ids that are plain where the store's are keyed, or keyed where they are plain: nobody may find one among
-    the others."""
+    "Refuses plain ids where the store's are keyed, and keyed where they are plain: nobody may find one among others."
     ids, key = list(ids), self.settings['key']
     keyed = is_keyed(next(iter(self._where()), ids[0] if ids else '')) if key is None else key != 'none'
-    other = sum(is_keyed(i) != keyed for i in ids)
-    if other:
+    if other := sum(is_keyed(i) != keyed for i in ids):
         raise AssetError(
             f"{self.folder.name} holds {'keyed' if keyed else 'plain'} study ids, and {other} of these {len(ids)}"
             f" {'is' if other == 1 else 'are'} {'plain' if keyed else 'keyed'}: "
@@ -1270,11 +1264,8 @@ def _write(self: AssetStore, assets, generation, number):
 # %% ../nbs/api/20_asset.ipynb #writes01x1
 def _group_size(assets):
     "Studies in a row group: 256, or fewer where that would be more than a reader allows."
-    values = (
-        max(2 * len(a.patches) + 2 * len(a.concepts) + 3 * len(a.relations) + 3 * len(a.grounding) + len(a.certainty)
-            for a in assets)
-        + 12
-    )
+    values = 12 + max(2 * len(a.patches) + 2 * len(a.concepts) + 3 * len(a.relations) + 3 * len(a.grounding)
+                      + len(a.certainty) for a in assets)
     size, key = max((len(a.pixels) + len(a.thumbnail) + a.codes.nbytes, a.study_id) for a in assets)
     if (size := size + 8*values + 1000) + 200_000 > MAX_UNFOLDED:
         raise AssetError(f"study {key} takes {size:,} bytes; a shard holds at most {MAX_UNFOLDED:,} in one row group")

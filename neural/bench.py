@@ -49,9 +49,8 @@ def drawn_features(
     "Features near a small subspace and in clusters, as those of a trained network are (this companion's choice)."
     world, rng = np.random.default_rng(1), np.random.default_rng((2, seed))
     mix, kinds = world.normal(size=(min(48, dim), dim)), 4*world.normal(size=(30, min(48, dim)))
-    return (
-        (kinds[rng.integers(0, 30, n)] + rng.normal(size=(n, mix.shape[0]))) @ mix + 0.3 * rng.normal(size=(n, dim))
-    ).astype(np.float32)
+    near = (kinds[rng.integers(0, 30, n)] + rng.normal(size=(n, mix.shape[0]))) @ mix
+    return (near + 0.3 * rng.normal(size=(n, dim))).astype(np.float32)
 
 # %% ../nbs/api/41_bench.ipynb #d65f8f46
 def sized_asset(

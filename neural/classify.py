@@ -118,8 +118,7 @@ def _links(concept, weight, patches):
     keep = share > (1 + 1e-5)/patches
     lost = (total > 0) & ~np.bincount(concept, keep, len(total)).astype(bool)
     best = np.lexsort((-share, concept))
-    # the strongest tie of each concept
-    best = best[np.append(True, np.diff(concept[best]) > 0)[:len(best)]]
+    best = best[np.append(True, np.diff(concept[best]) > 0)[:len(best)]]    # the strongest tie of each concept
     keep[best[lost[concept[best]]]] = True
     return keep, share[keep]/np.bincount(concept[keep], share[keep], len(total))[concept[keep]]
 
@@ -348,8 +347,7 @@ class GraphColumns:
 
 # %% ../nbs/api/22_classify.ipynb #ac4ea006x1
 def _edges(g, word, owner, size, kind):
-    """Speaker, listener, type and weight of every edge, and the weight of every node in the mean over its graph,
-    patches first."""
+    "Speaker, listener, type and weight of every edge; each node's weight in the mean over its graph, patches first."
     (a, b), each = g.edge_index.numpy(), np.argsort(word, kind='stable')
     if kind == 'typed':
         return a, b, g.edge_type.numpy(), g.edge_weight.numpy(), (1/size[word, owner])[each].astype(np.float32)

@@ -4,14 +4,13 @@
 
 # %% ../nbs/api/15_compose.ipynb #compose04
 from __future__ import annotations
-import json
-import re
+
+import json, re
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-import torch
+import numpy as np, torch
 
 from .image_model import hash_of_file, pool_patches
 from .prompt import choose_thresholds, place_of, promptable, said_places, said_states, seen_places

@@ -26,9 +26,8 @@ def known(
 ) -> tuple:    # (y, *columns) of the studies whose target is known
     "Leaves out the studies whose target is unknown (this companion's choice)."
     y = np.asarray(y, float)
-    for c in columns:
-        if len(c) != len(y):
-            raise NeuralError(f"{len(y)} targets but a column of {len(c)}: they must belong to the same studies")
+    if other := [c for c in columns if len(c) != len(y)]:
+        raise NeuralError(f"{len(y)} targets but a column of {len(other[0])}: they must belong to the same studies")
     keep = ~np.isnan(y)
     return (y[keep], *(np.asarray(c)[keep] for c in columns))
 

@@ -175,7 +175,7 @@ def list_films(
         for k in gone: src.exclusions.add(study, 'radiograph not on disk', PurePosixPath(k).name, 'radiograph')
 
 # %% ../nbs/api/01_layouts.ipynb #b24eda8d
-ALIASES = {'airspace opacity': 'Lung Opacity'}
+ALIASES = {'airspace opacity': 'Lung Opacity'}  # another name of a label
 
 # %% ../nbs/api/01_layouts.ipynb #dcb99e5d
 def label_columns(
@@ -251,7 +251,7 @@ def join(
         k for k, v in values.items() if len(v) > 1]
 
 # %% ../nbs/api/01_layouts.ipynb #d5f9a541
-TORN = 'rows contradict each other: label unknown'
+TORN = 'rows contradict each other: label unknown'  # a reason in the list of exclusions
 
 # %% ../nbs/api/01_layouts.ipynb #85d4b3ad
 def read_labels(
@@ -778,6 +778,8 @@ MESH = {  # label -> (headings that say it, headings that leave it unknown); 'He
                         ('Surgical Instruments', 'Stents', 'Spinal Fusion', 'Foreign Bodies', 'Sutures')),
     'airspace_mesh': (('Pneumonia', 'Airspace Disease', 'Infiltrate', 'Consolidation'), ()),
 }
+
+# %% ../nbs/api/01_layouts.ipynb #bbeb22d2
 MESH_PARENTS = {'Lung Opacity': ('Lung Lesion', 'Edema', 'Consolidation', 'Pneumonia', 'Atelectasis'),
                 'Consolidation': ('Pneumonia',), 'Enlarged Cardiomediastinum': ('Cardiomegaly',)}
 MESH_UNCODED = ('No Indexing', 'Technical Quality of Image Unsatisfactory')

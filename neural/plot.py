@@ -7,20 +7,11 @@ __all__ = ['PALETTE', 'colours', 'theme', 'draw_forest', 'draw_roc', 'draw_rates
            'cell_words']
 
 # %% ../nbs/api/05_plot.ipynb #plot0003
-import hashlib
-import io
-import linecache
-import math
-import re
-import sys
+import hashlib, io, linecache, math, re, sys
 from itertools import cycle
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import numpy as np
-import pandas as pd
-import seaborn as sns
-import yaml
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns, yaml
 from matplotlib import cycler
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
@@ -194,10 +185,8 @@ def _band(
     colour: str,   # of the curve
 ):
     "The band of a curve, where it has one."
-    if (low is None) != (high is None):
-        raise NeuralError("a band needs both its edges; give low and high")
-    if low is not None:
-        ax.fill_between(x, low, high, color=colour, alpha=.15, lw=0)
+    if (low is None) != (high is None): raise NeuralError("a band needs both its edges; give low and high")
+    if low is not None: ax.fill_between(x, low, high, color=colour, alpha=.15, lw=0)
 
 # %% ../nbs/api/05_plot.ipynb #plot0033x1
 def _unit_square(
@@ -438,8 +427,7 @@ def figure_words(
 def cell_words() -> dict:  # caption, alt
     "Caption and alt text of the notebook cell that calls it (this companion's choice)."
     lines = linecache.getlines(sys._getframe(1).f_code.co_filename)
-    try:
-        told = yaml.safe_load("".join(line[2:] for line in lines if re.match(r"#\|.*:", line))) or {}
+    try: told = yaml.safe_load("".join(line[2:] for line in lines if re.match(r"#\|.*:", line))) or {}
     except yaml.YAMLError as e:
         raise NeuralError(f"this cell's #| lines cannot be read ({type(e).__name__}); use double quotes") from e
     found = {"caption": told.get("fig-cap"), "alt": told.get("fig-alt")}

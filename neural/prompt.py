@@ -156,12 +156,8 @@ def place_of(
     concept: str,  # an anatomy concept, such as "left lower lobe", "lung base" or "bilateral"
 ) -> tuple[set, int]:  # sides, of {1 left, 2 right}; zone, 0 where it tells none
     "Side and zone that a place's own name tells."
-    sides = (
-        {1, 2}
-        if concept == "bilateral"
-        else ({1} if concept == "lingula" or re.match(r"left\b", concept)
-              else {2} if re.match(r"right\b", concept) else set())
-    )
+    left, right = concept == "lingula" or re.match(r"left\b", concept), re.match(r"right\b", concept)
+    sides = {1, 2} if concept == "bilateral" else {1} if left else {2} if right else set()
     return sides, next((z for name, z in HEIGHTS.items() if concept.endswith(name)), 0)
 
 # %% ../nbs/api/13_prompt.ipynb #prompt27x1

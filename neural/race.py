@@ -94,8 +94,7 @@ def bench_network(
 def held_twice(
     path: Path,    # of a DICOM file
 ) -> bytes:        # PNG
-    """A film as the released code takes it into memory: once as JPEG of quality 10, once as PNG, min-max scaled, three
-    channels, full size."""
+    "A film as the released code holds it: JPEG of quality 10, then PNG; min-max scaled, three channels, full size."
     for form in (dict(format='JPEG', quality=10), dict(format='PNG')):
         x = pydicom.dcmread(path).pixel_array.astype(float)
         x = (x - x.min())/max(x.max() - x.min(), 1)
@@ -534,8 +533,7 @@ def ready_studies(
     studies: int,    # how many
 ) -> tuple:          # folder of the network; (id, film, evidence) of each study
     "Studies whose films are decoded and fitted, and a network to read them."
-    # a few have no frontal film
-    manifest = bench_cohort(home/'cohort', studies + studies//2 + 4, config.swin['image_size'])
+    manifest = bench_cohort(home/'cohort', studies + studies//2 + 4, config.swin['image_size'])  # some lack a frontal
     film = lambda s: read_radiograph(manifest.image_path(s.frontal))
     some = [(s.study_id, film(s), study_evidence(manifest, s)) for s in list(manifest)[:studies]]
     return bench_network(home/'vlm', config, manifest), some

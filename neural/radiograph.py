@@ -162,6 +162,8 @@ READ = {  # attributes that are followed; an impossible value is refused by the 
     'OverlayBitPosition': 'bits of an old overlay are cleared; refused inside the stored bits',
     'PixelData': 'the pixels',
 }
+
+# %% ../nbs/api/02_radiograph.ipynb #13b0eb73
 MAX_ELEMENT = 2**19         # bytes of any of them but the pixels: four tables of 65,536 entries
 NO_PREAMBLE = b'\x02\x00'   # a file that starts with its meta group at once, as some writers leave it
 
@@ -215,6 +217,8 @@ IRRELEVANT = {  # attributes that speak of the picture and leave it as it is; th
     'ReferencedPresentationStateSequence': 'a second file may show this one otherwise; the film is its own',
     'ConversionType': 'how a capture was made',
 }
+
+# %% ../nbs/api/02_radiograph.ipynb #bce63a68
 # bits allocated, bit position
 OVERLAYS = [Tag(0x6000 + 2 * n, element) for n in range(16) for element in (0x100, 0x102)]
 PICTURE_TAGS = [*OVERLAYS, *(k for k in {**READ, **REFUSED} if k not in ('TransferSyntaxUID', 'OverlayBitPosition'))]
@@ -297,7 +301,7 @@ def check_kind(
     if 'PixelData' not in ds: raise HeaderError('PixelData is missing, there is no pixel data; leave it out')
 
 # %% ../nbs/api/02_radiograph.ipynb #2e36cc58
-CHEST = re.compile('CHEST|THORA|LUNG|RIB|HEART')
+CHEST = re.compile('CHEST|THORA|LUNG|RIB|HEART')  # body parts of which left and right are known
 
 # %% ../nbs/api/02_radiograph.ipynb #053bfd3d
 def check_view(
@@ -369,6 +373,8 @@ DECODERS = {JPEGBaseline8Bit: 'pillow', JPEGExtended12Bit: 'pillow', JPEG2000: '
             JPEG2000Lossless: 'pylibjpeg', RLELossless: 'pydicom'}
 LOSSLESS = {JPEGLossless: imagecodecs.jpeg8_decode, JPEGLosslessSV1: imagecodecs.jpeg8_decode,
             JPEGLSLossless: imagecodecs.jpegls_decode, JPEGLSNearLossless: imagecodecs.jpegls_decode}
+
+# %% ../nbs/api/02_radiograph.ipynb #f89f8ac1
 COLOURS = {  # how the colours of each kind of coding may be told
     'plain': ('RGB', 'YBR_FULL', 'YBR_FULL_422'),
     'lossless': ('RGB', 'YBR_FULL'),
@@ -693,8 +699,7 @@ def luts(
 ) -> list:                 # (first, table) of its first item; empty where it has none
     "The first table of a sequence, refused by its name (DICOM PS3.3 C.11)."
     try:
-        items = ds.get(key) or []
-        return [read_lut(items[0], ds.original_encoding[1], lowest)] if len(items) else []
+        return [read_lut(items[0], ds.original_encoding[1], lowest)] if len(items := ds.get(key) or []) else []
     except HeaderError as e: raise HeaderError(f'{key}: {e}') from None
     except LIBRARY_ERRORS as e: raise HeaderError(f'{key} cannot be read ({type(e).__name__})') from None
 
@@ -1033,11 +1038,10 @@ def read_radiograph(
 ) -> np.ndarray:        # float32 [1, H, W] in [0, 1], bone bright; full size, or at least twice `size`
     "Reads one radiograph of any supported kind under the image contract (DESIGN of this companion)."
     if size < 0: raise NeuralError(f'a square of {size} pixels; name at least 1, or 0 for full size')
-    path = Path(path)
-    data = read_bytes(path)
-    if data[128:132] == b'DICM' or data.startswith(NO_PREAMBLE): return read_dicom(data, path.name, size)[None]
-    if data.startswith((b'\x89PNG\r\n\x1a\n', b'\xff\xd8\xff')): return read_picture(data, path.name)[None]
-    raise RadiographError(f'{path.name}: neither DICOM, PNG nor JPEG; convert it or leave it out')
+    data, name = read_bytes(Path(path)), Path(path).name
+    if data[128:132] == b'DICM' or data.startswith(NO_PREAMBLE): return read_dicom(data, name, size)[None]
+    if data.startswith((b'\x89PNG\r\n\x1a\n', b'\xff\xd8\xff')): return read_picture(data, name)[None]
+    raise RadiographError(f'{name}: neither DICOM, PNG nor JPEG; convert it or leave it out')
 
 # %% ../nbs/api/02_radiograph.ipynb #ae0c920e
 def placement(
@@ -1241,11 +1245,9 @@ def batch(self: RadiographCache,
     ids,            # of studies, in any order, repeats allowed
 ) -> np.ndarray:    # float32 [B, 1, S, S] in [0, 1]
     "The radiographs of some studies."
-    gone = [i for i in ids if i not in self.row]
-    if gone:
-        raise NeuralError(
-            f'no cached radiograph of {gone[0]!r} ({len(gone)} missing); it failed to decode, or the cache belongs to'
-            ' another manifest')
+    if gone := [i for i in ids if i not in self.row]:
+        raise NeuralError(f'no cached radiograph of {gone[0]!r} ({len(gone)} missing); it failed to decode, '
+                          'or the cache belongs to another manifest')
     return self.films[[self.row[i] for i in ids], None].astype(np.float32) / 255
 
 # %% ../nbs/api/02_radiograph.ipynb #2aa49312

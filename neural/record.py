@@ -520,8 +520,7 @@ def hand_run(
     cwd=None,         # the working directory if None
     package=PACKAGE,  # folder of the library
 ) -> Path:            # the run folder
-    """The run folder of a stage; an empty name is `runs/by-hand` of the checkout, else of the working directory (this
-    companion's choice)."""
+    "A stage's run folder; if unnamed, `runs/by-hand` of the checkout or working directory (this companion's choice)."
     if str(run): return Path(run)
     folder = (checkout(cwd, package) or Path(cwd or Path.cwd()))/"runs"/"by-hand"
     print(f"run folder: {os.path.relpath(folder, cwd)}")

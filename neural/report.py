@@ -159,6 +159,7 @@ def _unheaded(
     return "\n\n".join(p.strip() for p in later) if later and not any(map(_STORY.search, later)) else ""
 
 # %% ../nbs/api/04_report.ipynb #fee69573
+# rare signs: the common ones that stand for them
 _PLAIN = str.maketrans({"\ufeff": " ", "\u200b": " ", "\u00a0": " ", "\u2028": "\n", "\r": "\n", "：": ":"})
 
 # %% ../nbs/api/04_report.ipynb #rhead011
@@ -229,11 +230,9 @@ def evidence(
     # returns: their text, a blank line between; '' where the report has none of them
 ) -> str:
     "The text a model may see: never the indication, the history or the comparison (against NEURAL's defect A9)."
-    barred = [s for s in use if s in _ASKED]
-    if barred:
-        raise NeuralError(
-            f"section {barred[0]!r} is no evidence: it says what was asked, not what was seen; use findings or"
-            " impression")
+    if barred := [s for s in use if s in _ASKED]:
+        raise NeuralError(f"section {barred[0]!r} is no evidence: it says what was asked, not what was seen; "
+                          "use findings or impression")
     return "\n\n".join(sections[s] for s in use if sections.get(s))
 
 # %% ../nbs/api/04_report.ipynb #rev0002
@@ -699,7 +698,7 @@ def _skeleton(items: list[_Item], start: int, end: int) -> tuple[str, dict[int, 
     return line + "".join(t.norm_ + " " for t in doc[n:end]), at
 
 # %% ../nbs/api/04_report.ipynb #f3f7bff3
-_TOKEN = re.compile(r"[a-z]+|[:=(?>]|--|[-–—…0]|\.\.\.")
+_TOKEN = re.compile(r"[a-z]+|[:=(?>]|--|[-–—…0]|\.\.\.")  # a word, or a sign that shapes may hold
 
 # %% ../nbs/api/04_report.ipynb #rshape07
 @patch
@@ -1106,9 +1105,9 @@ _SIDED = re.compile(
     | \b(?P<word>left|right)(?=$|[^a-z]|ward|most|side) | \b(?P<curve>levo|dextro)(?=-?[a-z])
     | \b(?P<letter>(?-i:[LR](?=(?:{_ABBREVIATED})\b)
         |[lr](?=(?:ul|ll|ml)\b)|[LR](?=[ -](?:{_NEXT_TO_LETTER})\b)
-        |[LR](?=\s?[<>])|(?<=[<>])[LR]\b|(?<=[<>]\s)[LR]\b))""",
-    re.I | re.X,
-)
+        |[LR](?=\s?[<>])|(?<=[<>])[LR]\b|(?<=[<>]\s)[LR]\b))""", re.I | re.X)
+
+# %% ../nbs/api/04_report.ipynb #28287bf3
 _MIRROR = {"left": "right", "right": "left", "levo": "dextro", "dextro": "levo", "l": "r", "r": "l"}
 
 # %% ../nbs/api/04_report.ipynb #a383d0fd
@@ -1134,8 +1133,7 @@ def swap_laterality(
     # returns: the same text, left and right exchanged, case kept; twice gives the text back (but for an implied or
     # doubled side, see prose)
 ) -> str:
-    """Mirrors the words of a report, to go with a mirrored image (the released training flips images and leaves the
-    words alone)."""
+    "Mirrors a report's words, to go with a mirrored image (the released training flips images and no words)."
     def turn(m):
         if m["lobe"]: return _mirror_lobe(m["lobe"])
         return _like(m[0], _MIRROR[m[0].lower()])

@@ -205,15 +205,10 @@ def guided(
 
 # %% ../nbs/api/17_scores.ipynb #feb040ee
 ZONES = {  # place: from and to, in shares of the film's height
-    "lung apex": (0, 1 / 3),
-    "upper lobe": (0, 1 / 2),
-    "perihilar region": (1 / 6, 3 / 4),
-    "mid lung": (1 / 4, 3 / 4),
-    "middle lobe": (1 / 3, 5 / 6),
-    "lingula": (1 / 3, 5 / 6),
-    "lower lobe": (5 / 12, 1),
-    "lung base": (1 / 2, 1),
-    "costophrenic angle": (1 / 2, 1),
+    "lung apex": (0, 1 / 3), "upper lobe": (0, 1 / 2),
+    "perihilar region": (1 / 6, 3 / 4), "mid lung": (1 / 4, 3 / 4), "middle lobe": (1 / 3, 5 / 6),
+    "lingula": (1 / 3, 5 / 6), "lower lobe": (5 / 12, 1),
+    "lung base": (1 / 2, 1), "costophrenic angle": (1 / 2, 1),
 }
 SIDES = {"right": (0, 7 / 12), "left": (5 / 12, 1)}  # the patient's side: from and to, in shares of the film's width
 
@@ -392,26 +387,11 @@ def scored_by(
     return replace(scoring, named=name, shares=shares, how=replace(scoring.how, **GUIDED.get(name, {})))
 
 # %% ../nbs/api/17_scores.ipynb #1adc53c8
-LUNG = (
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-)  # findings that lie in the lung
-DRAWN = (
-    "Pneumonia",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Atelectasis",
-    "Pleural Effusion",
-    "Pneumothorax",
-    "Cardiomegaly",
-    "Pleural Other",
-    "Fracture",
-)  # findings that phantoms can have
+# findings that lie in the lung
+LUNG = ("Lung Opacity", "Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis")
+# findings that phantoms can have
+DRAWN = ("Pneumonia", "Lung Opacity", "Lung Lesion", "Edema", "Atelectasis", "Pleural Effusion", "Pneumothorax",
+         "Cardiomegaly", "Pleural Other", "Fracture")
 
 # %% ../nbs/api/17_scores.ipynb #sc71
 def anatomy(
@@ -711,11 +691,9 @@ for _name, _words in (("all words, lifted", "all"), ("finding words, lifted", "f
 )
 def _(e, s):
     every, quiet = attended(e, s, "all"), ~e.classes["denied"].any(1, keepdim=True)
-    if quiet.all():
-        return contrast(attended(e, s, "finding"), every)
-    said = replace(
-        e, classes={"denied": torch.where(quiet, e.classes["all"], e.classes["denied"])}
-    )  # or all words stand in
+    if quiet.all(): return contrast(attended(e, s, "finding"), every)
+    # or all words stand in
+    said = replace(e, classes={"denied": torch.where(quiet, e.classes["all"], e.classes["denied"])})
     return contrast(attended(e, s, "finding"), torch.where(quiet, every, attended(said, s, "denied")))
 
 # %% ../nbs/api/17_scores.ipynb #sc126
@@ -862,7 +840,7 @@ def shared_looks(
     return found
 
 # %% ../nbs/api/17_scores.ipynb #bfd6c0b4
-STATE, MAPS = "scores.json", "scores.safetensors"
+STATE, MAPS = "scores.json", "scores.safetensors"  # files beside the network
 
 # %% ../nbs/api/17_scores.ipynb #sc151
 def save_scoring(
@@ -933,15 +911,13 @@ def load_aggregation(
 # %% ../nbs/api/17_scores.ipynb #sc153
 def _own_json(path, again):
     "What a JSON beside a network says, once it is known to be of this network."
-    with readable(path.name):
-        about = json.loads(path.read_text(encoding="utf-8"))
+    with readable(path.name): about = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(about, dict):
         raise NeuralError(f"{path.name} does not say how the network is to be read: {again}")
     chosen, weights = about.pop("network", ""), path.parent / "model.safetensors"
     if chosen and weights.is_file() and (here := hash_of_file(weights)) != chosen:
         raise NeuralError(
-            f"{path.name} was chosen for network {chosen}, and {path.parent.name} holds network {here}: {again}"
-        )
+            f"{path.name} was chosen for network {chosen}, and {path.parent.name} holds network {here}: {again}")
     return about
 
 # %% ../nbs/api/17_scores.ipynb #sc154

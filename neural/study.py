@@ -16,9 +16,7 @@ from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
-import defusedxml
-import defusedxml.ElementTree as safe_xml
-import numpy as np
+import defusedxml, defusedxml.ElementTree as safe_xml, numpy as np
 from fastcore.basics import patch
 
 # %% ../nbs/api/00_study.ipynb #fa4ba83b
@@ -124,10 +122,8 @@ def targets(
 ) -> np.ndarray:               # float32 [n], nan where unknown
     "The target of every study for one label, after the policy (answers defect A12)."
     studies = list(studies)
-    for s in studies:
-        if label not in s.labels:
-            raise NeuralError(
-                f'study {s.study_id}: has no label {label!r}; choose one of {", ".join(s.labels) or "none"}')
+    if s := next((t for t in studies if label not in t.labels), None):
+        raise NeuralError(f'study {s.study_id}: has no label {label!r}; choose one of {", ".join(s.labels) or "none"}')
     return np.array([apply_policy(s.labels[label], policy) for s in studies], dtype=np.float32)
 
 # %% ../nbs/api/00_study.ipynb #af81c599
@@ -318,9 +314,8 @@ def check_relative(
     "Refuses a path that is empty, absolute, goes up, or holds control characters."
     if (not path or path[0] == '/' or '..' in path.split('/') or '\\' in path or path[1:2] == ':'
         or not path.isprintable()):
-        raise NeuralError(
-            f'{where}: path {path!r} leaves the root or is not a plain relative path; write it relative to the root,'
-            ' with forward slashes'.lstrip(': '))
+        raise NeuralError(f'{where}: path {path!r} leaves the root or is not a plain relative path; '
+                          'write it relative to the root, with forward slashes'.lstrip(': '))
     return path
 
 # %% ../nbs/api/00_study.ipynb #86d11d12
@@ -456,6 +451,7 @@ def mask_path(self: Manifest,
     return inside(self.root, mask, (self.image_root,))
 
 # %% ../nbs/api/00_study.ipynb #45ab66e4
+# of a manifest, before the labels
 COLUMNS = ('study_id', 'patient_id', 'split', 'report', 'image', 'view', 'sha256', 'masks', 'boxes')
 
 # %% ../nbs/api/00_study.ipynb #d7bbc325
@@ -693,8 +689,7 @@ def read_boxes(
 ) -> tuple[Box, ...]:      # the boxes
     "Reads the boxes cell of a manifest row."
     if not cell: return ()
-    try:
-        return tuple(Box(str(label), *map(float, xywh)) for label, *xywh in json.loads(cell))
+    try: return tuple(Box(str(label), *map(float, xywh)) for label, *xywh in json.loads(cell))
     except (TypeError, ValueError, RecursionError) as e:
         raise NeuralError(
             f'{where}: boxes are not a list of [label, x, y, w, h] with positive sizes; correct the cell') from e

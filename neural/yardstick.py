@@ -6,21 +6,11 @@
 __all__ = ['check_device', 'seconds_of', 'peak_memory', 'matrix_peak', 'read_tables']
 
 # %% ../nbs/api/35_yardstick.ipynb #b525804d
-import json
-import os
-import platform
-import re
-import subprocess
-import sys
-import threading
-import time
+import json, os, platform, re, subprocess, sys, threading, time
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-import numpy as np
-import pandas as pd
-import psutil
-import torch
+import numpy as np, pandas as pd, psutil, torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from .study import NeuralError, at_least, readable, whole_file
 from .train import computes_bf16
