@@ -77,10 +77,11 @@ def is_keyed(
     "Whether a study id is a keyed one."
     return re.fullmatch('k[0-9a-f]{32}', study_id) is not None
 
-# %% ../nbs/api/20_asset.ipynb #65f7a1d0
+# %% ../nbs/api/20_asset.ipynb #9bced59e
 _HASH, _NAME = re.compile(r'[0-9a-f]{8,64}'), re.compile(r'[a-z][a-z0-9_-]{0,31}')
 PROVENANCE = {'model_hash': _HASH, 'vocabulary_hash': _HASH, 'keep_ratio': float, 'selection': _NAME, 'fusion': _NAME}
 
+# %% ../nbs/api/20_asset.ipynb #65f7a1d0
 def check_provenance(
     # any of: model_hash, vocabulary_hash (hex), keep_ratio (0, 1], selection, fusion (short lower-case names)
     provenance: dict,
@@ -105,7 +106,7 @@ def vocabulary_hash(
     "Names a vocabulary by its content, so that an id cannot change its meaning unnoticed (DESIGN of this companion)."
     return hashlib.blake2b(json.dumps(list(vocabulary)).encode(), digest_size=8).hexdigest()
 
-# %% ../nbs/api/20_asset.ipynb #2ab0d71c
+# %% ../nbs/api/20_asset.ipynb #3a757709
 _DATASET = re.compile(r'[a-z][a-z0-9-]{0,31} [0-9a-f]{8}')
 SETTINGS = dict(  # what was set when a store was begun, and the form of it
     key=re.compile(r'none|[0-9a-f]{16}'),
@@ -130,6 +131,7 @@ SETTINGS = dict(  # what was set when a store was begun, and the form of it
     draw=range(2**31),
 )
 
+# %% ../nbs/api/20_asset.ipynb #2ab0d71c
 def _fits(value, form):
     "Whether a value has its form: true or false, a whole number of a range, a list, or text of a pattern."
     if form is bool: return type(value) is bool
@@ -348,10 +350,9 @@ def graphs(
     "The graphs that an asset stands for (DESIGN of this companion, sec. 4)."
     ties = np.zeros((len(self.concepts), len(self.patches)), np.float32)
     ties[self.grounding[:, 0], self.grounding[:, 1]] = self.weights
-    return (
-        visual_graph(self.patches, self.features, self.relevance, self.grid, repeats=True),
-        knowledge_from(self.concepts, self.assertions, self.relations, self.certainty if len(self.certainty) else None),
-        ties)
+    sure = self.certainty if len(self.certainty) else None
+    return (visual_graph(self.patches, self.features, self.relevance, self.grid, repeats=True),
+            knowledge_from(self.concepts, self.assertions, self.relations, sure), ties)
 
 # %% ../nbs/api/20_asset.ipynb #78873641
 @patch
@@ -542,9 +543,10 @@ def describe(
            ', '.join(f"{k} {v}" for k, v in a.provenance.items()) or 'no provenance']
     )
 
-# %% ../nbs/api/20_asset.ipynb #9afbefc1
-_COLOURS = dict(present='#0b6e4f', uncertain='#9a6700', absent='#a40e26')
+# %% ../nbs/api/20_asset.ipynb #dc9ff43b
+_COLOURS = dict(present='#0b6e4f', uncertain='#9a6700', absent='#a40e26')  # of the assertions
 
+# %% ../nbs/api/20_asset.ipynb #9afbefc1
 def asset_svg(
     asset: StudyAsset,
     side=144,          # pixels of the longer side
@@ -605,12 +607,10 @@ def to_table(
 ) -> pa.Table:        # one row per asset; features as rows of codes (chapter 19), pairs and triples flattened
     "Assets as an Arrow table (this companion's choice)."
     schema = _schema(3 if certain else 2)
-    rows = [
-        [a.study_id, a.patches.tolist(), a.relevance.tolist(), a.codes.tobytes(), a.concepts.tolist(),
-         a.assertions.tolist(), *[a.certainty.tolist()] * certain, a.relations.ravel().tolist(),
-         a.grounding.ravel().tolist(), a.weights.tolist(), a.thumbnail, a.pixels, a.to_bytes()[-8:]]
-        for a in assets
-    ]
+    rows = [[a.study_id, a.patches.tolist(), a.relevance.tolist(), a.codes.tobytes(), a.concepts.tolist(),
+             a.assertions.tolist(), *[a.certainty.tolist()] * certain, a.relations.ravel().tolist(),
+             a.grounding.ravel().tolist(), a.weights.tolist(), a.thumbnail, a.pixels, a.to_bytes()[-8:]]
+            for a in assets]
     return pa.table([pa.array(column, f.type) for column, f in zip(zip(*rows), schema)], schema=schema)
 
 # %% ../nbs/api/20_asset.ipynb #a8e21fd5
@@ -679,12 +679,13 @@ def _thrift_struct(data, at, depth):
             out[field] = (z >> 1) ^ -(z & 1)
         else: out[field], at = _thrift(data, at, kind, depth + 1)
 
-# %% ../nbs/api/20_asset.ipynb #59972df2
+# %% ../nbs/api/20_asset.ipynb #5a27bf69
 # bytes of a file, and of what it says of itself
 MAX_SHARD, MAX_FOOTER = 2_000_000_000, 16_000_000
 # studies, bytes and values of one row group
 MAX_ROWS, MAX_UNFOLDED, MAX_VALUES = 1024, 256_000_000, 4_000_000
 
+# %% ../nbs/api/20_asset.ipynb #59972df2
 def _footer(path, columns):
     """Row groups as [(studies, [(first byte, length, values, bytes unfolded) of each column])], from a footer whose
     every announced part is there."""
@@ -727,12 +728,13 @@ def told(
     try: yield
     except OSError as e: raise AssetError(f"{what}, {system_reason(e)}") from e
 
-# %% ../nbs/api/20_asset.ipynb #8feb8edb
+# %% ../nbs/api/20_asset.ipynb #4f1659b6
 _META = dict(format=str, schema_version=int, track=str, codec=str, grid=list, dim=int, vocabulary=list, kinds=dict,
              provenance=dict, codebook=str, loss=float, generation=int, settings=dict)
 _META_2 = dict(codebook='', loss=0.0, generation=0)      # what version 1 did not have
 HEAD, _OLD_HEAD, _OLD_BOOK, _SAID = 'store.parquet', 'store.json', 'codebook.safetensors', 'neural-asset-store'
 
+# %% ../nbs/api/20_asset.ipynb #8feb8edb
 def _read_meta(folder):
     "The checked content of a store's head, and its codebook's bytes, or one line that says why the folder is no store."
     with told(f"{folder.name} cannot be read"): text, book = _head_text(folder)
@@ -918,10 +920,11 @@ def locked(self: AssetStore):
         yield self
     finally: os.close(handle)
 
-# %% ../nbs/api/20_asset.ipynb #4aad8eae
+# %% ../nbs/api/20_asset.ipynb #b5c6ff51
 # of a writer that was killed
 _DRAFT = re.compile(r'\.(shard-.*|store|codebook)\.(parquet|json|safetensors)\.\d+\.tmp')
 
+# %% ../nbs/api/20_asset.ipynb #4aad8eae
 def check_new(
     folder,    # where a store is to be made
 ) -> Path:     # the same
@@ -976,9 +979,10 @@ def create(
         raise
     return cls(folder)
 
-# %% ../nbs/api/20_asset.ipynb #44905209
+# %% ../nbs/api/20_asset.ipynb #630cec60
 _SHARD = re.compile(r'shard-(?:(\d{6})-)?(\d{6})-([0-9a-f]{16})\.parquet')     # version 1 had no generation
 
+# %% ../nbs/api/20_asset.ipynb #44905209
 @patch(as_prop=True)
 def shards(self: AssetStore) -> list[Path]:
     "Paths of the published shards, oldest first."
@@ -1154,9 +1158,8 @@ def settings(self: AssetStore) -> dict:   # name -> value; None is unknown
 @patch
 def _evident(self: AssetStore, wanted) -> dict:
     "What the first study shows of settings that are not written down; what agrees with the wanted value is that value."
-    unknown, ids = [
-        n for n in ('key', 'keep', 'thumbnail', 'pixels') if n in wanted and self.settings[n] is None], self.ids
-    if not unknown or not ids: return {}
+    unknown = [n for n in ('key', 'keep', 'thumbnail', 'pixels') if n in wanted and self.settings[n] is None]
+    if not (ids := self.ids) or not unknown: return {}
     a = self[ids[0]]
     plain = dict(key='none', keep=len(a.patches), thumbnail=0, pixels=False)
     some = dict(key=is_keyed(a.study_id), keep=False, thumbnail=bool(a.thumbnail), pixels=bool(a.pixels))
@@ -1209,12 +1212,10 @@ def add_dataset(self: AssetStore,
 # %% ../nbs/api/20_asset.ipynb #1938d0bb
 @patch
 def _alike(self: AssetStore, ids):
-    """Refuses ids that are plain where the store's are keyed, or keyed where they are plain: nobody may find one among
-    the others."""
+    "Refuses plain ids where the store's are keyed, and keyed where they are plain: nobody may find one among others."
     ids, key = list(ids), self.settings['key']
     keyed = is_keyed(next(iter(self._where()), ids[0] if ids else '')) if key is None else key != 'none'
-    other = sum(is_keyed(i) != keyed for i in ids)
-    if other:
+    if other := sum(is_keyed(i) != keyed for i in ids):
         raise AssetError(
             f"{self.folder.name} holds {'keyed' if keyed else 'plain'} study ids, and {other} of these {len(ids)}"
             f" {'is' if other == 1 else 'are'} {'plain' if keyed else 'keyed'}: "
@@ -1263,11 +1264,8 @@ def _write(self: AssetStore, assets, generation, number):
 # %% ../nbs/api/20_asset.ipynb #writes01x1
 def _group_size(assets):
     "Studies in a row group: 256, or fewer where that would be more than a reader allows."
-    values = (
-        max(2 * len(a.patches) + 2 * len(a.concepts) + 3 * len(a.relations) + 3 * len(a.grounding) + len(a.certainty)
-            for a in assets)
-        + 12
-    )
+    values = 12 + max(2 * len(a.patches) + 2 * len(a.concepts) + 3 * len(a.relations) + 3 * len(a.grounding)
+                      + len(a.certainty) for a in assets)
     size, key = max((len(a.pixels) + len(a.thumbnail) + a.codes.nbytes, a.study_id) for a in assets)
     if (size := size + 8*values + 1000) + 200_000 > MAX_UNFOLDED:
         raise AssetError(f"study {key} takes {size:,} bytes; a shard holds at most {MAX_UNFOLDED:,} in one row group")

@@ -270,9 +270,10 @@ def draw_attention_rows(
     ax.set_xlim(-.5, attention.shape[1] - .5)
     return ax
 
-# %% ../nbs/api/27_audit.ipynb #baef92c4
+# %% ../nbs/api/27_audit.ipynb #74bcf72c
 TEXT_EDGES = tuple(i for i, name in enumerate(EDGE_TYPES) if name.removeprefix("rev_") in RELATIONS)
 
+# %% ../nbs/api/27_audit.ipynb #baef92c4
 def one_way(
     graph: Data,   # of `to_data`: patches first, then concepts
 ) -> Data:         # the same nodes; grid and fusion edges from the lower index to the higher only

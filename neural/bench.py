@@ -37,9 +37,10 @@ from .study import LABELS, NeuralError, at_least
 from .train import one_epoch
 from .yardstick import alternated, aside, matrix_peak, peak_memory, seconds_of
 
-# %% ../nbs/api/41_bench.ipynb #88ac6d1a
+# %% ../nbs/api/41_bench.ipynb #490bb8f5
 FINDINGS = ("Pneumonia", "Pleural Effusion", "Cardiomegaly", "Atelectasis", "Pneumothorax", "Edema")
 
+# %% ../nbs/api/41_bench.ipynb #88ac6d1a
 def drawn_features(
     n: int,      # rows
     dim: int,    # numbers per row
@@ -48,9 +49,8 @@ def drawn_features(
     "Features near a small subspace and in clusters, as those of a trained network are (this companion's choice)."
     world, rng = np.random.default_rng(1), np.random.default_rng((2, seed))
     mix, kinds = world.normal(size=(min(48, dim), dim)), 4*world.normal(size=(30, min(48, dim)))
-    return (
-        (kinds[rng.integers(0, 30, n)] + rng.normal(size=(n, mix.shape[0]))) @ mix + 0.3 * rng.normal(size=(n, dim))
-    ).astype(np.float32)
+    near = (kinds[rng.integers(0, 30, n)] + rng.normal(size=(n, mix.shape[0]))) @ mix
+    return (near + 0.3 * rng.normal(size=(n, dim))).astype(np.float32)
 
 # %% ../nbs/api/41_bench.ipynb #d65f8f46
 def sized_asset(
@@ -358,7 +358,7 @@ def walked_index(
     studies = pd.read_csv(root/'mimic-cxr-2.0.0-chexpert.csv.gz')['study_id']
     return {str(s): next((p for p in paths if f'/s{s}/' in p), None) for s in studies}
 
-# %% ../nbs/api/41_bench.ipynb #720df526
+# %% ../nbs/api/41_bench.ipynb #d31a2008
 _INDEX = """import time
 from neural.layouts import index_dataset
 def memory(field):
@@ -369,6 +369,7 @@ manifest, _ = index_dataset('mimic-cxr', TREE, hash_files=HASH)
 manifest.save(TREE + '.csv')
 print([time.perf_counter() - begin, memory('VmHWM') - before])"""
 
+# %% ../nbs/api/41_bench.ipynb #720df526
 def timed_index(
     tree: Path,         # of `mimic_tree`
     hash_files=True,    # read every film for its checksum

@@ -183,8 +183,7 @@ def measured(
 ) -> Scoring:  # the network's, with the baseline map that its aggregation compares with
     "How a network is read, complete with what is usual on training studies (this companion's choice)."
     state = network.scoring
-    if state.how.guide == "attention" and not state.how.lift:
-        return state
+    if state.how.guide == "attention" and not state.how.lift: return state
     rows = ((b.ids, b.films, b.texts) for b in batches)
     mean = habit(network.model, network.tokenizer, network.reader, rows, state.how, state.max_tokens)
     return as_scoring((state.how, mean, state.k, state.max_tokens))
@@ -237,9 +236,8 @@ def bank_of(
     "The sentences that a network composes its reports of."
     if how.writer == "decoder": return None
     if getattr(model, "phrases", None) is None:
-        raise NeuralError(
-            "this network is to compose its reports, and its phrase bank was not loaded: use with_bank, or let the"
-            " decoder write")
+        raise NeuralError("this network is to compose its reports, and its phrase bank was not loaded: "
+                          "use with_bank, or let the decoder write")
     return model.phrases
 
 # %% ../nbs/api/21_build.ipynb #bprom002
@@ -363,9 +361,10 @@ def hide(
     for p in patches: out[:, p // grid[1] * t : (p // grid[1] + 1) * t, p % grid[1] * t : (p % grid[1] + 1) * t] = 0
     return out
 
-# %% ../nbs/api/21_build.ipynb #de3ddb17
+# %% ../nbs/api/21_build.ipynb #3e4466c3
 TABLES = ("relevance", "mentions", "relations")
 
+# %% ../nbs/api/21_build.ipynb #de3ddb17
 def reading_rows(
     readings: list[Reading],  # of any track
 ) -> dict[str, list[dict]]:  # table name -> rows
@@ -395,8 +394,7 @@ SCHEMAS = {
                            ("concept", pa.string()), ("kind", pa.string()), ("assertion", pa.string()),
                            ("certainty", pa.uint8()), ("relevance", pa.list_(pa.float16()))]),
     "relations": pa.schema([("study_id", pa.string()), ("track", pa.string()), ("head", pa.int32()),
-                            ("tail", pa.int32()), ("type", pa.string())]),
-}
+                            ("tail", pa.int32()), ("type", pa.string())])}
 
 # %% ../nbs/api/21_build.ipynb #ee3d4b0ey1
 def save_readings(

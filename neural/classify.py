@@ -27,10 +27,11 @@ from .picture import decode_picture
 from .study import Exclusions, NeuralError, above, at_least, make_folder, read_table, readable, whole_file
 from .train import Training, fit
 
-# %% ../nbs/api/22_classify.ipynb #6f00884c
+# %% ../nbs/api/22_classify.ipynb #f5916316
 PARTS = ('visual', 'knowledge')                      # the two graphs
 CONTEXT, CONTEXT_SIDE = 'context', 48                # a thumbnail of the whole film, read as one more node
 
+# %% ../nbs/api/22_classify.ipynb #6f00884c
 def edge_shares(
     edges: np.ndarray,    # [2, e]
     types: np.ndarray,    # [e], places in EDGE_TYPES
@@ -117,8 +118,7 @@ def _links(concept, weight, patches):
     keep = share > (1 + 1e-5)/patches
     lost = (total > 0) & ~np.bincount(concept, keep, len(total)).astype(bool)
     best = np.lexsort((-share, concept))
-    # the strongest tie of each concept
-    best = best[np.append(True, np.diff(concept[best]) > 0)[:len(best)]]
+    best = best[np.append(True, np.diff(concept[best]) > 0)[:len(best)]]    # the strongest tie of each concept
     keep[best[lost[concept[best]]]] = True
     return keep, share[keep]/np.bincount(concept[keep], share[keep], len(total))[concept[keep]]
 
@@ -347,8 +347,7 @@ class GraphColumns:
 
 # %% ../nbs/api/22_classify.ipynb #ac4ea006x1
 def _edges(g, word, owner, size, kind):
-    """Speaker, listener, type and weight of every edge, and the weight of every node in the mean over its graph,
-    patches first."""
+    "Speaker, listener, type and weight of every edge; each node's weight in the mean over its graph, patches first."
     (a, b), each = g.edge_index.numpy(), np.argsort(word, kind='stable')
     if kind == 'typed':
         return a, b, g.edge_type.numpy(), g.edge_weight.numpy(), (1/size[word, owner])[each].astype(np.float32)
@@ -698,9 +697,10 @@ def deal(
     "Deals studies into shuffled batches of nearly one size (this companion's choice)."
     return np.array_split(np.random.default_rng(seed).permutation(len(rows)), math.ceil(len(rows)/size))
 
-# %% ../nbs/api/22_classify.ipynb #3860adeb
+# %% ../nbs/api/22_classify.ipynb #5ed341b3
 KEPT = 2**28     # bytes of patch features up to which cut batches are kept
 
+# %% ../nbs/api/22_classify.ipynb #3860adeb
 class Packs:
     "Training batches, dealt once (this companion's choice)."
     def __init__(self,
@@ -931,9 +931,10 @@ def _check_known(name, known):
         return known
     raise NeuralError(f"{name}/config.json: trained_on must hold texts; copy the folder again")
 
-# %% ../nbs/api/22_classify.ipynb #95b102cc
+# %% ../nbs/api/22_classify.ipynb #a6a87222
 SAID = ('study_id', 'p', 'classifier')       # columns of a file of predictions
 
+# %% ../nbs/api/22_classify.ipynb #95b102cc
 def save_predictions(
     path,            # CSV file, whole or not at all
     scores: dict,    # study -> probability, or None where it could not be read

@@ -34,6 +34,8 @@ SPOKEN = {
     "Timeout": "another process holds the lock; wait for it to finish",
     "ModuleNotFoundError": "is not installed; install the environment of requirements.lock",
 }
+
+# %% ../nbs/api/45_cli.ipynb #c268459b
 DAMAGED = {"ArrowInvalid", "SafetensorError", "JSONDecodeError", "ParserError", "ScannerError", "UnicodeDecodeError",
            "BadZipFile", "EOFError", "UnpicklingError", "NotJSONError"}
 
@@ -215,8 +217,7 @@ def stage_folder(
     named=None,  # folder given by the user, if any
     run=None,    # run folder, if there is one: it remembers where its stages are
 ) -> Path:       # folder of the stage notebooks
-    """Where the stage notebooks are: the folder named, that of the run, `nbs/paper` here, or `nbs/paper` of the
-    library's checkout."""
+    "Where the stage notebooks are: the folder named, that of the run, `nbs/paper` here, or that of the checkout."
     from neural.record import run_notes
     if named is not None: return Path(named)
     if run is not None and (own := run_notes(run).get("stages")): return Path(run).resolve()/own
@@ -733,8 +734,7 @@ SMALL = dict(
     bytes=dict(studies=60, dim=128, counts=(4,), size=16, side=256),
     store=dict(studies=300, dim=64, size=16, batch=100),
     draws=dict(studies=100, size=96, image_size=96, width=32, d_model=32, layers=1, vocab_size=300, warm_epochs=1,
-               film_epochs=1),
-)
+               film_epochs=1))
 
 # %% ../nbs/api/45_cli.ipynb #4ed5c21copts
 _BenchWhat = Annotated[

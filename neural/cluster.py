@@ -52,13 +52,13 @@ class Worker:
         return [dict(batch=row["id"], study=i, data=data, reason=reason, detail=detail)
                 for i, data, reason, detail in [*made, *((i, b"", reason, detail) for i, reason, detail in left)]]
 
-# %% ../nbs/api/29_cluster.ipynb #tokenfun
+# %% ../nbs/api/29_cluster.ipynb #0a99f676
 TOKEN = secrets.token_hex(32)    # of this process
 
+# %% ../nbs/api/29_cluster.ipynb #tokenfun
 @contextmanager
 def own_token():
-    """A token for the Ray that this process starts, where the user has none; nothing is written (this companion's
-    choice)."""
+    "A token for the Ray of this process, where the user has none; nothing is written (this companion's choice)."
     home = os.environ.get("HOME")
     told = (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
             or (home and os.access(Path(home) / ".ray/auth_token", os.R_OK)))

@@ -4,14 +4,13 @@
 
 # %% ../nbs/api/15_compose.ipynb #compose04
 from __future__ import annotations
-import json
-import re
+
+import json, re
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-import torch
+import numpy as np, torch
 
 from .image_model import hash_of_file, pool_patches
 from .prompt import choose_thresholds, place_of, promptable, said_places, said_states, seen_places
@@ -21,7 +20,7 @@ from .study import LABELS, NeuralError, at_least, readable, whole_file
 # %% auto #0
 __all__ = ['learn_bank', 'report_states', 'teach_bank', 'save_bank', 'load_bank']
 
-# %% ../nbs/api/15_compose.ipynb #compose06
+# %% ../nbs/api/15_compose.ipynb #08028d2a
 UNFIT = re.compile(  # what a composed report has no right to say
     r"\d|_|[^\x20-\x7e]"
     r"|\b(?:previous|prior|former|earlier|compar|interval|resol|chronic|unchanged|stabl|improv|increas|decreas|wors|progress|persist|remain|recent|new|develop)\w*"
@@ -31,6 +30,7 @@ UNFIT = re.compile(  # what a composed report has no right to say
     re.I,
 )
 
+# %% ../nbs/api/15_compose.ipynb #compose06
 def sayable(
     sentence: str,  # without its end mark
 ) -> bool:  # False: a digit, a name, a title, another film, the patient, how the film was taken
@@ -47,10 +47,11 @@ def phrases_of(
              for p in re.split(r"(?<=[A-Za-z)][.!?;])\s+|\n\s*\n|\n(?=\s*\d{1,2}[.)])", text))
     return [p for p in (" ".join(p.split()).rstrip(" .!?;") for p in parts) if p]
 
-# %% ../nbs/api/15_compose.ipynb #compose10
+# %% ../nbs/api/15_compose.ipynb #9c356623
 QUALITIES = ("mild", "moderate", "severe", "small", "large", "borderline", "acute", "focal", "diffuse", "patchy",
              "subsegmental", "displaced", "nonspecific")
 
+# %% ../nbs/api/15_compose.ipynb #compose10
 @dataclass(frozen=True)
 class Phrase:
     "A sentence and what it says."
@@ -83,13 +84,14 @@ def read_phrase(
     return Phrase(annotation.text, says, tuple(sorted(sides)), tuple(sorted(zones)),
                   tuple(sorted({m.concept for m in seen} & set(QUALITIES))))
 
-# %% ../nbs/api/15_compose.ipynb #compose18
+# %% ../nbs/api/15_compose.ipynb #ff60afdb
 NOUNS = {"Lung Lesion": "lung nodule", "Edema": "pulmonary edema", "Pleural Other": "pleural thickening",
          "Enlarged Cardiomediastinum": "widened mediastinum"}
 WHOLE = {"Cardiomegaly": "The heart is enlarged.", "Enlarged Cardiomediastinum": "The mediastinum is widened.",
          "Support Devices": "A support device is in place."}
 WHERE = {(): "", (1,): " on the left", (2,): " on the right", (1, 2): " on both sides"}
 
+# %% ../nbs/api/15_compose.ipynb #compose18
 def own_sentence(
     finding: str,  # of the label head
     state: float,  # 1 present, 0.5 uncertain, 0 absent
@@ -167,12 +169,13 @@ def learn_bank(
         tuple(n for n, v in raised.items() if n not in (*WHOLE, "No Finding") and len(v) and v.mean() >= 0.25),
         patients)
 
-# %% ../nbs/api/15_compose.ipynb #compose22
+# %% ../nbs/api/15_compose.ipynb #524048b5
 GRAVE = ("severe", "large", "acute", "displaced")  # what nobody has seen, and somebody might act on, is not said
 
 WIDER = {"Lung Opacity": ("Edema", "Consolidation", "Pneumonia", "Atelectasis", "Lung Lesion"),
          "Consolidation": ("Pneumonia",), "Enlarged Cardiomediastinum": ("Cardiomegaly",)}
 
+# %% ../nbs/api/15_compose.ipynb #compose22
 def settled(
     states: np.ndarray,  # (L,) 1 present, 0.5 uncertain, 0 absent, NaN unsaid
     names,  # L findings

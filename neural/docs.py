@@ -287,10 +287,11 @@ def smalldocs(
         raise NeuralError(
             f"smalldocs {words[0]}: {(complaints or (done.stdout + done.stderr).splitlines() or ['failed'])[0]}")
 
-# %% ../nbs/api/44_docs.ipynb #mark1
+# %% ../nbs/api/44_docs.ipynb #c8d3f5ff
 MARK, TEXT = (".made-by-neural-docs",
               "The pages in this folder are made by `python -m neural.docs`, which replaces all of them.\n")
 
+# %% ../nbs/api/44_docs.ipynb #mark1
 def empty_pages(
     output,  # folder for the pages
     root,    # folder with settings.ini and nbs/

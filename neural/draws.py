@@ -38,30 +38,15 @@ from .study import SPLITS, NeuralError, at_least, make_folder, readable, targets
 from .variants import chance_met, marks_met
 from .vlm import ReportVLM, small_config
 
-# %% ../nbs/api/37_draws.ipynb #draw0005
+# %% ../nbs/api/37_draws.ipynb #5dee0e93
 # of every draw: studies, pixels as drawn, share of the patients in the test split
 COHORT = dict(studies=1800, size=320, test=0.38)
-TAUGHT = (
-    "image_size",
-    "stem",
-    "depth",
-    "width",
-    "d_model",
-    "layers",
-    "vocab_size",
-    "label_weight",
-    "sharpness",
-    "policy",
-    "bf16",
-    # parameters of stages 10 and 53 on which a draw depends
-    "warm_epochs",
-    "warm_batch",
-    "lr_warm",
-    "rare",
-    "coarse",
-    "film_epochs",
-)
+TAUGHT = ("image_size", "stem", "depth", "width", "d_model", "layers", "vocab_size", "label_weight", "sharpness",
+          "policy", "bf16",
+          # parameters of stages 10 and 53 on which a draw depends
+          "warm_epochs", "warm_batch", "lr_warm", "rare", "coarse", "film_epochs")
 
+# %% ../nbs/api/37_draws.ipynb #draw0005
 def draw_settings(
     values: dict,  # parameters of stages 10 and 53, under those of a preset
     **cohort,  # studies, size or test, where they are not those of `COHORT`

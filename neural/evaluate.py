@@ -26,9 +26,8 @@ def known(
 ) -> tuple:    # (y, *columns) of the studies whose target is known
     "Leaves out the studies whose target is unknown (this companion's choice)."
     y = np.asarray(y, float)
-    for c in columns:
-        if len(c) != len(y):
-            raise NeuralError(f"{len(y)} targets but a column of {len(c)}: they must belong to the same studies")
+    if other := [c for c in columns if len(c) != len(y)]:
+        raise NeuralError(f"{len(y)} targets but a column of {len(other[0])}: they must belong to the same studies")
     keep = ~np.isnan(y)
     return (y[keep], *(np.asarray(c)[keep] for c in columns))
 
@@ -515,9 +514,10 @@ def _on_finding(patches, coverage, threshold):
             f"retained patches must be distinct indices below {len(truth)}, at least one; got {k.tolist()[:8]}")
     return truth[k]
 
-# %% ../nbs/api/24_evaluate.ipynb #ec0335f6
+# %% ../nbs/api/24_evaluate.ipynb #d8170d62
 ANATOMY = ('left lung', 'right lung', 'lung', 'lungs', 'heart', 'mediastinum', 'cardiomediastinum')
 
+# %% ../nbs/api/24_evaluate.ipynb #ec0335f6
 def _read_mask(
     path,              # PNG, white (above 127) where the finding is
 ) -> np.ndarray:       # bool (H, W)

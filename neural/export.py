@@ -120,9 +120,10 @@ def identifiers(
     found = (x for s in manifest for x in (s.study_id, s.patient_id, s.report, *(v.image for v in s.views)))
     return frozenset(x for x in found if len(x) > 3)
 
-# %% ../nbs/api/23_export.ipynb #662c343e
+# %% ../nbs/api/23_export.ipynb #da3fb546
 _PATH, _UID = re.compile(r'(?:^|[\s"\'=(])(?:/|~/|\.\.?/|[A-Za-z]:\\)\S'), re.compile(r'\b[0-2](\.\d+){4,}\b')
 
+# %% ../nbs/api/23_export.ipynb #662c343e
 def refuse_identifiers(
     text: str,                # to be published
     known=frozenset(),        # see `identifiers`
@@ -152,7 +153,7 @@ CONTEXT = {'@language': 'en', '@vocab': 'https://schema.org/', 'cr': 'http://mlc
            'data': {'@id': 'cr:data', '@type': '@json'}, 'dataType': {'@id': 'cr:dataType', '@type': '@vocab'},
            'examples': {'@id': 'cr:examples', '@type': '@json'}, **{t: f'cr:{t}' for t in _TERMS}}
 
-# %% ../nbs/api/23_export.ipynb #56d879fd
+# %% ../nbs/api/23_export.ipynb #2948ca5e
 MEANING = dict(
     study_id="the key of the study, chosen by whoever made the store",
     patches="indices of the retained patches, row-major on the token grid",
@@ -170,6 +171,7 @@ MEANING = dict(
     checksum="raw bytes: BLAKE2b of the whole asset, 8 bytes",
 )  # column of a shard -> what it holds
 
+# %% ../nbs/api/23_export.ipynb #56d879fd
 def data_type(
     column: pa.Field,        # of a shard
 ) -> tuple[str, bool]:       # Croissant's data type, whether the field is a list
@@ -236,10 +238,11 @@ def croissant(
             **{k: v for k, v in said.items() if v}, 'sdPublisher': WRITER, 'distribution': files,
             'recordSet': [studies]}
 
-# %% ../nbs/api/23_export.ipynb #33708b39
+# %% ../nbs/api/23_export.ipynb #85462f53
 # by Croissant 1.0, beside @context, @type and conformsTo
 REQUIRED = ('name', 'description', 'license', 'url', 'creator', 'datePublished', 'distribution')
 
+# %% ../nbs/api/23_export.ipynb #33708b39
 def _files_wrong(files, folder):
     "What is wrong with the FileObjects of a description."
     for f in files:

@@ -604,14 +604,12 @@ def training_arguments(
 class Stop(TrainerCallback):
     "Turns an interrupt into a checkpoint at the end of the step."
     asked = False
-    # the next one stops at once
-    def note(self, *_):
+    def note(self, *_):    # the next one stops at once
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
     def on_step_end(self, args, state, control, **kwargs):
         if self.asked: control.should_save = control.should_training_stop = True
-    def on_epoch_end(self, args, state, control, **kwargs):
-        # a pass that is not over
+    def on_epoch_end(self, args, state, control, **kwargs):    # only of a pass that is not over
         if self.asked and state.epoch % 1: control.should_log = control.should_evaluate = control.should_save = False
 
 # %% ../nbs/api/12_finetune.ipynb #c33071acx1
@@ -830,7 +828,7 @@ class Recipe:
         rest = [f.name for f in fields(self) if type(f.default) in (int, float) and f.name not in (*counts, *rates)]
         at_least(0, **{n: getattr(self, n) for n in rest})
 
-
+# %% ../nbs/api/12_finetune.ipynb #a3b9fe02
 FROM_IMAGENET = Recipe(stem="efficientnet-lite0", lr_warm=1e-3, bf16=False)  # of an encoder that starts from ImageNet
 
 # %% ../nbs/api/12_finetune.ipynb #recipe02

@@ -358,11 +358,12 @@ def to_networkx(
         g.add_edge(a, b, type=EDGE_TYPES[t], weight=w)
     return g
 
-# %% ../nbs/api/18_graph.ipynb #928356d1
+# %% ../nbs/api/18_graph.ipynb #e863badc
 # colour of each assertion, readable without colour by the words below
 INK = {"present": "#c2452d", "uncertain": "#b07d12", "absent": "#4a6fa5"}
 SAYS = {"present": "", "uncertain": "perhaps ", "absent": "no "}
 
+# %% ../nbs/api/18_graph.ipynb #928356d1
 def node_places(
     graph: UnifiedGraph,            # the unified graph
     vocabulary: tuple[str],         # concept names

@@ -240,9 +240,10 @@ def pool_patches(
     if not sharpness: return scores.float().mean(1)
     return (torch.logsumexp(sharpness * scores.float(), 1) - math.log(scores.shape[1])) / sharpness
 
-# %% ../nbs/api/09_image_model.ipynb #im61
+# %% ../nbs/api/09_image_model.ipynb #85dd7e27
 _NETS = {}  # name -> function from a configuration to a network with `levels` and `width`
 
+# %% ../nbs/api/09_image_model.ipynb #im61
 def register_net(
     name: str,  # unique, small letters, digits and hyphens, such as "efficientnet-lite0"
 ) -> Callable:  # decorates a function (config) -> nn.Module, and gives it back

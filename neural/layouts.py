@@ -174,9 +174,10 @@ def list_films(
     if gone and len(gone) < len(names):
         for k in gone: src.exclusions.add(study, 'radiograph not on disk', PurePosixPath(k).name, 'radiograph')
 
-# %% ../nbs/api/01_layouts.ipynb #dcb99e5d
-ALIASES = {'airspace opacity': 'Lung Opacity'}
+# %% ../nbs/api/01_layouts.ipynb #b24eda8d
+ALIASES = {'airspace opacity': 'Lung Opacity'}  # another name of a label
 
+# %% ../nbs/api/01_layouts.ipynb #dcb99e5d
 def label_columns(
     header: Iterable[str],  # columns of a table
     extra: tuple=(),        # more columns that count as labels
@@ -249,9 +250,10 @@ def join(
     return {k: v.pop() if len(v) == 1 else None for k, v in values.items()}, [
         k for k, v in values.items() if len(v) > 1]
 
-# %% ../nbs/api/01_layouts.ipynb #85d4b3ad
-TORN = 'rows contradict each other: label unknown'
+# %% ../nbs/api/01_layouts.ipynb #d5f9a541
+TORN = 'rows contradict each other: label unknown'  # a reason in the list of exclusions
 
+# %% ../nbs/api/01_layouts.ipynb #85d4b3ad
 def read_labels(
     path: Path,         # .csv, .csv.gz, or .json with one object a line
     key: Callable,      # row -> study id
@@ -414,12 +416,13 @@ def mimic_truth(
             masks.setdefault(p.rpartition('/')[2].partition('__')[0].removeprefix('s'), []).append(p)
     return masks
 
-# %% ../nbs/api/01_layouts.ipynb #mjfun
+# %% ../nbs/api/01_layouts.ipynb #94aaf039
 NO_REPORTS = (
     'MIMIC-CXR: no report (s<study>.txt) under the root; they come apart, in mimic-cxr-reports.zip: unpack it '
     'and name its folder first, `neural index mimic-cxr REPORTS --images FILMS`, or keep the films without '
     'words by --allow-no-report')
 
+# %% ../nbs/api/01_layouts.ipynb #mjfun
 def mimic_agrees(
     src: Source,         # told what the split file lacks
     table: dict,         # from `mimic_split`
@@ -702,9 +705,10 @@ def chexpert_studies(
             for k in exam_films(path, pictures): s['keys'].setdefault(k, chexpert_film(k, row))
     return studies
 
-# %% ../nbs/api/01_layouts.ipynb #chexfilm13
+# %% ../nbs/api/01_layouts.ipynb #ce4b408f
 NO_WORDS = '{} ships no reports; keep its films without words by --allow-no-report'
 
+# %% ../nbs/api/01_layouts.ipynb #chexfilm13
 def index_chexpert(
     src: Source,         # a CheXpert tree, small or full
 ) -> Iterator[Study]:    # candidates; views may be empty
@@ -774,6 +778,8 @@ MESH = {  # label -> (headings that say it, headings that leave it unknown); 'He
                         ('Surgical Instruments', 'Stents', 'Spinal Fusion', 'Foreign Bodies', 'Sutures')),
     'airspace_mesh': (('Pneumonia', 'Airspace Disease', 'Infiltrate', 'Consolidation'), ()),
 }
+
+# %% ../nbs/api/01_layouts.ipynb #bbeb22d2
 MESH_PARENTS = {'Lung Opacity': ('Lung Lesion', 'Edema', 'Consolidation', 'Pneumonia', 'Atelectasis'),
                 'Consolidation': ('Pneumonia',), 'Enlarged Cardiomediastinum': ('Cardiomegaly',)}
 MESH_UNCODED = ('No Indexing', 'Technical Quality of Image Unsatisfactory')
@@ -885,7 +891,7 @@ def index_openi(
         yield Study(study, study, split_of(study, src.fractions, src.salt), views, ref, labels)
     src.notes['images on disk that no report names'] += len(pictures.found.keys() - films)
 
-# %% ../nbs/api/01_layouts.ipynb #nihfun
+# %% ../nbs/api/01_layouts.ipynb #4629e89b
 NIH_COLUMNS = {'image index': 'image', 'patient id': 'patient_id', 'view position': 'view',
                'finding labels': 'finding_labels'}
 NIH = {'no finding': 'No Finding', 'cardiomegaly': 'Cardiomegaly', 'effusion': 'Pleural Effusion', 'edema': 'Edema',
@@ -893,6 +899,7 @@ NIH = {'no finding': 'No Finding', 'cardiomegaly': 'Cardiomegaly', 'effusion': '
        'pneumothorax': 'Pneumothorax', 'consolidation': 'Consolidation', 'atelectasis': 'Atelectasis',
        'pleural thickening': 'Pleural Other', 'emphysema': None, 'fibrosis': None, 'hernia': None}
 
+# %% ../nbs/api/01_layouts.ipynb #nihfun
 def nih_labels(
     findings: str,    # 'Effusion|Mass', 'No Finding' or ''
     where: str='',    # for messages
@@ -1246,12 +1253,13 @@ def resting_collector():
     try: yield
     finally: before and gc.enable()
 
-# %% ../nbs/api/01_layouts.ipynb #nofun
+# %% ../nbs/api/01_layouts.ipynb #71030dc6
 WHAT_TO_DO = {
     'missing report': 'name the folder of the reports first, or keep films without words by --allow-no-report',
     'missing image': 'name the folder of the films with --images', 'only laterals': 'check the views',
     'radiograph lies twice on disk': 'name one folder of films with --images'}
 
+# %% ../nbs/api/01_layouts.ipynb #nofun
 def nothing_found(
     src: Source,   # after its layout
     layout: str,   # name of the layout

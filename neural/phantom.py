@@ -698,13 +698,9 @@ def thick_pleura(s: Scene, f: Finding) -> Shadow:
     r, u = np.random.default_rng(f.seed), s.c.out[f.side]
     t = (s.c.y - F32(s.p.apex)) / F32(.55)
     half = .10 + .05 * f.severity
-    m = (
-        (soft(F32(half) - t - F32(0.05) * cloud(r, s.c.size, 20), 0.04) if f.site == "upper lobe"
-         else soft(u - F32(0.93 - 0.05 * f.severity), 0.03) * soft(F32(0.2) - np.abs(t - F32(0.75)), 0.1))
-        * (u > 0.05)
-        * (u < 1)
-        * (s.c.lung[f.side] > 0.01)
-    )
+    form = (soft(F32(half) - t - F32(0.05) * cloud(r, s.c.size, 20), 0.04) if f.site == "upper lobe"
+            else soft(u - F32(0.93 - 0.05 * f.severity), 0.03) * soft(F32(0.2) - np.abs(t - F32(0.75)), 0.1))
+    m = form * (u > 0.05) * (u < 1) * (s.c.lung[f.side] > 0.01)
     return Shadow(F32(MU * strength(f)) * m, m > .4)
 
 # %% ../nbs/api/06_phantom.ipynb #139318fa

@@ -19,12 +19,13 @@ from .study import NeuralError
 # %% auto #0
 __all__ = ['picture_shape', 'decode_picture', 'thumbnail_side', 'thumbnail', 'mosaic']
 
-# %% ../nbs/api/08_picture.ipynb #bf043e77
+# %% ../nbs/api/08_picture.ipynb #8878b7af
 PICTURE_CODECS = {"jpeg": ("JPEG", dict(optimize=True)), "webp": ("WEBP", dict(method=4)),
                   "avif": ("AVIF", dict(speed=8, max_threads=1)),
                   "jxl": ("JXL", dict(effort=5, numthreads=1, lossless=False, usecontainer=False))}
 QUALITIES = (1, 3, 6, 10, 15, 22, 30, 40, 50, 60, 70, 80, 90, 95)  # bisected: four trials a film
 
+# %% ../nbs/api/08_picture.ipynb #bf043e77
 def encode_picture(
     film: np.ndarray,  # (1, H, W) in [0, 1]
     codec: str = "webp",  # one of PICTURE_CODECS

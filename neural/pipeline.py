@@ -6,8 +6,7 @@
 __all__ = ['LEFT_OUT', 'Stage', 'find_stages', 'read_notebook', 'code_hash', 'run_files', 'run_pipeline']
 
 # %% ../nbs/api/40_pipeline.ipynb #edba623f
-import ast, contextlib, ctypes, difflib, hashlib, json, os, re
-import select, shlex, struct, sys, threading, time
+import ast, contextlib, ctypes, difflib, hashlib, json, os, re, select, shlex, struct, sys, threading, time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -474,8 +473,7 @@ def failed_cell(
     "Which cell of the stage notebook was the last to start."
     if not Path(partial).is_file(): return 0
     try: cells = read_notebook(partial).cells
-    # half written, as when the disk is full: its error is told, not this one
-    except NeuralError: return None
+    except NeuralError: return None    # half written, as when the disk is full: its error is told, not this one
     began = {c.get("id") for c in cells if (c.metadata.get("papermill") or {}).get("start_time")}
     return max([i for i, c in enumerate(read_notebook(stage.path).cells, 1) if c.get("id") in began], default=0)
 

@@ -7,20 +7,11 @@ __all__ = ['PALETTE', 'colours', 'theme', 'draw_forest', 'draw_roc', 'draw_rates
            'cell_words']
 
 # %% ../nbs/api/05_plot.ipynb #plot0003
-import hashlib
-import io
-import linecache
-import math
-import re
-import sys
+import hashlib, io, linecache, math, re, sys
 from itertools import cycle
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import numpy as np
-import pandas as pd
-import seaborn as sns
-import yaml
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns, yaml
 from matplotlib import cycler
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
@@ -81,10 +72,11 @@ def theme(
             "font.family": ["DejaVu Sans"], "axes.prop_cycle": cycler(color=list(PALETTE.values())),
             "figure.constrained_layout.use": True, "figure.dpi": 90, "savefig.dpi": dpi}
 
-# %% ../nbs/api/05_plot.ipynb #plot0020
+# %% ../nbs/api/05_plot.ipynb #af10b1af
 _MARKS = "osD^vP<>"              # shapes of dots, in turn
 _SPAN = ("value", "low", "high") # columns of a number with its interval
 
+# %% ../nbs/api/05_plot.ipynb #plot0020
 def _intervals(
     table,          # long form: value, low, high, and what tells the lines apart
     *names,         # those columns; None is left out
@@ -193,10 +185,8 @@ def _band(
     colour: str,   # of the curve
 ):
     "The band of a curve, where it has one."
-    if (low is None) != (high is None):
-        raise NeuralError("a band needs both its edges; give low and high")
-    if low is not None:
-        ax.fill_between(x, low, high, color=colour, alpha=.15, lw=0)
+    if (low is None) != (high is None): raise NeuralError("a band needs both its edges; give low and high")
+    if low is not None: ax.fill_between(x, low, high, color=colour, alpha=.15, lw=0)
 
 # %% ../nbs/api/05_plot.ipynb #plot0033x1
 def _unit_square(
@@ -285,9 +275,10 @@ def draw_rates(
     ax.legend(loc="center left", bbox_to_anchor=(1, .5), frameon=False)
     return ax
 
-# %% ../nbs/api/05_plot.ipynb #plot0046
+# %% ../nbs/api/05_plot.ipynb #20be5251
 _ROOM = .15  # share of a panel's height, below the radiograph, for its colour bar
 
+# %% ../nbs/api/05_plot.ipynb #plot0046
 def panels(
     titles,                      # one a panel
     columns: int | None = None,  # panels in a row; None: all
@@ -436,8 +427,7 @@ def figure_words(
 def cell_words() -> dict:  # caption, alt
     "Caption and alt text of the notebook cell that calls it (this companion's choice)."
     lines = linecache.getlines(sys._getframe(1).f_code.co_filename)
-    try:
-        told = yaml.safe_load("".join(line[2:] for line in lines if re.match(r"#\|.*:", line))) or {}
+    try: told = yaml.safe_load("".join(line[2:] for line in lines if re.match(r"#\|.*:", line))) or {}
     except yaml.YAMLError as e:
         raise NeuralError(f"this cell's #| lines cannot be read ({type(e).__name__}); use double quotes") from e
     found = {"caption": told.get("fig-cap"), "alt": told.get("fig-alt")}

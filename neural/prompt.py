@@ -146,21 +146,18 @@ def said_states(
             out[:, j] = np.where(p[:, j] >= high, 1, np.where(p[:, j] < low, 0, .5))
     return out
 
-# %% ../nbs/api/13_prompt.ipynb #prompt27
+# %% ../nbs/api/13_prompt.ipynb #534c3ae9
 # zone of a place
 HEIGHTS = {"lung apex": 1, "upper lobe": 1, "mid lung": 2, "middle lobe": 2, "lingula": 2, "perihilar region": 2,
            "lower lobe": 3, "lung base": 3, "costophrenic angle": 3}
 
+# %% ../nbs/api/13_prompt.ipynb #prompt27
 def place_of(
     concept: str,  # an anatomy concept, such as "left lower lobe", "lung base" or "bilateral"
 ) -> tuple[set, int]:  # sides, of {1 left, 2 right}; zone, 0 where it tells none
     "Side and zone that a place's own name tells."
-    sides = (
-        {1, 2}
-        if concept == "bilateral"
-        else ({1} if concept == "lingula" or re.match(r"left\b", concept)
-              else {2} if re.match(r"right\b", concept) else set())
-    )
+    left, right = concept == "lingula" or re.match(r"left\b", concept), re.match(r"right\b", concept)
+    sides = {1, 2} if concept == "bilateral" else {1} if left else {2} if right else set()
     return sides, next((z for name, z in HEIGHTS.items() if concept.endswith(name)), 0)
 
 # %% ../nbs/api/13_prompt.ipynb #prompt27x1

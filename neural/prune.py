@@ -81,8 +81,7 @@ def random_map(
 ) -> np.ndarray:  # float32 (n, N), in [0, 1)
     "A relevance that knows nothing: random-k for every k, fixed by study and seed (control of this companion)."
     at_least(1, patches=patches)
-    def own(study):
-        return int.from_bytes(hashlib.blake2b(f"{seed}/{study}".encode(), digest_size=8).digest(), "big")
+    own = lambda study: int.from_bytes(hashlib.blake2b(f"{seed}/{study}".encode(), digest_size=8).digest(), "big")
     drawn = [np.random.default_rng(own(i)).random(patches, np.float32) for i in ids]
     return np.array(drawn, np.float32).reshape(-1, patches)
 

@@ -71,9 +71,10 @@ def bench_cohort(
         (Path(manifest.root)/s.report).write_text('FINDINGS: ' + ' '.join((said*words)[:words]) + '\n')
     return manifest
 
-# %% ../nbs/api/36_race.ipynb #d6e985d7
+# %% ../nbs/api/36_race.ipynb #01a90455
 SHARPER = 16     # times larger queries of the last cross-attention
 
+# %% ../nbs/api/36_race.ipynb #d6e985d7
 def bench_network(
     home: Path,               # folder to fill
     config: ReportVLMConfig,  # of a network with random weights
@@ -93,8 +94,7 @@ def bench_network(
 def held_twice(
     path: Path,    # of a DICOM file
 ) -> bytes:        # PNG
-    """A film as the released code takes it into memory: once as JPEG of quality 10, once as PNG, min-max scaled, three
-    channels, full size."""
+    "A film as the released code holds it: JPEG of quality 10, then PNG; min-max scaled, three channels, full size."
     for form in (dict(format='JPEG', quality=10), dict(format='PNG')):
         x = pydicom.dcmread(path).pixel_array.astype(float)
         x = (x - x.min())/max(x.max() - x.min(), 1)
@@ -494,10 +494,11 @@ def step_growth(
                          "megabytes": memory_now()})
     return pd.DataFrame(rows).groupby("work").median()
 
-# %% ../nbs/api/36_race.ipynb #4631aa07
+# %% ../nbs/api/36_race.ipynb #787e0e60
 LOOPS = {'reference_step': 'released loop, float32', 'fast_step': 'finetune, bfloat16',
          'frozen_step': 'finetune, bfloat16, last stage only'}
 
+# %% ../nbs/api/36_race.ipynb #4631aa07
 def bench_finetune(
     paper=False,  # the paper's sizes: minutes; else seconds
     steps=20,     # of each side, in turn; at least five
@@ -532,8 +533,7 @@ def ready_studies(
     studies: int,    # how many
 ) -> tuple:          # folder of the network; (id, film, evidence) of each study
     "Studies whose films are decoded and fitted, and a network to read them."
-    # a few have no frontal film
-    manifest = bench_cohort(home/'cohort', studies + studies//2 + 4, config.swin['image_size'])
+    manifest = bench_cohort(home/'cohort', studies + studies//2 + 4, config.swin['image_size'])  # some lack a frontal
     film = lambda s: read_radiograph(manifest.image_path(s.frontal))
     some = [(s.study_id, film(s), study_evidence(manifest, s)) for s in list(manifest)[:studies]]
     return bench_network(home/'vlm', config, manifest), some
@@ -573,11 +573,13 @@ def building(
         with torch.inference_mode(): look(model, films, words, state.how.layer, lower=True)
     return alone
 
+# %% ../nbs/api/36_race.ipynb #7498295e
 BUILDING = ('plain, float32', 'float32', 'bfloat16', 'bfloat16, read once', 'bfloat16, the network alone')
 
-# %% ../nbs/api/36_race.ipynb #gpu36v
+# %% ../nbs/api/36_race.ipynb #9dd8ddb0
 STEPPING = ('plain, float32', 'plain, bfloat16', 'bfloat16')
 
+# %% ../nbs/api/36_race.ipynb #gpu36v
 def stepping(
     how: str,        # one of STEPPING
     config,          # of the network
@@ -651,9 +653,10 @@ def small_networks(
     return {f'small network, {name}, {size} px': small_config(words, size, **how) for size in sizes
             for name, how in makes.items()}
 
-# %% ../nbs/api/36_race.ipynb #gpu36nx1
+# %% ../nbs/api/36_race.ipynb #db73c99c
 IMITATED = "float32, since this processor only imitates bfloat16; shares are of the float32 peak"
 
+# %% ../nbs/api/36_race.ipynb #gpu36nx1
 def rounding(
     device="cpu",   # that was measured
 ) -> dict:          # what the numbers of a card depend on

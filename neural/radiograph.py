@@ -88,12 +88,13 @@ def check_size(
         raise RadiographError(
             f'{name}: {rows} x {columns} pixels, the limit is {MAX_PIXELS:,}; leave it out or make it smaller')
 
-# %% ../nbs/api/02_radiograph.ipynb #caf146d1
+# %% ../nbs/api/02_radiograph.ipynb #97bbf640
 # pixels one byte can hold: deflate repeats 1032 times, a JPEG block of 64 takes a bit, a lossless pixel takes one, two
 # bytes of runs give 128
 DENSEST = {'PNG': 8 * 1032, 'JPEG': 512, 'lossless JPEG': 8, 'RLE': 64}
 MAX_SCANS = 40                                                            # of a progressive JPEG; ten are usual
 
+# %% ../nbs/api/02_radiograph.ipynb #caf146d1
 def check_density(
     data: bytes,   # a file, or one compressed frame
     kind: str,     # of DENSEST
@@ -161,6 +162,8 @@ READ = {  # attributes that are followed; an impossible value is refused by the 
     'OverlayBitPosition': 'bits of an old overlay are cleared; refused inside the stored bits',
     'PixelData': 'the pixels',
 }
+
+# %% ../nbs/api/02_radiograph.ipynb #13b0eb73
 MAX_ELEMENT = 2**19         # bytes of any of them but the pixels: four tables of 65,536 entries
 NO_PREAMBLE = b'\x02\x00'   # a file that starts with its meta group at once, as some writers leave it
 
@@ -214,6 +217,8 @@ IRRELEVANT = {  # attributes that speak of the picture and leave it as it is; th
     'ReferencedPresentationStateSequence': 'a second file may show this one otherwise; the film is its own',
     'ConversionType': 'how a capture was made',
 }
+
+# %% ../nbs/api/02_radiograph.ipynb #bce63a68
 # bits allocated, bit position
 OVERLAYS = [Tag(0x6000 + 2 * n, element) for n in range(16) for element in (0x100, 0x102)]
 PICTURE_TAGS = [*OVERLAYS, *(k for k in {**READ, **REFUSED} if k not in ('TransferSyntaxUID', 'OverlayBitPosition'))]
@@ -268,13 +273,14 @@ def codes(
     if not all(re.fullmatch('[A-Z0-9_ ]{0,16}', v) for v in found): raise HeaderError(f'{key} is no code')
     return [v for v in found if v]
 
-# %% ../nbs/api/02_radiograph.ipynb #1e0170de
+# %% ../nbs/api/02_radiograph.ipynb #26f646e8
 # kinds of film, captures, photographs, and "other"
 MODALITIES = {'CR', 'DX', 'DR', 'RG', 'RF', 'SC', 'XC', 'HC', 'OT'}
 CLASSES = {ComputedRadiographyImageStorage, DigitalXRayImageStorageForPresentation, XRayRadiofluoroscopicImageStorage,
            SecondaryCaptureImageStorage, VLPhotographicImageStorage,
            *(f'{SecondaryCaptureImageStorage}.{n}' for n in (2, 3, 4))}
 
+# %% ../nbs/api/02_radiograph.ipynb #1e0170de
 def check_kind(
     ds: pydicom.Dataset,  # from `read_header`
 ):                        # nothing
@@ -294,9 +300,10 @@ def check_kind(
         if key in ds: raise HeaderError(f'{key} is not supported; export the film as a plain radiograph')
     if 'PixelData' not in ds: raise HeaderError('PixelData is missing, there is no pixel data; leave it out')
 
-# %% ../nbs/api/02_radiograph.ipynb #053bfd3d
-CHEST = re.compile('CHEST|THORA|LUNG|RIB|HEART')
+# %% ../nbs/api/02_radiograph.ipynb #2e36cc58
+CHEST = re.compile('CHEST|THORA|LUNG|RIB|HEART')  # body parts of which left and right are known
 
+# %% ../nbs/api/02_radiograph.ipynb #053bfd3d
 def check_view(
     ds: pydicom.Dataset,  # from `read_header`
 ):                        # nothing
@@ -360,12 +367,14 @@ def overlay_bits(
              for a, p in zip(OVERLAYS[::2], OVERLAYS[1::2])]
     return [int(place[0]) for deep, place in pairs if deep and place and deep[0] > 1]
 
-# %% ../nbs/api/02_radiograph.ipynb #2a391989
+# %% ../nbs/api/02_radiograph.ipynb #17fee631
 # plug-ins of pydicom
 DECODERS = {JPEGBaseline8Bit: 'pillow', JPEGExtended12Bit: 'pillow', JPEG2000: 'pylibjpeg',
             JPEG2000Lossless: 'pylibjpeg', RLELossless: 'pydicom'}
 LOSSLESS = {JPEGLossless: imagecodecs.jpeg8_decode, JPEGLosslessSV1: imagecodecs.jpeg8_decode,
             JPEGLSLossless: imagecodecs.jpegls_decode, JPEGLSNearLossless: imagecodecs.jpegls_decode}
+
+# %% ../nbs/api/02_radiograph.ipynb #f89f8ac1
 COLOURS = {  # how the colours of each kind of coding may be told
     'plain': ('RGB', 'YBR_FULL', 'YBR_FULL_422'),
     'lossless': ('RGB', 'YBR_FULL'),
@@ -373,6 +382,7 @@ COLOURS = {  # how the colours of each kind of coding may be told
     'JPEG 2000': ('RGB', 'YBR_RCT', 'YBR_ICT', 'YBR_FULL'),
 }
 
+# %% ../nbs/api/02_radiograph.ipynb #2a391989
 def coding(
     ds: pydicom.Dataset,  # from `read_header`
 ) -> str:                 # one of COLOURS
@@ -498,11 +508,12 @@ def coded_header(
         at += 1 if mark == 0xFF else 2 + struct.unpack('>H', frame[at + 2:at + 4])[0]
     return 0, 0, 0, 0, 0
 
-# %% ../nbs/api/02_radiograph.ipynb #83ee9bfc
+# %% ../nbs/api/02_radiograph.ipynb #b3ba881a
 # of JPEG 2000 headers
 STYLE_MARKS = {0x50, 0x51, 0x52, 0x53, 0x55, 0x57, 0x58, 0x59, 0x5C, 0x5D, 0x5E, 0x5F, 0x60, 0x61, 0x63, 0x64, 0x74,
                0x75, 0x77, 0x78, 0x90, 0x93}
 
+# %% ../nbs/api/02_radiograph.ipynb #83ee9bfc
 def coding_styles(
     frame: bytes,   # one JPEG 2000 codestream
 ):                  # yields (layers, bytes of a style: levels, block width, block height, mode, transform, precincts)
@@ -688,8 +699,7 @@ def luts(
 ) -> list:                 # (first, table) of its first item; empty where it has none
     "The first table of a sequence, refused by its name (DICOM PS3.3 C.11)."
     try:
-        items = ds.get(key) or []
-        return [read_lut(items[0], ds.original_encoding[1], lowest)] if len(items) else []
+        return [read_lut(items[0], ds.original_encoding[1], lowest)] if len(items := ds.get(key) or []) else []
     except HeaderError as e: raise HeaderError(f'{key}: {e}') from None
     except LIBRARY_ERRORS as e: raise HeaderError(f'{key} cannot be read ({type(e).__name__})') from None
 
@@ -866,13 +876,14 @@ def grey_values(
     for rows, _, at in in_bands(words, ds): np.take(curve, at, out=grey[rows], mode='clip')
     return grey
 
-# %% ../nbs/api/02_radiograph.ipynb #endfun
+# %% ../nbs/api/02_radiograph.ipynb #e98cfd9d
 _NOISE = hashlib.sha512(b'noise').digest().replace(b'\xff', b'')    # no 0xFF, which would begin a mark
 # also behind each of the eight restart marks
 NOISE = _NOISE + b''.join(bytes((255, mark)) + _NOISE for mark in range(0xD0, 0xD8))
 
 CUT = 'PixelData ends before its picture does; copy the file again or leave it out'
 
+# %% ../nbs/api/02_radiograph.ipynb #endfun
 def ends_early(
     frame: bytes,  # a JPEG
     corner,        # values of its last pixel, as decoded
@@ -977,9 +988,10 @@ def full_scale(
     "White of a picture that does not say its depth: 8, 10, 12, 14 or 16 bits (this companion's choice)."
     return next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if largest < 2**bits)
 
-# %% ../nbs/api/02_radiograph.ipynb #30daefde
+# %% ../nbs/api/02_radiograph.ipynb #c4115fd0
 TURNS = {3: 2, 6: 3, 8: 1}    # EXIF orientation: quarter turns to the left
 
+# %% ../nbs/api/02_radiograph.ipynb #30daefde
 def check_picture(
     im: Image.Image,  # opened, nothing decoded yet
     data: bytes,      # its file
@@ -1026,11 +1038,10 @@ def read_radiograph(
 ) -> np.ndarray:        # float32 [1, H, W] in [0, 1], bone bright; full size, or at least twice `size`
     "Reads one radiograph of any supported kind under the image contract (DESIGN of this companion)."
     if size < 0: raise NeuralError(f'a square of {size} pixels; name at least 1, or 0 for full size')
-    path = Path(path)
-    data = read_bytes(path)
-    if data[128:132] == b'DICM' or data.startswith(NO_PREAMBLE): return read_dicom(data, path.name, size)[None]
-    if data.startswith((b'\x89PNG\r\n\x1a\n', b'\xff\xd8\xff')): return read_picture(data, path.name)[None]
-    raise RadiographError(f'{path.name}: neither DICOM, PNG nor JPEG; convert it or leave it out')
+    data, name = read_bytes(Path(path)), Path(path).name
+    if data[128:132] == b'DICM' or data.startswith(NO_PREAMBLE): return read_dicom(data, name, size)[None]
+    if data.startswith((b'\x89PNG\r\n\x1a\n', b'\xff\xd8\xff')): return read_picture(data, name)[None]
+    raise RadiographError(f'{name}: neither DICOM, PNG nor JPEG; convert it or leave it out')
 
 # %% ../nbs/api/02_radiograph.ipynb #ae0c920e
 def placement(
@@ -1234,11 +1245,9 @@ def batch(self: RadiographCache,
     ids,            # of studies, in any order, repeats allowed
 ) -> np.ndarray:    # float32 [B, 1, S, S] in [0, 1]
     "The radiographs of some studies."
-    gone = [i for i in ids if i not in self.row]
-    if gone:
-        raise NeuralError(
-            f'no cached radiograph of {gone[0]!r} ({len(gone)} missing); it failed to decode, or the cache belongs to'
-            ' another manifest')
+    if gone := [i for i in ids if i not in self.row]:
+        raise NeuralError(f'no cached radiograph of {gone[0]!r} ({len(gone)} missing); it failed to decode, '
+                          'or the cache belongs to another manifest')
     return self.films[[self.row[i] for i in ids], None].astype(np.float32) / 255
 
 # %% ../nbs/api/02_radiograph.ipynb #2aa49312

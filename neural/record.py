@@ -146,10 +146,11 @@ def stage_records(
         (int(m[1]), p.stem) for p in Path(run).glob("[0-9]*_*.json") if (m := re.fullmatch(r"(\d+)_\w+", p.stem)))
     return {name: {"stage": name} | read_record(run, name) for _, name in names}
 
-# %% ../nbs/api/39_record.ipynb #runnotes3
+# %% ../nbs/api/39_record.ipynb #c7e3acb8
 # what run.json must hold
 RUN_HEAD = {"schema": int, "preset": str, "given": dict, "manifest": str, "stages": str, "from": str}
 
+# %% ../nbs/api/39_record.ipynb #runnotes3
 def run_notes(
     run,   # run folder
 ) -> dict: # schema, preset, given, manifest, stages, from; {} for a new folder
@@ -519,8 +520,7 @@ def hand_run(
     cwd=None,         # the working directory if None
     package=PACKAGE,  # folder of the library
 ) -> Path:            # the run folder
-    """The run folder of a stage; an empty name is `runs/by-hand` of the checkout, else of the working directory (this
-    companion's choice)."""
+    "A stage's run folder; if unnamed, `runs/by-hand` of the checkout or working directory (this companion's choice)."
     if str(run): return Path(run)
     folder = (checkout(cwd, package) or Path(cwd or Path.cwd()))/"runs"/"by-hand"
     print(f"run folder: {os.path.relpath(folder, cwd)}")
@@ -564,9 +564,10 @@ def files_read(
         p.relative_to(run).as_posix() for p in paths if p.is_file() and not re.fullmatch(r"\..*|\d+_\w+\.json", p.name)]
     return {n: look_at(Path(run)/n, (known or {}).get(n)) for n in names}
 
-# %% ../nbs/api/39_record.ipynb #byhand12
+# %% ../nbs/api/39_record.ipynb #39d56f3c
 SHARED = ("max_tokens", "fusion", "keep_ratio", "policy")  # parameters that mean the same thing in every stage
 
+# %% ../nbs/api/39_record.ipynb #byhand12
 def stale(
     run,               # run folder
     reads: dict,       # earlier stage -> files of the run

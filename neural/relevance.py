@@ -109,9 +109,8 @@ def with_fallback(
     chosen, every = torch.as_tensor(chosen), torch.as_tensor(every)
     if chosen.shape != every.shape or chosen.ndim != 2:
         raise NeuralError(f"both token masks must be [B, T]; got {list(chosen.shape)} beside {list(every.shape)}")
-    chosen = chosen & every
-    fell_back = ~chosen.any(1)
-    return torch.where(fell_back[:, None], every, chosen), fell_back
+    fell_back = ~(chosen & every).any(1)
+    return torch.where(fell_back[:, None], every, chosen & every), fell_back
 
 # %% ../nbs/api/14_relevance.ipynb #62f428f9
 def one_per_patch(
@@ -121,9 +120,8 @@ def one_per_patch(
 ) -> torch.Tensor:         # the same scores
     "Relevance is one number per patch and study; defect A1 of the released code is the lack of this line."
     if tuple(scores.shape) != (studies, patches):
-        raise NeuralError(
-            f"relevance must be one number per patch, [{studies}, {patches}]; got {list(scores.shape)}: average over"
-            " heads, then over tokens")
+        raise NeuralError(f"relevance must be one number per patch, [{studies}, {patches}]; got {list(scores.shape)}: "
+                          "average over heads, then over tokens")
     return scores
 
 # %% ../nbs/api/14_relevance.ipynb #a3c736b6

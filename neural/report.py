@@ -142,12 +142,13 @@ def _is_code(
     rest = re.sub(r"\bI\b[^.]{0,120}\breviewed\b[^.]*\.?", "", body[code.end():]) if code else body
     return bool(words) and words <= set(load_lexicon()["code_words"]) and not rest.strip(" .\n")
 
-# %% ../nbs/api/04_report.ipynb #rhead009
+# %% ../nbs/api/04_report.ipynb #7e4a94fb
 _STORY = re.compile(
     r"\?|^\W*(?:\d+[.)]|please|evaluat|eval\b|assess|rule["
     r" -]out|r/o|question|concern|check|follow|reason|clinical|history|patient|pt\b|status post|s/p|\d+[- ]?(?:year|y)|"
     r"(?:fe)?male\b|(?:wo)?man\b|no prior|none)|\b(?:years?[- ]old|presents? with|presenting with|complain)", re.I,)
 
+# %% ../nbs/api/04_report.ipynb #rhead009
 def _unheaded(
     body: str,   # raw text of one section, with its line breaks
     title: bool, # whether its first lines may be a title in capitals
@@ -157,9 +158,11 @@ def _unheaded(
     later = [p for p in re.split(r"\n[ \t]*\n", body)[1:] if re.search(r"\w+\W+\w+\W+\w+.*\.", p, re.S)]
     return "\n\n".join(p.strip() for p in later) if later and not any(map(_STORY.search, later)) else ""
 
-# %% ../nbs/api/04_report.ipynb #rhead011
+# %% ../nbs/api/04_report.ipynb #fee69573
+# rare signs: the common ones that stand for them
 _PLAIN = str.maketrans({"\ufeff": " ", "\u200b": " ", "\u00a0": " ", "\u2028": "\n", "\r": "\n", "：": ":"})
 
+# %% ../nbs/api/04_report.ipynb #rhead011
 def _joined(
     parts: list[tuple[str, str, str]], # section, its header, raw text; in the order of the report
 ) -> dict[str, dict[str, str]]:        # section -> header -> text
@@ -227,11 +230,9 @@ def evidence(
     # returns: their text, a blank line between; '' where the report has none of them
 ) -> str:
     "The text a model may see: never the indication, the history or the comparison (against NEURAL's defect A9)."
-    barred = [s for s in use if s in _ASKED]
-    if barred:
-        raise NeuralError(
-            f"section {barred[0]!r} is no evidence: it says what was asked, not what was seen; use findings or"
-            " impression")
+    if barred := [s for s in use if s in _ASKED]:
+        raise NeuralError(f"section {barred[0]!r} is no evidence: it says what was asked, not what was seen; "
+                          "use findings or impression")
     return "\n\n".join(sections[s] for s in use if sections.get(s))
 
 # %% ../nbs/api/04_report.ipynb #rev0002
@@ -510,10 +511,11 @@ def _has_verb(items: list[_Item], at: int, gaps: _Gaps) -> bool:
 
 _COURSE = ("stable", "improved", "worse")
 
-# %% ../nbs/api/04_report.ipynb #fe94b9c0
+# %% ../nbs/api/04_report.ipynb #a0fec874
 _PARTS, _NOT = {",", ":", ";", "=", "-", "--", "–", "—", "and"}, {
     "no", "not", "nor", "n't", "cannot", "without", "never", "neither", "of", "for", "or"}
 
+# %% ../nbs/api/04_report.ipynb #fe94b9c0
 def _beyond(place: _Item, word: _Item, parts: set) -> bool:
     "Whether a colon, dash, comma or 'and' parts these words from a 'no' before them ('no effusion: angles sharp')."
     doc, first, last = word.span.doc, min(place.span.start, word.span.start), max(place.span.start, word.span.start)
@@ -695,9 +697,10 @@ def _skeleton(items: list[_Item], start: int, end: int) -> tuple[str, dict[int, 
         line += letter + " "
     return line + "".join(t.norm_ + " " for t in doc[n:end]), at
 
-# %% ../nbs/api/04_report.ipynb #rshape07
-_TOKEN = re.compile(r"[a-z]+|[:=(?>]|--|[-–—…0]|\.\.\.")
+# %% ../nbs/api/04_report.ipynb #f3f7bff3
+_TOKEN = re.compile(r"[a-z]+|[:=(?>]|--|[-–—…0]|\.\.\.")  # a word, or a sign that shapes may hold
 
+# %% ../nbs/api/04_report.ipynb #rshape07
 @patch
 def _tells(self: ReportReader, words: Iterable[str]) -> list[int]: # rows of the lexicon's shapes, in order
     """Which shapes these words can fill; each word is looked up once in a reader's life, and kept as bits, one for each
@@ -1102,9 +1105,9 @@ _SIDED = re.compile(
     | \b(?P<word>left|right)(?=$|[^a-z]|ward|most|side) | \b(?P<curve>levo|dextro)(?=-?[a-z])
     | \b(?P<letter>(?-i:[LR](?=(?:{_ABBREVIATED})\b)
         |[lr](?=(?:ul|ll|ml)\b)|[LR](?=[ -](?:{_NEXT_TO_LETTER})\b)
-        |[LR](?=\s?[<>])|(?<=[<>])[LR]\b|(?<=[<>]\s)[LR]\b))""",
-    re.I | re.X,
-)
+        |[LR](?=\s?[<>])|(?<=[<>])[LR]\b|(?<=[<>]\s)[LR]\b))""", re.I | re.X)
+
+# %% ../nbs/api/04_report.ipynb #28287bf3
 _MIRROR = {"left": "right", "right": "left", "levo": "dextro", "dextro": "levo", "l": "r", "r": "l"}
 
 # %% ../nbs/api/04_report.ipynb #a383d0fd
@@ -1130,8 +1133,7 @@ def swap_laterality(
     # returns: the same text, left and right exchanged, case kept; twice gives the text back (but for an implied or
     # doubled side, see prose)
 ) -> str:
-    """Mirrors the words of a report, to go with a mirrored image (the released training flips images and leaves the
-    words alone)."""
+    "Mirrors a report's words, to go with a mirrored image (the released training flips images and no words)."
     def turn(m):
         if m["lobe"]: return _mirror_lobe(m["lobe"])
         return _like(m[0], _MIRROR[m[0].lower()])

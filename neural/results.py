@@ -81,9 +81,10 @@ class System:
         parts = (self.system, self.stage, self.track, self.selection, patches, self.codec, size, self.condition)
         return " · ".join(p for p in parts if p)
 
+# %% ../nbs/api/33_results.ipynb #426f6380
 SYSTEM = tuple(System.__dataclass_fields__)   # the columns that name a system
 
-# %% ../nbs/api/33_results.ipynb #result12
+# %% ../nbs/api/33_results.ipynb #1774e89a
 _PLACES = (*SPLITS, "external")   # `external`: of another manifest, on which nothing was trained and nothing chosen
 PREDICTIONS = {
     "study_id": "str", "patient_id": "str", "split": "str", "target": "str", "y": "float64", "p": "float64",
@@ -91,6 +92,7 @@ PREDICTIONS = {
 }
 _OPTIONAL = {"selection": "", "k": pd.NA, "codec": "", "budget": pd.NA, "condition": ""}   # what a table may leave out
 
+# %% ../nbs/api/33_results.ipynb #result12
 def _as_kinds(table, kinds, what):
     "A table with each column of its kind."
     for name, kind in kinds.items():
@@ -147,8 +149,7 @@ def _refuse_values(table):
         (~table.split.isin(_PLACES), "name another split", f"use {', '.join(_PLACES)}"),
         (~table.y.fillna(0).isin((0, 1)), "have a y that is neither 0 nor 1 nor blank", "apply a label policy first"),
         (~table.p.between(0, 1), "have a p that is not a number from 0 to 1", "apply the sigmoid once"),
-        (table.duplicated(list(_KEY)), "repeat a study for the same target, system and seed", "keep one of each"),
-    ):
+        (table.duplicated(list(_KEY)), "repeat a study for the same target, system and seed", "keep one of each")):
         _refuse(table[["study_id", "target", "system", "seed", "split", "y", "p"]], bad, f"predictions {what}", do)
 
 # %% ../nbs/api/33_results.ipynb #result20
@@ -159,8 +160,7 @@ def _refuse_torn(table):
         (table, ["study_id", "target"], "y", "labels of studies disagree", "give another source another target name"),
         (table, ["study_id"], "patient_id", "studies have two patients", "take the patients from one manifest"),
         (table, ["study_id"], "split", "studies are in two splits", "predict again with the split of the manifest"),
-        (home, ["patient_id"], "split", "patients are in two splits", "split by patient, not by study"),
-    ):
+        (home, ["patient_id"], "split", "patients are in two splits", "split by patient, not by study")):
         pairs = rows[[*keys, value]].drop_duplicates()
         _refuse(pairs[keys], pairs.duplicated(keys), what, do)
 
@@ -435,8 +435,7 @@ def _ranked(card):
         "place": place(card.split, _PLACES), "finding": place(card.target, LABELS), "target": card.target,
         **{c: card[c].fillna(0) if c in _SIZES else card[c] for c in SYSTEM if c != "stage"}, "against": card.against,
         "one": card.joined == "one seed", "seeds": card.seeds,
-        "rank": place(card.metric.str.removeprefix("difference of "), _ORDER), "metric": card.metric,
-    }
+        "rank": place(card.metric.str.removeprefix("difference of "), _ORDER), "metric": card.metric}
     return card.loc[pd.DataFrame(keys).sort_values(list(keys), kind="stable").index].reset_index(drop=True)
 
 # %% ../nbs/api/33_results.ipynb #result65

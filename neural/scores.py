@@ -82,11 +82,11 @@ class Scorer:
             raise NeuralError(f"{self.name!r} gave a map that is negative, holds NaN, or does not sum to 1")
         return found
 
-# %% ../nbs/api/17_scores.ipynb #sc08
+# %% ../nbs/api/17_scores.ipynb #e4497c81
 _REGISTRY: dict[str, Scorer] = {}
 _SPELLING = re.compile(r"[a-z][a-z0-9 ,+]{0,47}")
 
-
+# %% ../nbs/api/17_scores.ipynb #sc08
 def register_scorer(
     name: str,  # unique, small letters, such as "finding words, lifted"
     what: str,  # one line for a person
@@ -203,21 +203,16 @@ def guided(
     total = torch.einsum("bl,bnl->bn", wanted, share)
     return total / total.sum(-1, keepdim=True)
 
-# %% ../nbs/api/17_scores.ipynb #sc35
+# %% ../nbs/api/17_scores.ipynb #feb040ee
 ZONES = {  # place: from and to, in shares of the film's height
-    "lung apex": (0, 1 / 3),
-    "upper lobe": (0, 1 / 2),
-    "perihilar region": (1 / 6, 3 / 4),
-    "mid lung": (1 / 4, 3 / 4),
-    "middle lobe": (1 / 3, 5 / 6),
-    "lingula": (1 / 3, 5 / 6),
-    "lower lobe": (5 / 12, 1),
-    "lung base": (1 / 2, 1),
-    "costophrenic angle": (1 / 2, 1),
+    "lung apex": (0, 1 / 3), "upper lobe": (0, 1 / 2),
+    "perihilar region": (1 / 6, 3 / 4), "mid lung": (1 / 4, 3 / 4), "middle lobe": (1 / 3, 5 / 6),
+    "lingula": (1 / 3, 5 / 6), "lower lobe": (5 / 12, 1),
+    "lung base": (1 / 2, 1), "costophrenic angle": (1 / 2, 1),
 }
 SIDES = {"right": (0, 7 / 12), "left": (5 / 12, 1)}  # the patient's side: from and to, in shares of the film's width
 
-
+# %% ../nbs/api/17_scores.ipynb #sc35
 def region(
     place: str,  # an anatomy concept, such as "left lower lobe", "lung base" or "right"
     side: str = "",  # "left" or "right" where another word says so
@@ -391,29 +386,14 @@ def scored_by(
         shares[name] = float(share)
     return replace(scoring, named=name, shares=shares, how=replace(scoring.how, **GUIDED.get(name, {})))
 
+# %% ../nbs/api/17_scores.ipynb #1adc53c8
+# findings that lie in the lung
+LUNG = ("Lung Opacity", "Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis")
+# findings that phantoms can have
+DRAWN = ("Pneumonia", "Lung Opacity", "Lung Lesion", "Edema", "Atelectasis", "Pleural Effusion", "Pneumothorax",
+         "Cardiomegaly", "Pleural Other", "Fracture")
+
 # %% ../nbs/api/17_scores.ipynb #sc71
-LUNG = (
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-)  # findings that lie in the lung
-DRAWN = (
-    "Pneumonia",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Atelectasis",
-    "Pleural Effusion",
-    "Pneumothorax",
-    "Cardiomegaly",
-    "Pleural Other",
-    "Fracture",
-)  # findings that phantoms can have
-
-
 def anatomy(
     names: list[str],  # findings of the label head
     grid: tuple[int, int] = (12, 12),  # rows, columns of patches
@@ -662,7 +642,7 @@ def measure(
         studies,
     )
 
-# %% ../nbs/api/17_scores.ipynb #sc121
+# %% ../nbs/api/17_scores.ipynb #41e47031
 _LOOKED = ("report", "attention")
 
 for _name, _what, _words in (
@@ -673,7 +653,7 @@ for _name, _what, _words in (
 ):
     register_scorer(_name, _what, _LOOKED, "words", _words)(partial(attended, words=_words))
 
-
+# %% ../nbs/api/17_scores.ipynb #sc121
 @register_scorer("all layers", "finding words, mean of the layers", ("report", "layers"), "words", "finding")
 def _(e, s):
     return attended(e, s, "finding", layer="mean")
@@ -697,7 +677,7 @@ def _(e, s):
 def _(e, s):
     return attended(e, s, "finding", (times_gradient(e.cross[-1], e.slope),))
 
-# %% ../nbs/api/17_scores.ipynb #sc122
+# %% ../nbs/api/17_scores.ipynb #afe5b757
 for _name, _words in (("all words, lifted", "all"), ("finding words, lifted", "finding")):
     _what = f"{_name.partition(',')[0]} against what training reports look at"
 
@@ -705,17 +685,15 @@ for _name, _words in (("all words, lifted", "all"), ("finding words, lifted", "f
     def _(e, s, words=_words):
         return lift(attended(e, s, words), s.baseline.looks[words])
 
-
+# %% ../nbs/api/17_scores.ipynb #sc122
 @register_scorer(
     "found against denied", "words of what is found against words of what is denied", _LOOKED, "words", "finding"
 )
 def _(e, s):
     every, quiet = attended(e, s, "all"), ~e.classes["denied"].any(1, keepdim=True)
-    if quiet.all():
-        return contrast(attended(e, s, "finding"), every)
-    said = replace(
-        e, classes={"denied": torch.where(quiet, e.classes["all"], e.classes["denied"])}
-    )  # or all words stand in
+    if quiet.all(): return contrast(attended(e, s, "finding"), every)
+    # or all words stand in
+    said = replace(e, classes={"denied": torch.where(quiet, e.classes["all"], e.classes["denied"])})
     return contrast(attended(e, s, "finding"), torch.where(quiet, every, attended(said, s, "denied")))
 
 # %% ../nbs/api/17_scores.ipynb #sc126
@@ -788,7 +766,7 @@ def _(e, s):
     drawn = torch.as_tensor(random_map(e.ids, e.shape[1], s.seed))
     return drawn / drawn.sum(1, keepdim=True)
 
-# %% ../nbs/api/17_scores.ipynb #sc130
+# %% ../nbs/api/17_scores.ipynb #113db3a7
 MIXTURES = {  # mixture -> its two parts
     "activation + words": ("activation, placed", "finding words, lifted"),
     "activation + anatomy": ("activation", "anatomy of the lungs"),
@@ -797,7 +775,7 @@ MIXTURES = {  # mixture -> its two parts
     "words + anatomy": ("finding words, lifted", "anatomy of the lungs"),
 }
 
-
+# %% ../nbs/api/17_scores.ipynb #sc130
 def _mixed(e, s, name):
     "The mixture of a name, by the share in the state."
     a, b = (scorer(part)(e, s) for part in MIXTURES[name])
@@ -861,10 +839,10 @@ def shared_looks(
         found.append((len(row), float(torch.special.entr(share).sum().exp())))
     return found
 
+# %% ../nbs/api/17_scores.ipynb #bfd6c0b4
+STATE, MAPS = "scores.json", "scores.safetensors"  # files beside the network
+
 # %% ../nbs/api/17_scores.ipynb #sc151
-STATE, MAPS = "scores.json", "scores.safetensors"
-
-
 def save_scoring(
     folder: str | Path,  # of the saved network
     scoring: Scoring,  # as chosen and measured
@@ -933,15 +911,13 @@ def load_aggregation(
 # %% ../nbs/api/17_scores.ipynb #sc153
 def _own_json(path, again):
     "What a JSON beside a network says, once it is known to be of this network."
-    with readable(path.name):
-        about = json.loads(path.read_text(encoding="utf-8"))
+    with readable(path.name): about = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(about, dict):
         raise NeuralError(f"{path.name} does not say how the network is to be read: {again}")
     chosen, weights = about.pop("network", ""), path.parent / "model.safetensors"
     if chosen and weights.is_file() and (here := hash_of_file(weights)) != chosen:
         raise NeuralError(
-            f"{path.name} was chosen for network {chosen}, and {path.parent.name} holds network {here}: {again}"
-        )
+            f"{path.name} was chosen for network {chosen}, and {path.parent.name} holds network {here}: {again}")
     return about
 
 # %% ../nbs/api/17_scores.ipynb #sc154

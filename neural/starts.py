@@ -56,9 +56,10 @@ def new_network(
     if start == WARM: return imagenet_model(names, image_size, NET)
     raise NeuralError(f"no start is called {start!r}; there are {PLAIN!r}, {LITE!r} and {WARM!r}")
 
-# %% ../nbs/api/38_starts.ipynb #start0011
+# %% ../nbs/api/38_starts.ipynb #89191492
 LEFT_OUT = 0.05  # largest share of films that may be unreadable
 
+# %% ../nbs/api/38_starts.ipynb #start0011
 def start_parts(
     manifest: Path,  # of `neural index`
     work: Path,  # films are kept here

@@ -16,9 +16,7 @@ from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
-import defusedxml
-import defusedxml.ElementTree as safe_xml
-import numpy as np
+import defusedxml, defusedxml.ElementTree as safe_xml, numpy as np
 from fastcore.basics import patch
 
 # %% ../nbs/api/00_study.ipynb #fa4ba83b
@@ -124,10 +122,8 @@ def targets(
 ) -> np.ndarray:               # float32 [n], nan where unknown
     "The target of every study for one label, after the policy (answers defect A12)."
     studies = list(studies)
-    for s in studies:
-        if label not in s.labels:
-            raise NeuralError(
-                f'study {s.study_id}: has no label {label!r}; choose one of {", ".join(s.labels) or "none"}')
+    if s := next((t for t in studies if label not in t.labels), None):
+        raise NeuralError(f'study {s.study_id}: has no label {label!r}; choose one of {", ".join(s.labels) or "none"}')
     return np.array([apply_policy(s.labels[label], policy) for s in studies], dtype=np.float32)
 
 # %% ../nbs/api/00_study.ipynb #af81c599
@@ -318,9 +314,8 @@ def check_relative(
     "Refuses a path that is empty, absolute, goes up, or holds control characters."
     if (not path or path[0] == '/' or '..' in path.split('/') or '\\' in path or path[1:2] == ':'
         or not path.isprintable()):
-        raise NeuralError(
-            f'{where}: path {path!r} leaves the root or is not a plain relative path; write it relative to the root,'
-            ' with forward slashes'.lstrip(': '))
+        raise NeuralError(f'{where}: path {path!r} leaves the root or is not a plain relative path; '
+                          'write it relative to the root, with forward slashes'.lstrip(': '))
     return path
 
 # %% ../nbs/api/00_study.ipynb #86d11d12
@@ -455,9 +450,11 @@ def mask_path(self: Manifest,
     "Where the file of a mask is."
     return inside(self.root, mask, (self.image_root,))
 
-# %% ../nbs/api/00_study.ipynb #d7bbc325
+# %% ../nbs/api/00_study.ipynb #45ab66e4
+# of a manifest, before the labels
 COLUMNS = ('study_id', 'patient_id', 'split', 'report', 'image', 'view', 'sha256', 'masks', 'boxes')
 
+# %% ../nbs/api/00_study.ipynb #d7bbc325
 def to_rows(
     study: Study,      # one study
 ) -> Iterator[list]:   # one row of cells per radiograph: COLUMNS, then the labels
@@ -692,8 +689,7 @@ def read_boxes(
 ) -> tuple[Box, ...]:      # the boxes
     "Reads the boxes cell of a manifest row."
     if not cell: return ()
-    try:
-        return tuple(Box(str(label), *map(float, xywh)) for label, *xywh in json.loads(cell))
+    try: return tuple(Box(str(label), *map(float, xywh)) for label, *xywh in json.loads(cell))
     except (TypeError, ValueError, RecursionError) as e:
         raise NeuralError(
             f'{where}: boxes are not a list of [label, x, y, w, h] with positive sizes; correct the cell') from e
@@ -785,9 +781,10 @@ def reroot(cls: Manifest,
     "Tells a manifest where its data lie now, in the JSON beside it; its rows stay as they are."
     write_side(Path(path).with_suffix('.json'), moved_side(path, root, image_root))
 
-# %% ../nbs/api/00_study.ipynb #bc2aa990
+# %% ../nbs/api/00_study.ipynb #1b83b9c5
 MAX_REPORT = 2**20  # bytes; no radiology report comes near
 
+# %% ../nbs/api/00_study.ipynb #bc2aa990
 def read_xml(
     data: bytes,         # one Open-i XML file
     name: str,           # named if it is refused
@@ -856,13 +853,14 @@ def read_row(
         f.seek(start)
         return dict(zip(header, next(csv.reader(raw.decode('utf-8') for raw in f))))
 
-# %% ../nbs/api/00_study.ipynb #4d18fc05
+# %% ../nbs/api/00_study.ipynb #cb3ebb1f
 TABLE_KEYS = {'chexpert-plus': 'path_to_image', 'folder': 'image'}
 NOT_HANDED_ON = ('end_of_impression', 'summary', 'accession_number')   # remainder, code and identifier
 EVIDENCE_COLUMNS = ('findings', 'impression')
 DEGREES = 'possible|probable|minor|major|significant|critical|known|new|unchanged'
 CODE = re.compile(rf'\d{{1,2}}\s*[-–:]\s*(?:(?:{DEGREES})\s+)*(?:ab)?normal(?:ity)?(?:\s*,[^.]*)?\.?', re.I)
 
+# %% ../nbs/api/00_study.ipynb #4d18fc05
 def said(
     cell: str,  # of a table, or None
 ) -> str:       # its words; '' if it is blank or no more than a code such as '2-ABNORMAL, PREVIOUSLY REPORTED'

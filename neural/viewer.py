@@ -201,9 +201,10 @@ def relation_svg(
     return (f'<svg class="rels" aria-hidden="true" preserveAspectRatio="none" viewBox="0 0 {wide:.0f} {high}"'
             f' width="{wide/16:.3f}rem" height="{high/16:.3f}rem">{"".join(map(bracket, range(len(spans))))}</svg>')
 
-# %% ../nbs/api/25_viewer.ipynb #4159c49a
+# %% ../nbs/api/25_viewer.ipynb #1e5b40b7
 GLYPHS = dict(present='●', uncertain='◐', absent='○')   # told apart without colour
 
+# %% ../nbs/api/25_viewer.ipynb #4159c49a
 def concept_html(
     asset: StudyAsset,
     vocabulary=None,   # concept names in order

