@@ -4,11 +4,14 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
+from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from neural.distill import (Distillation, Teacher, distil_loss, distil_terms, mean_teacher, model_teacher,
                             taught_logits, xray_teacher)
@@ -16,6 +19,7 @@ from neural.finetune import StudyDataset, fit_labels
 from neural.image_model import ImageModel, load_image_model, save_image_model
 from neural.mxa import (BOXES, CascadedAttention, EfficientViT, Finder, LearntBox, ReleasedBox,
                         Sandwich, ViTConfig, boxes_of, even_windows, glimpse, vit_config, vit_model)
+from neural.results import MACRO, System, predicted, report_card
 from neural.study import LABELS, NeuralError, apply_policy, label_value
 from neural.vlm import label_loss
 
@@ -140,6 +144,29 @@ def test_a_batch_is_sampled_as_each_film_alone_and_as_torch_does():
     torch.testing.assert_close(glimpse(x[:1].permute(0, 2, 3, 1), boxes).permute(0, 3, 1, 2), wanted)
 
 
+class Counted(TorchDispatchMode):
+    "Counts the operations of a pass, and how often a number is read out of a tensor."
+    def __init__(self):
+        super().__init__()
+        self.operations, self.reads = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations += 1
+        self.reads += func._overloadpacket == torch.ops.aten._local_scalar_dense
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("box, loops", [("se", False), ("cbam", False), ("released", True), ("learnt", False)])
+def test_a_batch_is_read_at_once_and_no_number_leaves_the_device(box, loops):
+    block, found = Sandwich(ViTConfig(**TINY, box=box, size=96), 0), []
+    for films in (2, 8):
+        with torch.no_grad(), Counted() as count: block(torch.rand(films, 16, 6, 6))
+        found.append((count.operations, count.reads))
+    (few, reads), (many, more) = found
+    if loops: assert (reads, more) == (2 * 4, 8 * 4) and many >= few + 6 * 4
+    else: assert few == many and reads == more == 0
+
+
 @by_box
 def test_the_attention_is_run_once_and_the_shortcut_is_not_doubled(box):
     block, calls = Sandwich(vit_config("efficientvit-m0", box=box), 0), []
@@ -259,16 +286,16 @@ def test_weights_of_another_box_are_refused(tmp_path):
 # a planted signal
 
 def test_a_spot_is_found_and_the_box_goes_there():
-    generator, line = torch.Generator().manual_seed(0), torch.arange(128) / 128
+    generator, line = torch.Generator().manual_seed(0), torch.arange(96) / 96
     def spotted(n):
         y, at = (torch.rand(n, generator=generator) < 0.5).float(), torch.rand(n, 2, generator=generator) * 0.3 + 0.1
         down, across = (torch.exp(-((line - at[:, i, None]) ** 2) / 0.0032) for i in (0, 1))
-        noise = torch.rand(n, 128, 128, generator=generator) * 0.4 + 0.1
-        return (noise + 0.6 * y[:, None, None] * down[..., None] * across[:, None])[:, None], y, at
+        noise = torch.rand(n, 96, 96, generator=generator) * 0.4 + 0.1
+        return (noise + 0.25 * y[:, None, None] * down[..., None] * across[:, None])[:, None], y, at
     def far(model, films, at):
         box = boxes_of(model.eval(), films)[:, -1]
         return ((box[:, :2] + box[:, 2:]) / 2 - at.flip(1)).norm(dim=1).mean().item()
-    model, (films, y, at) = vit_model(("spot",), 128, box="learnt", **ONE), spotted(64)
+    model, (films, y, at) = vit_model(("spot",), 96, box="learnt", **ONE), spotted(64)
     before = far(model, films[y > 0], at[y > 0])
     optimiser = torch.optim.AdamW(model.parameters(), 1e-2)
     for _ in range(60):
@@ -350,9 +377,9 @@ def test_a_teacher_is_silent_where_it_knows_nothing():
 def test_probabilities_are_refused_however_small_the_batches():
     teacher = Teacher("chex", ("a", "b"), lambda x: torch.rand(len(x), 2))
     with pytest.raises(NeuralError, match="'chex' answers within .*, as probabilities do; the loss takes logits"):
-        for _ in range(8): teacher(torch.rand(1, 1, 8, 8))
+        for _ in range(16): teacher(torch.rand(1, 1, 8, 8))
     twice = Teacher("twice", ("a",), lambda x: torch.randn(len(x), 1).sigmoid().sigmoid())
-    with pytest.raises(NeuralError, match="as probabilities do"): twice(torch.rand(16, 1, 8, 8))
+    with pytest.raises(NeuralError, match="as probabilities do"): twice(torch.rand(32, 1, 8, 8))
     logits = Teacher("fine", ("a",), lambda x: torch.linspace(-3, 0.5, len(x))[:, None])
     for n in range(1, 20): logits(torch.rand(n, 1, 8, 8))
 
@@ -400,6 +427,29 @@ def test_files_of_other_teachers_are_refused_unopened(tmp_path):
     with pytest.raises(NeuralError, match="no DenseNet-121 of 18 outputs: classifier.bias is missing"):
         xray_teacher(file)
     with pytest.raises(NeuralError, match="is missing"): xray_teacher(tmp_path / "no.safetensors")
+
+
+# B10, B11: what a number is of
+
+def test_to_know_how_common_findings_are_is_worth_nothing():
+    rng, targets = np.random.default_rng(0), ("Edema", "Fracture", "Mass")
+    share = np.array([0.05, 0.3, 0.7])
+    y, p = (rng.random((200, 3)) < share).astype(float), np.tile(share, (200, 1))
+    ids, system = [f"s{i}" for i in range(200)], System("prevalence", "70_mxa", "image-only")
+    said = [predicted(system, 0, "test", t, ids, {i: i for i in ids}, y[:, n], p[:, n]) for n, t in enumerate(targets)]
+    card = report_card(pd.concat(said), command="this test")
+    assert card[card.metric == MACRO].value.tolist() == [0.5]
+    assert roc_auc_score(y.ravel(), p.ravel()) > 0.75, "the test would not see a micro AUC"
+
+
+def test_another_seed_is_another_training():
+    data, films, said = studies(), torch.rand(4, 1, 64, 64), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        model = vit_model(("a", "b"), 64, box="learnt", **TINY)
+        fit_labels(model, model, data, epochs=2, batch_size=4, seed=seed, bf16=False)
+        with torch.no_grad(): said.append(model.eval()(films))
+    assert torch.equal(said[0], said[1]) and not torch.allclose(said[0], said[2])
 
 
 # the bench
