@@ -270,6 +270,15 @@ def _make_net(config):
     said = f"no network is called {str(config['net'])[:40]!r}"
     raise NeuralError(f"{said}: import the module that registers it, or choose one of {', '.join(_NETS)}")
 
+# %% ../nbs/api/09_image_model.ipynb #im21x0
+def _told(options):
+    "The part of a configuration that only one network understands; empty where nothing was said."
+    if not options: return {}
+    try: return dict(options=json.loads(json.dumps(dict(options))))
+    except (TypeError, ValueError):
+        raise NeuralError("options must be plain numbers, texts and lists by name, so that a file can hold them"
+                          ) from None
+
 # %% ../nbs/api/09_image_model.ipynb #im61x2
 @register_net("levels")
 def _(config):
@@ -286,15 +295,6 @@ def _wrong_films(films, size):
     "What to say of films of another shape."
     return NeuralError(f"films must be (B, 1, {size}, {size}), got {tuple(films.shape)};"
                        f" load them with load_radiograph(path, {size})")
-
-# %% ../nbs/api/09_image_model.ipynb #im21x0
-def _told(options):
-    "The part of a configuration that only one network understands; empty where nothing was said."
-    if not options: return {}
-    try: return dict(options=json.loads(json.dumps(dict(options))))
-    except (TypeError, ValueError):
-        raise NeuralError("options must be plain numbers, texts and lists by name, so that a file can hold them"
-                          ) from None
 
 # %% ../nbs/api/09_image_model.ipynb #im21x1
 class ImageModel(nn.Module):
