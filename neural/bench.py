@@ -14,6 +14,7 @@ import itertools
 import random
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -31,8 +32,10 @@ from .codec import fit_pca, fit_pq
 from .cohort import toy_study
 from .graph import EDGE_TYPES, knowledge_graph, visual_graph
 from .layouts import index_dataset, walk
+from .mxa import BOXES, Sandwich, vit_config, vit_model
 from .picture import thumbnail
 from .report import ReportReader
+from .results import count_macs, count_parameters
 from .study import LABELS, NeuralError, at_least
 from .train import one_epoch
 from .yardstick import alternated, aside, matrix_peak, peak_memory, seconds_of
@@ -400,3 +403,64 @@ def bench_index(
                          'ms a study': 1e3*seconds/n, 'MB': memory, 'reference, seconds': slow,
                          'reference, ms a study': 1e3*slow/n, 'times the reference': slow/seconds})
     return pd.DataFrame(rows).set_index('studies')
+
+# %% ../nbs/api/41_bench.ipynb #boxes02
+def _there_and_back(work, x, weights):
+    "One pass and its gradients, for everything that learns."
+    (work(x) * weights).sum().backward()
+
+def box_ways(
+    config,    # a `ViTConfig`
+    stage,     # from 0
+    studies,   # films in the batch
+) -> dict:     # name -> function without arguments
+    "What the two kinds of box compute on the maps of one stage, forward and backward."
+    old, new = (Sandwich(replace(config, box=box), stage).to(memory_format=torch.channels_last)
+                for box in ('released', 'learnt'))
+    side = -(-config.size // (16 << stage))
+    x = torch.randn(studies, config.widths[stage], side, side).relu().contiguous(memory_format=torch.channels_last)
+    works = {'released, alone': old.side, 'learnt, alone': new.side,
+             'released, as built': lambda x: (x + old.mixer(x)) + (x + old.side(x)),
+             'learnt, as built': lambda x: x + new.side(x)}
+    return {name: partial(_there_and_back, work, x.requires_grad_(), torch.randn_like(x))
+            for name, work in works.items()}
+
+# %% ../nbs/api/41_bench.ipynb #boxes05
+def student_costs(
+    model,     # an image model
+    studies,   # films in a batch
+    rounds,    # the fastest counts
+) -> dict:     # what one film takes
+    "Parameters, products, and milliseconds a film, one by one and in a batch."
+    side, took = model.config['image_size'], {}
+    model = model.eval().to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        for n in (1, studies):
+            films = torch.rand(n, 1, side, side)
+            took[n] = min(seconds_of(lambda: model(films)) for _ in range(rounds + 1)) / n
+    return {'parameters': count_parameters(model), 'million products': count_macs(model, films[:1])/1e6,
+            'ms, one film': 1e3 * took[1], 'ms a film in a batch': 1e3 * took[studies]}
+
+# %% ../nbs/api/41_bench.ipynb #boxes04
+def bench_boxes(
+    studies=32,              # films in a batch
+    net='efficientvit-m5',   # whose blocks are timed; the paper's
+    size=224,                # pixels of a film; the paper's
+    student='efficientvit-m0', student_size=192,   # the small network, on the films of this companion
+    rounds=7,                # of each way, in turns
+) -> dict:                   # tables: one row per stage and one for all blocks; one row per kind of student
+    "Seconds of the repaired box beside the released one, and what a student costs with each kind (answers defect B5)."
+    at_least(1, studies=studies, rounds=rounds)
+    config, rows = vit_config(net, size=size), {}
+    with one_thread():
+        for stage in range(len(config.depths)):
+            torch.manual_seed(0)
+            rows[f'stage {stage}'] = alternated(box_ways(config, stage, studies), rounds)
+        rows['all blocks'] = sum(depth * took for depth, took in zip(config.depths, rows.values()))
+        students = {box: student_costs(vit_model(image_size=student_size, net=student, box=box), studies, rounds)
+                    for box in BOXES}
+    faster = lambda took, how: (took[f'released, {how}'] / took[f'learnt, {how}']).median()
+    boxes = pd.DataFrame({name: {f'{way}, ms': 1e3 * ms for way, ms in took.median().items()}
+                          | {f'times faster, {how}': faster(took, how) for how in ('alone', 'as built')}
+                          for name, took in rows.items()}).T
+    return dict(boxes=boxes.rename_axis('where'), students=pd.DataFrame(students).T.rename_axis('box'))

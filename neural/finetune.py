@@ -297,6 +297,7 @@ def fit_labels(
     name: str = "findings",  # of the bar
     draw: np.ndarray | None = None,  # (n,) weight of each training study, from `rare_weights`; None: each once a pass
     coarse: float = 0.0,  # share of the passes, the first ones, that see films of two thirds the side
+    loss=None,  # (model, batch of films and targets) -> name: tensor of one number; None: of the labels alone
 ) -> list[dict]:  # one per pass: epoch, loss and, with validate, eval_loss; nats per known label
     """Teach a network the findings alone: AdamW, one cycle of the learning rate, augmented films (Loshchilov and Hutter
     2019; Smith 2018)."""
@@ -311,13 +312,13 @@ def fit_labels(
     optimiser = torch.optim.AdamW(weights, lr=lr, weight_decay=0.05)
     steps = -(-len(train) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, epochs=epochs, steps_per_epoch=steps, pct_start=0.2)
-    loss = lambda model, batch: dict(loss=label_loss(logits_of(batch[0]), batch[1]))
+    alone = lambda model, batch: dict(loss=label_loss(logits_of(batch[0]), batch[1]))
     read = lambda model: film_logits(model, validate, bf16=bf16, logits_of=logits_of)
     judge = lambda model: dict(eval_loss=label_loss(read(model), torch.as_tensor(validate.targets)))
     batches = label_batches(train, batch_size, draw, coarse * epochs)
     training = Training(epochs, seed=seed, bf16=bf16, name=name)
     with kept_memory():
-        history = fit(model, batches, loss, optimiser, training, schedule, None if validate is None else judge)
+        history = fit(model, batches, loss or alone, optimiser, training, schedule, None if validate is None else judge)
     model.to(memory_format=torch.contiguous_format)  # as files want it
     return history
 

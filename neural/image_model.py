@@ -242,10 +242,12 @@ def pool_patches(
 
 # %% ../nbs/api/09_image_model.ipynb #85dd7e27
 _NETS = {}  # name -> function from a configuration to a network with `levels` and `width`
+_OPTIONS = {}  # name -> what may stand among the `options` of its configuration
 
 # %% ../nbs/api/09_image_model.ipynb #im61
 def register_net(
     name: str,  # unique, small letters, digits and hyphens, such as "efficientnet-lite0"
+    options: tuple = (),  # names of what it may be told beside the common settings, such as ("depths",)
 ) -> Callable:  # decorates a function (config) -> nn.Module, and gives it back
     "Put a network where an image model finds it by its name (this companion's choice)."
     if name in _NETS or not re.fullmatch(r"[a-z][a-z0-9-]*", name):
@@ -253,17 +255,30 @@ def register_net(
             f"a network needs a name of its own, of small letters, digits and hyphens; got {str(name)[:40]!r}")
 
     def put(make):
-        _NETS[name] = make
+        _NETS[name], _OPTIONS[name] = make, tuple(options)
         return make
 
     return put
 
 # %% ../nbs/api/09_image_model.ipynb #im61x1
 def _make_net(config):
-    "The network inside, by the name in a configuration."
-    if make := _NETS.get(config["net"]): return make(config)
+    "The network inside, by the name in a configuration; refuses what it does not know."
+    name, told = config["net"], config.get("options") or {}
+    if odd := sorted(set(told) - set(_OPTIONS.get(name, told))):
+        raise NeuralError(f"the network {name!r} knows no {str(odd[0])[:40]!r}; it knows"
+                          f" {', '.join(_OPTIONS[name]) or 'no options'}")
+    if make := _NETS.get(name): return make(config)
     said = f"no network is called {str(config['net'])[:40]!r}"
     raise NeuralError(f"{said}: import the module that registers it, or choose one of {', '.join(_NETS)}")
+
+# %% ../nbs/api/09_image_model.ipynb #im21x0
+def _told(options):
+    "The part of a configuration that only one network understands; empty where nothing was said."
+    if not options: return {}
+    try: return dict(options=json.loads(json.dumps(dict(options))))
+    except (TypeError, ValueError):
+        raise NeuralError("options must be plain numbers, texts and lists by name, so that a file can hold them"
+                          ) from None
 
 # %% ../nbs/api/09_image_model.ipynb #im61x2
 @register_net("levels")
@@ -299,24 +314,17 @@ class ImageModel(nn.Module):
         net: str = "levels",  # the network inside, by its registered name: "levels" is `LevelNet`
         stride: int = 16,  # of the token grid of an `EfficientNetLite`, 16 or 32
         wide: bool = True,  # an `EfficientNetLite` ends with 1280 channels, not 320
+        options: dict | None = None,  # what else the network inside may be told: plain numbers, texts and lists by name
     ):
         super().__init__()
         at_least(1, image_size=image_size)
         at_least(0, sharpness=sharpness)
         self.config = dict(labels=list(labels), image_size=image_size, widths=[list(w) for w in widths],
                            last=list(last), sharpness=sharpness, dropout=dropout, pixel_mean=pixel_mean,
-                           pixel_std=pixel_std, net=net, stride=stride, wide=wide)
+                           pixel_std=pixel_std, net=net, stride=stride, wide=wide, **_told(options))
         self.net = _make_net(self.config)
         self.dropout, self.head = nn.Dropout(dropout), nn.Linear(self.net.width, len(labels))
         for part in self.head.parameters(): nn.init.zeros_(part)
-
-    def levels(self, films: torch.Tensor) -> dict:  # (B, 1, S, S) in [0, 1] -> stride: (B, width, S/stride, S/stride)
-        "Feature maps of a batch of films, by stride."
-        size = self.config["image_size"]
-        coarser = self.training and films.shape[-1] < size
-        if films.shape[1:] != (1, size, size) and not coarser: raise _wrong_films(films, size)
-        x = (films - self.config["pixel_mean"]) / self.config["pixel_std"]
-        return self.net.levels(x.contiguous(memory_format=torch.channels_last))  # the faster layout on a CPU
 
     def patch_logits(self, films: torch.Tensor) -> torch.Tensor:  # (B, 1, S, S) -> float32 (B, N, L), before the bias
         "What each patch says for each finding, row-major."
@@ -328,6 +336,19 @@ class ImageModel(nn.Module):
         return pool_patches(self.patch_logits(films), self.config["sharpness"]) + self.head.bias.float()
 
     forward = logits
+
+# %% ../nbs/api/09_image_model.ipynb #im21x2
+@patch
+def levels(
+    self: ImageModel,
+    films: torch.Tensor,  # (B, 1, S, S) in [0, 1]
+) -> dict:  # stride: (B, width, S/stride, S/stride)
+    "Feature maps of a batch of films, by stride."
+    size = self.config["image_size"]
+    coarser = self.training and films.shape[-1] < size
+    if films.shape[1:] != (1, size, size) and not coarser: raise _wrong_films(films, size)
+    x = (films - self.config["pixel_mean"]) / self.config["pixel_std"]
+    return self.net.levels(x.contiguous(memory_format=torch.channels_last))  # the faster layout on a CPU
 
 # %% ../nbs/api/09_image_model.ipynb #im28
 @contextmanager
@@ -415,5 +436,6 @@ def load_image_model(
         raise NeuralError(
             f"the weights in {folder.name!r} do not fit its configuration, first {min(odd)}: copy the whole folder, or"
             " train again")
-    model.load_state_dict(weights, assign=True)
+    # in memory of their own: a product's last bit depends on where its numbers lie, and in a file they lie anywhere
+    model.load_state_dict({k: v.clone() for k, v in weights.items()}, assign=True)
     return model.to(device).eval()

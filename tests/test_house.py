@@ -68,11 +68,17 @@ def test_notebooks_are_clean(fresh_export):
     assert dirty == [], "run nbdev_clean"
 
 
+def place(path) -> tuple:
+    "Module and place of a chapter: 30 stands before 30b, and 30b before 31."
+    number, letter, module = re.fullmatch(r"(\d+)([a-z]?)_(\w+)", path.stem).groups()
+    return module, (int(number), letter)
+
+
 def test_imports_only_run_upward():
-    number = {re.sub(r"^\d+_", "", p.stem): int(p.stem.split("_")[0]) for p in CHAPTERS}
+    number = dict(map(place, CHAPTERS))
     assert len(set(number.values())) == len(CHAPTERS), "two chapters carry the same number"
     wrong = [f"{p.stem} imports {m}" for p in CHAPTERS for source in code_cells(p) for m in imported_modules(source)
-             if m in number and number[m] > number[re.sub(r"^\d+_", "", p.stem)]]
+             if m in number and number[m] > place(p)[1]]
     assert wrong == []
 
 
