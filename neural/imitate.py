@@ -31,14 +31,14 @@ from .train import Training, fit
 from .vlm import quiet
 
 # %% auto #0
-__all__ = ['SECTIONS', 'LEAST', 'SPREAD', 'TARGETS', 'written', 'Pairs', 'check_pairs', 'read_pairs', 'TextEncoder',
-           'warm_cosine', 'train_text_encoder', 'save_text_encoder', 'load_text_encoder', 'prior_vectors',
-           'correlation', 'between_patients', 'check_spread', 'Softening', 'soft_targets', 'cicl', 'SectionVectors',
-           'section_vectors']
+__all__ = ['SECTIONS', 'Pairs', 'check_pairs', 'read_pairs', 'TextEncoder', 'warm_cosine', 'train_text_encoder',
+           'save_text_encoder', 'load_text_encoder', 'prior_vectors', 'correlation', 'between_patients', 'check_spread',
+           'Softening', 'soft_targets', 'cicl', 'SectionVectors', 'section_vectors']
 
 # %% ../nbs/api/30_imitate.ipynb #im30006
 SECTIONS = ("findings", "impression")  # the two halves, from the low levels to the top one
 
+# %% ../nbs/api/30_imitate.ipynb #im30006b
 def written(
     text,  # of a section, as a table gives it; None or NaN where there is none
 ) -> str:  # '' where it holds not a single letter
@@ -74,9 +74,10 @@ class Pairs:
             return [evidence(dict(findings=f, impression=i)) for f, i in zip(self.findings, self.impressions)]
         return self.findings if section == "findings" else self.impressions
 
-# %% ../nbs/api/30_imitate.ipynb #im30013
+# %% ../nbs/api/30_imitate.ipynb #im30012b
 LEAST = 32  # pairs of a section, fewer are no contrast
 
+# %% ../nbs/api/30_imitate.ipynb #im30013
 def check_pairs(
     pairs: Pairs,
     sections: tuple = SECTIONS,  # that will be learnt from
@@ -271,6 +272,14 @@ def train_text_encoder(
 # %% ../nbs/api/30_imitate.ipynb #im30042
 PLAIN = "The heart size is normal. There is no pleural effusion or pneumothorax."  # any report tokenizer reads this
 
+def unknown_share(
+    tokenizer,
+) -> float:  # in [0, 1]
+    "The share of the words of a plain sentence that a tokenizer cannot spell."
+    words = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in PLAIN.split()]
+    return sum(tokenizer.unk_token_id in ids for ids in words) / len(words)
+
+# %% ../nbs/api/30_imitate.ipynb #im30042b
 def check_tokenizer(
     tokenizer,
     model: nn.Module,  # that will read with it
@@ -278,8 +287,7 @@ def check_tokenizer(
 ) -> None:
     "Refuses the tokenizer of another network."
     words, table, pad = len(tokenizer), model.get_input_embeddings().num_embeddings, model.config.pad_token_id
-    ids = tokenizer(PLAIN)["input_ids"]
-    unknown = ids.count(tokenizer.unk_token_id) / max(1, len(ids))
+    unknown = unknown_share(tokenizer)
     why = (f"it has {words} pieces, the network {table}" if not table - 256 < words <= table
            else f"it does not know {unknown:.0%} of a plain sentence" if unknown > 0.5
            else f"it pads with {tokenizer.pad_token_id}, the network with {pad}"
@@ -405,9 +413,10 @@ def between_patients(
     i, j = np.triu_indices(len(rows), 1)
     return correlation(vectors[rows]).numpy()[i, j][who[i] != who[j]]
 
-# %% ../nbs/api/30_imitate.ipynb #im30063
+# %% ../nbs/api/30_imitate.ipynb #im30062b
 SPREAD = 0.1  # standard deviation of the prior below which it hardly tells two patients from two others
 
+# %% ../nbs/api/30_imitate.ipynb #im30063
 def check_spread(
     vectors: torch.Tensor,  # (n, k) prior vectors
     patients: list,  # of each row
@@ -421,9 +430,10 @@ def check_spread(
                       "centre the text vectors, or use the reader's similarity", stacklevel=2)
     return mean, sd
 
-# %% ../nbs/api/30_imitate.ipynb #im30073
-TARGETS = ("cicl", "uniform", "one-hot", "released")
+# %% ../nbs/api/30_imitate.ipynb #im30072b
+TARGETS = ("cicl", "uniform", "one-hot", "released")  # ways to soften
 
+# %% ../nbs/api/30_imitate.ipynb #im30073
 @dataclass(frozen=True)
 class Softening:
     "How the targets of the contrastive loss are softened (IMITATE, CICL; answers C6)."
@@ -485,6 +495,7 @@ class SectionVectors:
     prior: torch.Tensor  # float32 (1 or 2, n, k), rows of length 1 or 0
     there: torch.Tensor  # bool (n,): the section is there
     fitted: dict = field(default_factory=dict)  # mean of the features, weights of the reader
+    words: str = ""  # name of the text encoder
 
     def rows(self, rows: torch.Tensor, turned: torch.Tensor) -> tuple:  # (V, B, d), (V, B, k), bool (B,)
         "What a batch needs; turned: bool (V, B), which films of which view are mirrored."
@@ -517,7 +528,7 @@ def fitted_prior(
 # %% ../nbs/api/30_imitate.ipynb #im30086
 def section_vectors(
     pairs: Pairs,
-    encoder: TextEncoder,  # or anything with `encode` and `width`
+    encoder: TextEncoder,  # or anything with `encode`, `width` and `name`
     sections: tuple = SECTIONS,  # or ("whole",)
     prior: str = "text",  # "text", "raw" or "reader"
     reader=None,  # `ReportReader`, for prior="reader"
@@ -535,5 +546,5 @@ def section_vectors(
             vectors.append(one)
         there = torch.tensor([bool(t) for t in pairs.of(s)])
         if like is None and there.sum() > 2: check_spread(vectors[0], pairs.patients, s.upper())
-        found[s] = SectionVectors(torch.stack(features), torch.stack(vectors), there, fitted)
+        found[s] = SectionVectors(torch.stack(features), torch.stack(vectors), there, fitted, encoder.name)
     return found

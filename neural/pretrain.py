@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from .study import NeuralError, above, at_least, make_folder
 from .train import Checkpoint, Training, computes_bf16, fit, pick_device
 
 # %% auto #0
-__all__ = ['BRANCHES', 'register_backbone', 'draw_channels', 'Imitate', 'PairTraining', 'section_loss', 'pair_loss', 'pretrain',
+__all__ = ['register_backbone', 'draw_channels', 'Imitate', 'PairTraining', 'section_loss', 'pair_loss', 'pretrain',
            'save_imitate', 'load_imitate', 'start_from_pairs']
 
 # %% ../nbs/api/31_pretrain.ipynb #im31008
@@ -156,9 +156,8 @@ class FindingsBranch(nn.Module):
         return tokens + self.channel(torch.cat([p + s for p, s in zip(picks, starts)], 1))
 
     def forward(self, maps: list) -> torch.Tensor:  # per level, (B, width, h, w) -> float32 (B, dim), length 1
-        counts = self.counts if self.training else self.widths
-        tokens = self.tokens(maps, draw_channels(len(maps[0]), self.widths, counts, maps[0].device)
-                             if self.training else None)
+        drawn = draw_channels(len(maps[0]), self.widths, self.counts, maps[0].device) if self.training else None
+        tokens = self.tokens(maps, drawn)
         ask = self.ask.expand(len(tokens), -1, -1)
         keys, hidden = padded(torch.cat([tokens, ask], 1), self.length)
         return F.normalize(self.head((ask + self.attention(ask, keys, keys, hidden, False)[0])[:, 0]).float(), dim=1)
@@ -173,9 +172,10 @@ def padded(
     hidden = torch.arange(length, device=tokens.device).expand(len(tokens), -1) >= tokens.shape[1]
     return F.pad(tokens, (0, 0, 0, length - tokens.shape[1])), hidden
 
-# %% ../nbs/api/31_pretrain.ipynb #im31027
-BRANCHES = ("whole", "two", "multi")
+# %% ../nbs/api/31_pretrain.ipynb #im31026c
+BRANCHES = ("whole", "two", "multi")  # ways to hold a report against a film
 
+# %% ../nbs/api/31_pretrain.ipynb #im31027
 class Imitate(nn.Module):
     "An image model, its branches and the projection of texts, trained together on pairs (IMITATE, sec. 3)."
 
@@ -195,9 +195,9 @@ class Imitate(nn.Module):
         at_least(1, text_width=text_width, dim=dim, side=side, heads=heads)
         if branches not in BRANCHES:
             raise NeuralError(f"branches must be one of {', '.join(BRANCHES)}, got {branches!r}")
-        if side * side % heads or max(text_width, dim) > 16384 or side > 64:
+        if side * side % heads or max(text_width, dim) > 4096 or side > 32:
             raise NeuralError(f"{heads} heads, {side} cells a side, {dim} and {text_width} numbers make no branch: "
-                              "heads must divide side²; at most 64 cells and 16,384 numbers")
+                              "heads must divide side²; at most 32 cells and 4,096 numbers")
         self.config = dict(text_width=text_width, branches=branches, words=words, dim=dim, side=side,
                            shares=list(shares), heads=heads, named=named)
         self.image_config, self.net = image.config, image.net
@@ -475,16 +475,28 @@ def backbone_name(
     return f"{config['net']} {json.dumps(shape)}, {config['image_size']} pixels".replace('"', "")
 
 # %% ../nbs/api/31_pretrain.ipynb #im31070
+def taught_by(
+    model: Imitate,
+    pairs: Pairs,
+    vectors: dict,  # of `section_vectors`
+    how: PairTraining,
+) -> dict:  # name -> text
+    "What makes this training another one than the next: branches, pairs, vectors, and the settings of the loss."
+    plain = replace(how, device="cpu", progress=False, bf16=False)
+    numbers = [part.numpy() for s in model.sections for part in (vectors[s].features, vectors[s].prior)]
+    return ({name: str(value) for name, value in model.config.items()}
+            | dict(pairs=f"{len(pairs)} {digest(pairs.ids, pairs.findings, pairs.impressions)}",
+                   vectors=digest(*numbers), settings=repr(plain)))
+
+# %% ../nbs/api/31_pretrain.ipynb #im31070c
 def open_checkpoint(
     path: str | Path | None,  # of the file, or None
     model: Imitate,
-    pairs: Pairs,
+    **about,  # of `taught_by`
 ) -> Checkpoint | None:
     "Where a training goes on; refuses the checkpoint of another backbone."
     if path is None: return None
     here, (rank, _) = backbone_name(model.image_config), processes()
-    about = {name: str(value) for name, value in model.config.items()}
-    about["pairs"] = f"{len(pairs)} {digest(pairs.ids, pairs.findings, pairs.impressions)}"
     resume = Checkpoint(path, backbone=here, **about)
     if rank: resume.save = lambda state: None  # one process writes
     found = resume.read()
@@ -505,6 +517,24 @@ def settle_words(
     self.words_mean.copy_(x.mean(0))
     self.words_scale.copy_((x - x.mean(0)).std().clamp(min=1e-6))
 
+# %% ../nbs/api/31_pretrain.ipynb #im31072c
+def check_vectors(
+    model: Imitate,
+    pairs: Pairs,
+    vectors: dict,  # of `section_vectors`
+) -> None:
+    "Refuses vectors of other sections, other pairs or another text encoder."
+    if lost := [s for s in model.sections if s not in vectors]:
+        raise NeuralError(f"there are no vectors of {lost[0].upper()}: make them with section_vectors(pairs, encoder, "
+                          f"{model.sections})")
+    for found in (vectors[s] for s in model.sections):
+        (_, n, width), words = found.features.shape, model.config["words"]
+        if n != len(pairs): raise NeuralError(f"{n} vectors and {len(pairs)} pairs do not belong together: make "
+                                              "the vectors with section_vectors(pairs, encoder)")
+        if width != model.config["text_width"] or "" not in (words, found.words) and words != found.words:
+            raise NeuralError(f"the vectors are {width} numbers of the text encoder {found.words or '?'}, the network "
+                              f"was built for {model.config['text_width']} of {words or 'any'}: use one text encoder")
+
 # %% ../nbs/api/31_pretrain.ipynb #im31073
 def contrast_on(
     pairs: Pairs,  # of validate
@@ -514,15 +544,17 @@ def contrast_on(
 ) -> Callable:  # model -> dict(contrast=nats)
     "InfoNCE on studies that were not learnt from, the mean over sections; all channels, no augmentation."
     rows = torch.arange(min(most, len(pairs)))
+    usable = [s for s, v in vectors.items() if v.there[rows].sum() > 1]
+    if not usable: raise NeuralError("fewer than two pairs to validate on: bring more, or validate=None")
     def judge(model):
         device, terms = next(model.parameters()).device, []
         films = [pair_batch(pairs, vectors, part)["films"][0].to(device) for part in rows.split(batch_size)]
         seen = [model.embed(f) for f in films]
-        for s in model.sections:
+        for s in (s for s in model.sections if s in usable):
             there = vectors[s].there[rows]
             x = torch.cat([e[s] for e in seen])[there]
             y = model.read(vectors[s].features[0][rows][there].to(device))
-            if len(x) > 1: terms.append(cicl(x, y, x.new_zeros(len(x), len(x)), Softening("one-hot")))
+            terms.append(cicl(x, y, x.new_zeros(len(x), len(x)), Softening("one-hot")))
         return dict(contrast=torch.stack(terms).mean().item())
     return judge
 
@@ -537,9 +569,7 @@ def pretrain(
 ) -> list[dict]:  # one per epoch: epoch, loss, findings, impression and, with validate, contrast
     "Train an encoder on pairs of film and report (IMITATE, sec. 4)."
     check_pairs(pairs, model.sections)
-    if lost := [s for s in model.sections if s not in vectors]:
-        raise NeuralError(f"there are no vectors of {lost[0].upper()}: make them with section_vectors(pairs, encoder, "
-                          f"{model.sections})")
+    check_vectors(model, pairs, vectors)
     device = pick_device(how.device)
     torch.manual_seed(how.seed)
     model.settle_words(vectors)
@@ -552,7 +582,7 @@ def pretrain(
     with trained_together(model):
         history = fit(model, pair_batches(pairs, vectors, how.batch_size, how.views, how.flips), pair_loss(how),
                       optimiser, training, schedule, contrast_on(*validate) if validate else None,
-                      resume=open_checkpoint(resume, model, pairs))
+                      resume=open_checkpoint(resume, model, **taught_by(model, pairs, vectors, how)))
     model.to(memory_format=torch.contiguous_format)
     return history
 

@@ -4,6 +4,7 @@
 
 # %% ../nbs/api/31b_probe.ipynb #im39003
 from __future__ import annotations
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .baseline import linear_reader
-from .evaluate import auc_interval
+from .evaluate import auc, auc_interval
 from .finetune import StudyDataset, film_logits, fit_labels
 from .image_model import ImageModel
 from .imitate import TextEncoder
@@ -21,7 +22,7 @@ from .pretrain import Imitate
 from .study import SPLITS, Manifest, NeuralError, at_least, targets
 
 # %% auto #0
-__all__ = ['film_features', 'patients_at', 'linear_probe', 'fine_tuned', 'label_efficiency', 'retrieval', 'zero_shot',
+__all__ = ['film_features', 'patients_at', 'linear_probe', 'fine_tuned', 'label_efficiency', 'retrieval', 'zero_shot', 'hears_no',
            'neighbours']
 
 # %% ../nbs/api/31b_probe.ipynb #im39010
@@ -75,6 +76,9 @@ def linear_probe(
         said[:, n] = linear_reader(features[train], y[train], features[validate], y[validate], features[test])
     return said
 
+# %% ../nbs/api/31b_probe.ipynb #im39019b
+LEAST_PATIENTS = 5  # of each class, below which an interval says nothing
+
 # %% ../nbs/api/31b_probe.ipynb #im39020
 def probe_rows(
     said: list,  # per seed, (tests, L) probabilities
@@ -82,17 +86,16 @@ def probe_rows(
     patients: list,  # (tests,)
     labels: tuple,  # their names
     **about,  # more columns
-) -> pd.DataFrame:  # label, value, low, high, seeds; blank where an interval cannot be had
+) -> pd.DataFrame:  # label, seeds, value, low, high; blank where there is no probe, or no interval
     "AUC of each finding with an interval over patients, the mean over seeds (this companion's choice)."
     rows = []
     for n, label in enumerate(labels):
         y = np.asarray(truth, float)[:, n]
-        known = ~np.isnan(y)
+        known, numbers = ~np.isnan(y), (np.nan,) * 3
         p = np.array([s[known, n] for s in said if not np.isnan(s[known, n]).any()])
-        numbers = (np.nan,) * 3
-        if len(p) and len(set(y[known])) == 2:
-            try: numbers = auc_interval(y[known], p, np.asarray(patients)[known])
-            except NeuralError: pass  # too few patients
+        who = [len(set(np.asarray(patients)[y == value])) for value in (0, 1)]
+        if len(p) and min(who) >= LEAST_PATIENTS: numbers = auc_interval(y[known], p, np.asarray(patients)[known])
+        elif len(p) and min(who): numbers = (np.mean([auc(y[known], s) for s in p]), np.nan, np.nan)
         rows.append(about | dict(label=label, seeds=len(p)) | dict(zip(("value", "low", "high"), numbers)))
     return pd.DataFrame(rows)
 
@@ -107,7 +110,7 @@ def fine_tuned(
     lr: float = 1e-3,  # peak learning rate
     **kwargs,  # passed on to `fit_labels`: seed, device, bf16, draw, coarse
 ) -> np.ndarray:  # (tests, L) probabilities
-    "The whole network taught the findings, and what it says of the test films (BenchX's protocol)."
+    "The whole network taught the findings, and what it says of the test films (BenchX, arXiv 2410.21969)."
     history = fit_labels(image, image.logits, train, validate, epochs, min(batch_size, len(train)), lr, **kwargs)
     if not np.isfinite(history[-1]["loss"]): raise NeuralError("fine-tuning left the finite numbers: lower lr")
     return torch.sigmoid(film_logits(image, test)).numpy()
@@ -115,7 +118,6 @@ def fine_tuned(
 # %% ../nbs/api/31b_probe.ipynb #im39028
 def label_table(
     manifest: Manifest,
-    films,  # of its studies, see `film_features`
     labels: tuple,  # findings
     policy: str = "ones",  # what uncertain becomes
     without: list = (),  # study ids to leave out, such as films that failed
@@ -144,7 +146,7 @@ def label_efficiency(
     "What an encoder is worth at fractions of the labels, by both protocols (IMITATE, sec. 4; BenchX)."
     if odd := sorted(set(ways) - {"linear probe", "fine-tuning"}):
         raise NeuralError(f"ways are 'linear probe' and 'fine-tuning', got {odd[0]!r}")
-    ids, split, patients, truth = label_table(manifest, films, labels, policy, without)
+    ids, split, patients, truth = label_table(manifest, labels, policy, without)
     rows = {s: np.flatnonzero(split == s) for s in SPLITS}
     data = lambda at: StudyDataset(films, [ids[n] for n in at], [""] * len(at), truth[at])
     features = film_features(make(), films, ids) if "linear probe" in ways else None
@@ -156,7 +158,21 @@ def label_efficiency(
     return pd.concat([probe_rows([said(way, share, seed) for seed in seeds], truth[rows["test"]], who, labels, way=way,
                                  share=share) for way in ways for share in shares], ignore_index=True)
 
+# %% ../nbs/api/31b_probe.ipynb #im39033b
+MOST_RANKED = 20_000  # pairs that are ranked against each other; what is compared grows with their square
+
 # %% ../nbs/api/31b_probe.ipynb #im39034
+def first_rank(
+    alike: torch.Tensor,  # (n, n) similarity of those who ask to those among whom they look
+    names: np.ndarray,  # (n,) what each says; equal ones are equally right
+) -> np.ndarray:  # (n,) from 1
+    "The rank of the first right answer; among ties, its expected one."
+    right = torch.as_tensor(names[:, None] == names[None])
+    best = alike.masked_fill(~right, -torch.inf).max(1, keepdim=True).values
+    before, tied = ((alike > best) & ~right).sum(1), ((alike == best) & ~right).sum(1)
+    return (1 + before + tied / (((alike == best) & right).sum(1) + 1)).numpy()
+
+# %% ../nbs/api/31b_probe.ipynb #im39034c
 def retrieval(
     x: torch.Tensor,  # (n, dim) those who ask, rows of length 1
     y: torch.Tensor,  # (n, dim) among whom they look, in the same order
@@ -164,15 +180,12 @@ def retrieval(
     at: tuple = (1, 5, 10),  # K of R@K
 ) -> dict:  # R@K and chance of R@K in [0, 1], median rank from 1
     "How often the right one is among the first (GLoRIA's retrieval, as in IMITATE, sec. 4)."
-    if len(x) != len(y) or len(x) < 2:
-        raise NeuralError(f"retrieval needs two pairs or more, got {len(x)} and {len(y)}")
+    if len(x) != len(y) or not 2 <= len(x) <= MOST_RANKED:
+        raise NeuralError(f"retrieval needs two to {MOST_RANKED:,} pairs, got {len(x)} and {len(y)}")
     names = np.arange(len(x)) if said is None else np.unique(np.asarray(said, str), return_inverse=True)[1]
-    right, alike = torch.as_tensor(names[:, None] == names[None]), x.float() @ y.float().T
-    best = alike.masked_fill(~right, -torch.inf).max(1, keepdim=True).values
-    before, tied = ((alike > best) & ~right).sum(1), ((alike == best) & ~right).sum(1)
-    rank = (1 + before + tied / 2).numpy()
-    wrong = len(x) - right.sum(1).numpy()
-    chance = lambda k: np.mean([1 - np.prod([(w - i) / (len(x) - i) for i in range(min(k, len(x)))]) for w in wrong])
+    right, rank = names[:, None] == names[None], first_rank(x.float() @ y.float().T, names)
+    chance = lambda k: np.mean([1 - math.prod((w - i) / (len(x) - i) for i in range(min(k, len(x))))
+                                for w in (~right).sum(1)])
     return ({f"R@{k}": float((rank <= k).mean()) for k in at} | {f"chance of R@{k}": float(chance(k)) for k in at}
             | {"median rank": float(np.median(rank))})
 

