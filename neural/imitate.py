@@ -32,8 +32,8 @@ from .vlm import quiet
 
 # %% auto #0
 __all__ = ['SECTIONS', 'Pairs', 'check_pairs', 'read_pairs', 'TextEncoder', 'warm_cosine', 'train_text_encoder',
-           'save_text_encoder', 'load_text_encoder', 'prior_vectors', 'correlation', 'between_patients', 'check_spread',
-           'Softening', 'soft_targets', 'cicl', 'SectionVectors', 'section_vectors']
+           'save_text_encoder', 'load_text_encoder', 'prior_vectors', 'correlation', 'between_patients', 'Softening',
+           'soft_targets', 'cicl', 'SectionVectors', 'section_vectors']
 
 # %% ../nbs/api/30_imitate.ipynb #im30006
 SECTIONS = ("findings", "impression")  # the two halves, from the low levels to the top one

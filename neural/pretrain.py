@@ -31,8 +31,8 @@ from .study import NeuralError, above, at_least, make_folder
 from .train import Checkpoint, Training, computes_bf16, fit, pick_device
 
 # %% auto #0
-__all__ = ['register_backbone', 'draw_channels', 'Imitate', 'PairTraining', 'section_loss', 'pair_loss', 'pretrain',
-           'save_imitate', 'load_imitate', 'start_from_pairs']
+__all__ = ['register_backbone', 'Imitate', 'PairTraining', 'pair_loss', 'pretrain', 'save_imitate', 'load_imitate',
+           'start_from_pairs']
 
 # %% ../nbs/api/31_pretrain.ipynb #im31008
 class HubNet(nn.Module):
