@@ -326,6 +326,19 @@ def check_files(
             raise NeuralError(f"{file} in {folder.name!r} is {there}, its config.json was written with {about[key]}: "
                               "copy the whole folder again")
 
+# %% ../nbs/api/30_imitate.ipynb #im30046b
+LARGEST = dict(num_hidden_layers=48, hidden_size=4096, intermediate_size=16384, vocab_size=300_000,
+               max_position_embeddings=8194)  # of a text encoder; more is a mistake, or meant to fill the memory
+
+def check_sizes(
+    about: dict,  # a config.json that was not written here
+    name: str,  # of its folder
+) -> None:
+    "Refuses a configuration whose network would not fit, before anything is built."
+    for key, most in LARGEST.items():
+        if isinstance(there := about.get(key), (int, float)) and there > most:
+            raise NeuralError(f"{name!r} asks for {key} {there:,}, at most {most:,} are built: name another checkpoint")
+
 # %% ../nbs/api/30_imitate.ipynb #im30047
 def load_text_encoder(
     folder: str | Path,  # a transformers checkpoint: config.json, model.safetensors, tokenizer.json
@@ -336,6 +349,7 @@ def load_text_encoder(
     folder = Path(folder)
     about = network_config(folder, "name the folder of a transformers checkpoint, downloaded by hand")
     check_files(folder, about)
+    check_sizes(about, folder.name)
     try:
         with quiet():
             model, info = AutoModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True,

@@ -16,16 +16,19 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from transformers import BertConfig, BertModel
 
 from neural.image_model import ImageModel, save_image_model
-from neural.imitate import (Pairs, Softening, between_patients, check_spread, cicl, correlation, load_text_encoder,
-                            prior_vectors, read_pairs, save_text_encoder, section_vectors, soft_targets,
-                            train_text_encoder, warm_cosine)
+from neural.imitate import (Pairs, Softening, TextEncoder, between_patients, check_spread, cicl, correlation,
+                            load_text_encoder, prior_vectors, read_pairs, report_tokenizer, save_text_encoder,
+                            section_vectors, soft_targets, train_text_encoder, warm_cosine)
+from neural.layouts import index_dataset
 from neural.pretrain import (FindingsBranch, Imitate, PairTraining, channel_counts, contrast_on, draw_channels,
                              load_imitate, pair_batch, pair_batches, pair_loss, pretrain, register_backbone,
                              save_imitate, start_from_pairs, trained_together)
 from neural.probe import label_efficiency, linear_probe, patients_at, retrieval, zero_shot
-from neural.report import swap_laterality
+from neural.radiograph import cache_radiographs, load_radiograph
+from neural.report import ReportReader, swap_laterality
 from neural.study import Manifest, NeuralError, Study, View
 from neural.train import Training, fit
 from neural.vlm import ReportVLM, small_config
@@ -367,7 +370,6 @@ def test_padding_is_not_attended_to_and_evaluation_draws_nothing():
 
 def test_the_brightest_pixels_stay_bright(tmp_path):
     "C5: in the released cache they wrap round to black."
-    from neural.radiograph import load_radiograph
     for kind, full in ((np.uint8, 255), (np.uint16, 65535)):
         film = np.full((64, 64), full // 3, kind)
         film[16:48, 16:48] = full
@@ -386,6 +388,44 @@ def test_films_and_texts_are_joined_by_id():
     a, b = (pair_batch(p, vectors_of(p), rows) for p, rows in places)
     assert torch.equal(a["films"][0], b["films"][0])
     assert torch.equal(a["impression"][0], b["impression"][0]) and torch.equal(a["findings"][2], b["findings"][2])
+
+
+def test_a_cache_of_films_is_written_once_and_asked_by_id(tmp_path):
+    "C13: the released cache is written anew for each film, and joined by the order of a table."
+    names = [f"s{n}" for n in range(4)]
+    for n, name in enumerate(names):
+        Image.fromarray(np.full((SIZE, SIZE), 40 * n, np.uint8) + np.arange(SIZE, dtype=np.uint8)).save(
+            tmp_path / f"{name}.png")
+    items = [(name, tmp_path / f"{name}.png") for name in names]
+    cache, lost = cache_radiographs(items, tmp_path / "films", SIZE, workers=0)
+    written = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "films").iterdir()}
+    pairs = Pairs(cache, names[::-1], ["Effusion."] * 4, ["Effusion."] * 4)
+    batch = pair_batch(pairs, vectors_of(pairs), torch.tensor([3, 0]))["films"][0]
+    assert not lost and torch.equal(batch, torch.as_tensor(cache.batch(["s0", "s3"])))
+    again, _ = cache_radiographs(items, tmp_path / "films", SIZE, workers=0)
+    assert written == {f.name: f.stat().st_mtime_ns for f in (tmp_path / "films").iterdir()}
+    assert np.array_equal(again.batch(names), cache.batch(names))
+
+
+# real reports
+
+def test_the_prior_of_real_reports(real_data):
+    "C3, C7, C16: sections that are missing, a raw prior that is constant, and a reader's that is not."
+    manifest, _ = index_dataset("open-i", real_data)
+    pairs = {split: read_pairs(manifest, None, split) for split in ("train", "test")}
+    train = pairs["train"]
+    assert not set(train.patients) & set(pairs["test"].patients)
+    assert 0.05 < 1 - np.mean([bool(t) for t in train.findings]) < 0.4 and len(train) > 500
+    tokenizer, some = report_tokenizer(train.impressions), Pairs(None, train.ids[:300], [""] * 300,
+                                                                 train.impressions[:300], train.patients[:300])
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=1,
+                        intermediate_size=32, pad_token_id=0)
+    encoder = TextEncoder(BertModel(config, add_pooling_layer=False), tokenizer, "cls", 64)
+    with pytest.warns(UserWarning, match="IMPRESSION: the similarity of reports is 1.00 ± 0.00 between patients"):
+        section_vectors(some, encoder, prior="raw")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for prior in ("text", "reader"): section_vectors(some, encoder, ("impression",), prior, ReportReader())
 
 
 # processes
@@ -682,7 +722,6 @@ def test_an_own_text_encoder_comes_back_to_the_last_bit(spoken, tmp_path):
 
 
 def test_a_tokenizer_of_another_network_is_refused(spoken, tmp_path):
-    from transformers import BertConfig, BertModel
     encoder, _ = spoken
     encoder.tokenizer.save_pretrained(tmp_path)
     for size, why in ((2000, "pieces, the network 2000"), (20, "pieces, the network 20")):
@@ -711,6 +750,15 @@ def test_only_safetensors_are_opened(spoken, tmp_path):
     weights.write_bytes(b"not tensors")
     with unreadable: load_text_encoder(tmp_path / "words")
     with pytest.raises(NeuralError, match="config.json is missing"): load_text_encoder(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("what", ["num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"])
+def test_sizes_of_a_text_encoder_are_bounded_before_it_is_built(spoken, tmp_path, what):
+    save_text_encoder(spoken[0], tmp_path / "words")
+    told = json.loads((tmp_path / "words/config.json").read_text())
+    (tmp_path / "words/config.json").write_text(json.dumps(told | {what: 10**9}))
+    with pytest.raises(NeuralError, match=f"^'words' asks for {what} 1,000,000,000, at most"):
+        load_text_encoder(tmp_path / "words")
 
 
 def test_a_network_that_writes_is_no_text_encoder(spoken, tmp_path):
