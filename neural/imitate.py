@@ -269,9 +269,10 @@ def train_text_encoder(
                   Training(epochs, seed=seed, name="words", progress=progress), schedule)
     return TextEncoder(model.bert, tokenizer, max_tokens=max_tokens), history
 
-# %% ../nbs/api/30_imitate.ipynb #im30042
+# %% ../nbs/api/30_imitate.ipynb #im30042c
 PLAIN = "The heart size is normal. There is no pleural effusion or pneumothorax."  # any report tokenizer reads this
 
+# %% ../nbs/api/30_imitate.ipynb #im30042
 def unknown_share(
     tokenizer,
 ) -> float:  # in [0, 1]
@@ -326,10 +327,11 @@ def check_files(
             raise NeuralError(f"{file} in {folder.name!r} is {there}, its config.json was written with {about[key]}: "
                               "copy the whole folder again")
 
-# %% ../nbs/api/30_imitate.ipynb #im30046b
+# %% ../nbs/api/30_imitate.ipynb #im30046bc
 LARGEST = dict(num_hidden_layers=48, hidden_size=4096, intermediate_size=16384, vocab_size=300_000,
                max_position_embeddings=8194)  # of a text encoder; more is a mistake, or meant to fill the memory
 
+# %% ../nbs/api/30_imitate.ipynb #im30046b
 def check_sizes(
     about: dict,  # a config.json that was not written here
     name: str,  # of its folder
@@ -382,9 +384,10 @@ def correlation(
     "Similarity of each two reports, in float32 even under autocast (answers C14)."
     with torch.autocast(vectors.device.type, enabled=False): return vectors.float() @ vectors.float().T
 
-# %% ../nbs/api/30_imitate.ipynb #im30055
+# %% ../nbs/api/30_imitate.ipynb #im30055c
 STATES = {"present": 1.0, "uncertain": 0.5, "absent": 0.0}
 
+# %% ../nbs/api/30_imitate.ipynb #im30055
 def finding_states(
     texts: list,  # blank where a section is missing
     reader,  # `ReportReader`
@@ -518,9 +521,10 @@ class SectionVectors:
         version = turned.long()
         return self.features[version, rows], self.prior[version, rows], self.there[rows]
 
-# %% ../nbs/api/30_imitate.ipynb #im30084
+# %% ../nbs/api/30_imitate.ipynb #im30084c
 PRIORS = ("text", "raw", "reader")
 
+# %% ../nbs/api/30_imitate.ipynb #im30084
 def fitted_prior(
     prior: str,  # "text": centred text vectors; "raw": as released; "reader": findings with assertion
     texts: list,

@@ -53,7 +53,7 @@ class HubNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor: return [*self.levels(x).values()][-1]  # the last level
 
-# %% ../nbs/api/31_pretrain.ipynb #im31009
+# %% ../nbs/api/31_pretrain.ipynb #im31009c
 def register_backbone(
     name: str,  # unique, small letters, digits and hyphens
     config,  # of any backbone of transformers, such as ResNetConfig(num_channels=1)
@@ -61,11 +61,13 @@ def register_backbone(
     "Put a backbone of transformers where `ImageModel(net=name)` finds it."
     register_net(name)(lambda _: HubNet(copy.deepcopy(config)))
 
+# %% ../nbs/api/31_pretrain.ipynb #im31009
 register_backbone("resnet-50", ResNetConfig(num_channels=1))  # the paper's, for films of one channel
 
-# %% ../nbs/api/31_pretrain.ipynb #im31013
+# %% ../nbs/api/31_pretrain.ipynb #im31013c
 SHARES = (0.25, 0.15, 0.1, 0.1)  # of the channels of each level that are drawn in training; the paper's
 
+# %% ../nbs/api/31_pretrain.ipynb #im31013
 def channel_counts(
     widths: list,  # channels of each level
     shares: tuple = SHARES,  # of each level; the last one holds for further levels

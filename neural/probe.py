@@ -189,12 +189,13 @@ def retrieval(
     return ({f"R@{k}": float((rank <= k).mean()) for k in at} | {f"chance of R@{k}": float(chance(k)) for k in at}
             | {"median rank": float(np.median(rank))})
 
-# %% ../nbs/api/31b_probe.ipynb #im39038
+# %% ../nbs/api/31b_probe.ipynb #im39038c
 ASSERT = ("There is {}.", "{} is present.", "Findings are consistent with {}.")
 DENY = ("There is no {}.", "No {}.", "{} is absent.")
 PHRASES = {"Edema": "pulmonary edema", "Lung Lesion": "lung nodule", "Lung Opacity": "lung opacity",
            "Pleural Other": "pleural thickening", "Support Devices": "a support device", "Fracture": "a rib fracture"}
 
+# %% ../nbs/api/31b_probe.ipynb #im39038
 def prompts(
     finding: str,  # a label, or any words
     frames: tuple = ASSERT,  # sentences with a gap
