@@ -69,10 +69,10 @@ def test_notebooks_are_clean(fresh_export):
 
 
 def test_imports_only_run_upward():
-    number = {re.sub(r"^\d+_", "", p.stem): int(p.stem.split("_")[0]) for p in CHAPTERS}
-    assert len(set(number.values())) == len(CHAPTERS), "two chapters carry the same number"
+    place = {p.stem.split("_", 1)[1]: re.fullmatch(r"(\d\d)([a-z]?)_\w+", p.stem).groups() for p in CHAPTERS}
+    assert len(set(place.values())) == len(CHAPTERS), "two chapters carry the same number"
     wrong = [f"{p.stem} imports {m}" for p in CHAPTERS for source in code_cells(p) for m in imported_modules(source)
-             if m in number and number[m] > number[re.sub(r"^\d+_", "", p.stem)]]
+             if m in place and place[m] > place[p.stem.split("_", 1)[1]]]
     assert wrong == []
 
 

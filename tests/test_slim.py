@@ -389,6 +389,7 @@ def planted(seed=0):
         block.body[3].weight[np.ix_(heard, rest)] = 0
         block.body[3].weight[np.ix_(heard, live)] = block.body[3].weight[np.ix_(heard, live)].abs()
         block.body[4].weight[:] = block.body[4].weight.abs() + 0.1              # LRP-z+ knows no evidence against
+        block.body[4].bias[:], block.body[4].running_mean[:] = 0.1, 0.0
         block.body[0].weight[rest] *= 5
         block.body[1].bias[:], block.body[1].weight[:] = 2.0, 1.0
         block.body[1].weight[rest] = 3.0
