@@ -10,13 +10,13 @@ from torch.nn import functional as F
 from neural.asset import StudyAsset
 from neural.attribute import ADDITIONS, RULES, Rule, ask, layer_gradients, prepared, share
 from neural.classify import PARTS, GraphClassifier, as_columns, load_classifier, save_classifier
+from neural.criteria import (CRITERIA, SPACE, Calibration, agreement, calibrate, choose, erased, film_maps, rank_units,
+                             recalibrate, recover, score_units, survival)
 from neural.evaluate import file_bytes
 from neural.image_model import ImageModel, InvertedBlock, ResidualBlock, load_image_model, save_image_model
 from neural.prune import Budget, Scores, top_k
 from neural.results import count_macs
-from neural.slim import (CRITERIA, SPACE, Calibration, Mask, agreement, bytes_after, calibrate, choose, erased,
-                         film_maps, find_units, silenced, network_digest, pipes_of, rank_units, recalibrate, recover,
-                         save_slim, score_units, slimmed, survival)
+from neural.slim import Mask, bytes_after, find_units, network_digest, pipes_of, save_slim, silenced, slimmed
 from neural.study import NeuralError
 from neural.vlm import ReportVLM, load_vlm, save_vlm, small_config
 
@@ -163,7 +163,7 @@ def test_captum_agrees_on_layer_gradients():
         theirs = attr.LayerIntegratedGradients(net, net.get_submodule(place)).attribute(
             x, target=label, n_steps=16, method="gausslegendre", attribute_to_layer_input=True)
         theirs = theirs[0] if isinstance(theirs, tuple) else theirs
-        assert torch.allclose(layer_gradients(net, x, label, place, 16, None, 0 * x), theirs, atol=1e-4)
+        assert torch.allclose(layer_gradients(net, x, label, place, 16, baseline=0 * x), theirs, atol=1e-4)
 
 
 def test_asking_leaves_the_network_as_it_is():  # the tool changes yours: seeds, threads, gradients
