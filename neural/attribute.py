@@ -294,6 +294,15 @@ def _named_places(model, at):
     finally:
         for hook in hooks: hook.remove()
 
+# %% ../nbs/api/34_attribute.ipynb #attr0052x
+def _logits_of(out, label):
+    "The logit of each film that was asked about, (B,)."
+    out = out.reshape(len(out), -1)
+    if len(label) != len(out): raise NeuralError(f"{len(out)} films were asked about {len(label)} labels: one each")
+    if len(label) and not 0 <= int(label.min()) <= int(label.max()) < out.shape[1]:
+        raise NeuralError(f"asked about label {int(label.max())} of a network with {out.shape[1]}, counted from 0")
+    return out.gather(1, label[:, None])[:, 0]
+
 # %% ../nbs/api/34_attribute.ipynb #attr0048
 @dataclass(eq=False)
 class Trace:
@@ -306,15 +315,6 @@ class Trace:
     def table(self) -> pd.DataFrame:  # one row per layer, from the logit down
         "Where the relevance went, layer by layer."
         return pd.DataFrame(self.ledger).groupby("layer", sort=False).sum()
-
-# %% ../nbs/api/34_attribute.ipynb #attr0052x
-def _logits_of(out, label):
-    "The logit of each film that was asked about, (B,)."
-    out = out.reshape(len(out), -1)
-    if len(label) != len(out): raise NeuralError(f"{len(out)} films were asked about {len(label)} labels: one each")
-    if len(label) and not 0 <= int(label.min()) <= int(label.max()) < out.shape[1]:
-        raise NeuralError(f"asked about label {int(label.max())} of a network with {out.shape[1]}, counted from 0")
-    return out.gather(1, label[:, None])[:, 0]
 
 # %% ../nbs/api/34_attribute.ipynb #attr0049
 def ask(

@@ -191,6 +191,25 @@ def _all_against_all(layers, ranked, budget, least):
         raise NeuralError(f"{empty[0]}: this budget would leave the layer empty; keep more, or say least=1")
     return kept
 
+# %% ../nbs/api/34c_criteria.ipynb #slim0068
+def _paid(model, ranked, budget, ranking, example):
+    "The mask of the largest ratio, in thousandths, whose network costs no more than the budget."
+    limit = budget.bytes or budget.macs
+    if budget.macs and not example:
+        raise NeuralError("a budget of multiply-accumulates needs an example to count them on")
+    def cost(thousandths):
+        mask = choose(model, ranked, Budget(ratio=thousandths / 1000), ranking, 1)
+        return mask, bytes_after(model, mask) if budget.bytes else count_macs(slimmed(model, mask), *example)
+    low, high, best = 0, 1000, None
+    while low < high:
+        middle = (low + high + 1) // 2
+        mask, price = cost(middle)
+        if price <= limit: low, best = middle, mask
+        else: high = middle - 1
+    if best is None:
+        raise NeuralError(f"a budget of {limit:,} does not pay for the smallest network, which costs {cost(1)[1]:,}")
+    return best
+
 # %% ../nbs/api/34c_criteria.ipynb #slim0066
 def choose(
     model: nn.Module,
@@ -215,25 +234,6 @@ def choose(
         most = max(int(kept[l.name].sum()) for l in alike)
         for l in alike: kept[l.name] = _kept_of(ranked[l.name], l, Budget(count=most))
     return Mask(kept, network_digest(model))
-
-# %% ../nbs/api/34c_criteria.ipynb #slim0068
-def _paid(model, ranked, budget, ranking, example):
-    "The mask of the largest ratio, in thousandths, whose network costs no more than the budget."
-    limit = budget.bytes or budget.macs
-    if budget.macs and not example:
-        raise NeuralError("a budget of multiply-accumulates needs an example to count them on")
-    def cost(thousandths):
-        mask = choose(model, ranked, Budget(ratio=thousandths / 1000), ranking, 1)
-        return mask, bytes_after(model, mask) if budget.bytes else count_macs(slimmed(model, mask), *example)
-    low, high, best = 0, 1000, None
-    while low < high:
-        middle = (low + high + 1) // 2
-        mask, price = cost(middle)
-        if price <= limit: low, best = middle, mask
-        else: high = middle - 1
-    if best is None:
-        raise NeuralError(f"a budget of {limit:,} does not pay for the smallest network, which costs {cost(1)[1]:,}")
-    return best
 
 # %% ../nbs/api/34c_criteria.ipynb #slim0075
 @torch.no_grad()
