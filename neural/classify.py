@@ -23,6 +23,7 @@ from torch_geometric.data import Batch, Data, Dataset
 from torch_geometric.nn import GCNConv
 from .asset import AssetError
 from .graph import ADJACENT, ASSERTIONS, EDGE_TYPES, REVERSE, SHOWS, certainty_share
+from .image_model import narrow
 from .picture import decode_picture
 from .study import Exclusions, NeuralError, above, at_least, make_folder, read_table, readable, whole_file
 from .train import Training, fit
@@ -454,6 +455,7 @@ class GraphClassifier(nn.Module):
         fusion='grounding',    # how the graphs are joined, see chapter 18
         parts=PARTS,           # which graphs are read, and 'context'
         certainty=False,       # how sure the writer was of a concept is read, too
+        slim=None,             # shapes of the tensors that are smaller than `hidden` says, see `narrow` of chapter 09
     ):
         super().__init__()
         _check_parts(kind, parts, certainty)
@@ -463,7 +465,7 @@ class GraphClassifier(nn.Module):
         self.trained_on = {}     # where its assets came from, target, policy; see `origin`
         self.config = dict(kind=kind, dim=dim, vocabulary_size=vocabulary_size, hidden=hidden, patches=patches,
                            dropout=dropout, fusion=fusion, parts=list(parts),
-                           **({'certainty': True} if certainty else {}))
+                           **({'certainty': True} if certainty else {}), **({'slim': slim} if slim else {}))
         if 'visual' in parts:
             self.visual, self.place = nn.Linear(dim, hidden), (nn.Embedding(patches, hidden) if patches else None)
         if 'knowledge' in parts: self.words = nn.Embedding(vocabulary_size*len(ASSERTIONS), hidden)
@@ -477,6 +479,7 @@ class GraphClassifier(nn.Module):
         self.register_buffer('spread', torch.ones(dim))
         nn.init.normal_(self.last.weight, std=.01/math.sqrt(self.last.in_features))
         nn.init.zeros_(self.last.bias)
+        if slim: narrow(self, slim)
 
 # %% ../nbs/api/22_classify.ipynb #fd855b2a
 @patch

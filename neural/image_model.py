@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from .study import LABELS, NeuralError, at_least, make_folder, readable, system_reason
 
 # %% auto #0
-__all__ = ['LITE_NETS', 'start_convolutions', 'sight', 'EfficientNetLite', 'pool_patches', 'register_net', 'ImageModel',
+__all__ = ['LITE_NETS', 'start_convolutions', 'sight', 'EfficientNetLite', 'pool_patches', 'register_net', 'narrow', 'ImageModel',
            'hash_of_file', 'save_image_model', 'load_image_model']
 
 # %% ../nbs/api/09_image_model.ipynb #im06
@@ -291,6 +291,38 @@ def _lite(config):
 for _name in LITE_NETS:
     register_net(_name)(_lite)
 
+# %% ../nbs/api/09_image_model.ipynb #slimim02
+def _resize(part):
+    "Lets a module say the sizes that its tensors have."
+    shape, depthwise = part.weight.shape, getattr(part, "groups", 1) > 1
+    if isinstance(part, nn.modules.conv._ConvNd):
+        part.out_channels, part.groups = shape[0], shape[0] if depthwise else 1
+        part.in_channels = shape[1] * part.groups
+    elif isinstance(part, nn.Linear): part.out_features, part.in_features = shape
+    elif isinstance(part, nn.Embedding): part.num_embeddings, part.embedding_dim = shape
+    elif isinstance(part, nn.modules.batchnorm._BatchNorm): part.num_features = shape[0]
+
+# %% ../nbs/api/09_image_model.ipynb #slimim03
+def narrow(
+    model: nn.Module,  # of the default sizes; changed in place
+    shapes: dict,  # name of a parameter or buffer -> its shape, no side longer than it is
+) -> None:
+    "Builds a network in the sizes that its configuration names (this companion's choice)."
+    if not isinstance(shapes, dict): raise NeuralError("a configuration names smaller tensors one by one, with shapes")
+    there = dict([*model.named_parameters(), *model.named_buffers()])
+    for name, shape in shapes.items():
+        old = there.get(name)
+        if old is None or len(shape) != old.ndim or not all(1 <= n <= most for n, most in zip(shape, old.shape)):
+            had = "no such tensor" if old is None else f"at most {list(old.shape)}"
+            raise NeuralError(f"the configuration asks for {name} of {shape}, the network has {had}: copy it again")
+        value = old.detach()[tuple(slice(n) for n in shape)].clone()
+        part = model.get_submodule(name.rpartition(".")[0])
+        setattr(part, name.rpartition(".")[2],
+                nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)
+    for part in {name.rpartition(".")[0] for name in shapes}:
+        if isinstance(getattr(model.get_submodule(part), "weight", None), torch.Tensor):
+            _resize(model.get_submodule(part))
+
 # %% ../nbs/api/09_image_model.ipynb #im21
 def _wrong_films(films, size):
     "What to say of films of another shape."
@@ -315,6 +347,7 @@ class ImageModel(nn.Module):
         stride: int = 16,  # of the token grid of an `EfficientNetLite`, 16 or 32
         wide: bool = True,  # an `EfficientNetLite` ends with 1280 channels, not 320
         options: dict | None = None,  # what else the network inside may be told: plain numbers, texts and lists by name
+        slim: dict | None = None,  # shapes of the tensors that are smaller than these widths say, see `narrow`
     ):
         super().__init__()
         at_least(1, image_size=image_size)
@@ -322,9 +355,13 @@ class ImageModel(nn.Module):
         self.config = dict(labels=list(labels), image_size=image_size, widths=[list(w) for w in widths],
                            last=list(last), sharpness=sharpness, dropout=dropout, pixel_mean=pixel_mean,
                            pixel_std=pixel_std, net=net, stride=stride, wide=wide, **_told(options))
+        if slim: self.config["slim"] = slim
         self.net = _make_net(self.config)
         self.dropout, self.head = nn.Dropout(dropout), nn.Linear(self.net.width, len(labels))
         for part in self.head.parameters(): nn.init.zeros_(part)
+        if slim:
+            narrow(self, slim)
+            self.net.width = self.head.in_features
 
     def patch_logits(self, films: torch.Tensor) -> torch.Tensor:  # (B, 1, S, S) -> float32 (B, N, L), before the bias
         "What each patch says for each finding, row-major."

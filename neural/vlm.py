@@ -22,16 +22,17 @@ from transformers import (AutoTokenizer, LogitsProcessorList, PreTrainedConfig, 
                           T5Config, T5ForConditionalGeneration)
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
+from transformers.models.swin.modeling_swin import SwinAttention
 from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.utils import logging
 
-from .image_model import (LITE_NETS, EfficientNetLite, LevelNet, hash_of_file, pool_patches, network_config,
-                                start_convolutions, writable)
+from .image_model import (LITE_NETS, EfficientNetLite, LevelNet, hash_of_file, narrow, pool_patches,
+                                network_config, start_convolutions, writable)
 from .study import LABELS, NeuralError, at_least, make_folder, readable
 
 # %% auto #0
-__all__ = ['small_config', 'ReportVLM', 'label_loss', 'Packed', 'pack', 'kept_memory', 'save_vlm', 'load_vlm', 'load_tokenizer',
-           'checkpoint_folder']
+__all__ = ['small_config', 'narrow_heads', 'ReportVLM', 'label_loss', 'Packed', 'pack', 'kept_memory', 'save_vlm', 'load_vlm',
+           'load_tokenizer', 'checkpoint_folder']
 
 # %% ../nbs/api/10_vlm.ipynb #5bf4efa2
 class ReportVLMConfig(PreTrainedConfig):
@@ -39,6 +40,8 @@ class ReportVLMConfig(PreTrainedConfig):
     model_type = "report-vlm"
     # with prompts: which tokens they are, thresholds, places, see chapter 13; None: a decoder without, as in the paper
     writer = None
+    # shapes of the tensors that are smaller than all these say, see `narrow` of chapter 09; None: there are none
+    slim = None
 
     def __init__(
         self,
@@ -57,6 +60,7 @@ class ReportVLMConfig(PreTrainedConfig):
         pixel_mean: tuple = (0.45,),  # per input channel, subtracted from pixels in [0, 1]
         pixel_std: tuple = (0.25,),  # per input channel, divides after the mean
         writer: dict | None = None,  # how reports are prompted, chapter 13; None: not at all, as in the paper
+        slim: dict | None = None,  # what has been removed, chapter 34b; None: nothing, as in the paper
         **kwargs,
     ):
         self.swin, self.decoder, self.stem = dict(swin or {}), dict(decoder or {}), stem
@@ -65,6 +69,7 @@ class ReportVLMConfig(PreTrainedConfig):
             list(label_names), label_weight, sharpness, dropout)
         self.pixel_mean, self.pixel_std = list(pixel_mean), list(pixel_std)
         if writer: self.writer = dict(writer)
+        if slim: self.slim = dict(slim)
         super().__init__(**kwargs)
 
 # %% ../nbs/api/10_vlm.ipynb #a8d78926
@@ -190,6 +195,18 @@ class ReportVLMOutput(ModelOutput):
     tokens: torch.Tensor | None = None  # (B, N, d) token grid, before projection
     cross_attentions: tuple | None = None  # one (B, heads, T, N) per decoder layer
 
+# %% ../nbs/api/10_vlm.ipynb #slimvl02
+def narrow_heads(
+    model: nn.Module,  # with layers of T5 and Swin; changed in place
+    shapes: dict,  # of its tensors, see `narrow`
+) -> None:
+    "Builds a network in the sizes that its configuration names, heads of attention among them."
+    narrow(model, shapes)
+    for part in model.modules():
+        if isinstance(part, T5Attention):
+            part.inner_dim, part.n_heads = part.q.out_features, part.q.out_features // part.key_value_proj_dim
+        elif isinstance(part, SwinAttention): part.num_attention_heads = part.q_proj.out_features // part.head_dim
+
 # %% ../nbs/api/10_vlm.ipynb #306e5247
 class ReportVLM(PreTrainedModel):
     "Film in, report and findings out: Swin → projection → T5 decoder, plus a label head (NEURAL, sec. 2.1)."
@@ -206,6 +223,7 @@ class ReportVLM(PreTrainedModel):
         self.projection = nn.Sequential(
             nn.Linear(wide, model), nn.Dropout(config.dropout), nn.ReLU(), nn.Linear(model, model))
         self.head = nn.Linear(wide, len(config.label_names))
+        if config.slim: narrow_heads(self, config.slim)
         self.post_init()
         self.start()
 
