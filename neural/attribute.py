@@ -24,10 +24,11 @@ from .study import NeuralError, above, at_least
 # %% auto #0
 __all__ = ['RULES', 'ADDITIONS', 'Rule']
 
-# %% ../nbs/api/34_attribute.ipynb #attr0006
+# %% ../nbs/api/34_attribute.ipynb #22c950a5
 RULES = ("epsilon", "gamma", "zplus", "absolute")
 ADDITIONS = ("rule", "equal", "naive")  # how a sum of two branches shares, see below
 
+# %% ../nbs/api/34_attribute.ipynb #attr0006
 @dataclass(frozen=True)
 class Rule:
     "How relevance is shared on its way down (Bach et al. 2015; Montavon et al. 2019; DLB-style: reconstruction)."
@@ -212,7 +213,7 @@ def _(at, func, a, b, **named):
     if at.rule.addition == "equal": return _Pass.apply(both, both.detach(), 0.5).sum(0)
     return at.node(both, lambda v, w: w * v.sum(0))
 
-# %% ../nbs/api/34_attribute.ipynb #attr0035
+# %% ../nbs/api/34_attribute.ipynb #75ab423e
 @_how("sub", "isub")
 def _(at, func, a, b, **named):
     fixed = torch.is_tensor(b) and b.numel() > 1
@@ -220,6 +221,7 @@ def _(at, func, a, b, **named):
         at.refuse("a difference of two maps")
     return at.node(a, lambda v, w: v * w, None, -b) if fixed else _Pass.apply(a, func(a.detach(), b, **named))
 
+# %% ../nbs/api/34_attribute.ipynb #attr0035
 @_how("mul", "rmul", "imul", "div", "truediv")
 def _(at, func, a, b):
     x = a if torch.is_tensor(a) and a.requires_grad else b
@@ -230,13 +232,14 @@ def _(at, func, a, b):
     if value.shape != x.shape: at.refuse("a product that spreads")
     return _Pass.apply(x, value)
 
-# %% ../nbs/api/34_attribute.ipynb #attr0037
+# %% ../nbs/api/34_attribute.ipynb #56874bc5
 @_how("matmul", "bmm")
 def _(at, func, a, b):
     if a.requires_grad and b.requires_grad: return _Wall.apply(func(a.detach(), b.detach()), a, b)
     if b.requires_grad: return at.node(b, lambda v, w: func(w, v), a)
     return at.node(a, lambda v, w: func(v, w), b)
 
+# %% ../nbs/api/34_attribute.ipynb #attr0037
 @_how("scaled_dot_product_attention")
 def _(at, func, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **more):
     if is_causal: at.refuse("a causal attention in one kernel")

@@ -404,11 +404,12 @@ def bench_index(
                          'reference, ms a study': 1e3*slow/n, 'times the reference': slow/seconds})
     return pd.DataFrame(rows).set_index('studies')
 
-# %% ../nbs/api/41_bench.ipynb #boxes02
+# %% ../nbs/api/41_bench.ipynb #65989f0e
 def _there_and_back(work, x, weights):
     "One pass and its gradients, for everything that learns."
     (work(x) * weights).sum().backward()
 
+# %% ../nbs/api/41_bench.ipynb #boxes02
 def box_ways(
     config,    # a `ViTConfig`
     stage,     # from 0

@@ -388,6 +388,8 @@ _BuildRoot = Annotated[
     typer.Option(
         "--root", help="Folder of the data set, if it has moved since it was indexed.", exists=True, file_okay=False),
 ]
+
+# %% ../nbs/api/45_cli.ipynb #d3afc7ac1
 _BuildImages = Annotated[
     Optional[Path], typer.Option(help="Folder of the images, if they have moved, too.", exists=True, file_okay=False)]
 _BuildKeep = Annotated[
@@ -398,6 +400,8 @@ _BuildTrack = Annotated[
 _BuildScore = Annotated[
     Optional[str],
     typer.Option(help="What ranks the patches, by its name in `neural scorers`; as in the network's run if left out.")]
+
+# %% ../nbs/api/45_cli.ipynb #d3afc7ac2
 _BuildShare = Annotated[
     Optional[float],
     typer.Option(min=0, max=1, help="Share of the second part of a mixture; as saved, or one half, if left out.")]
@@ -417,11 +421,15 @@ _BuildKeyFile = Annotated[
 _BuildHideCorners = Annotated[
     bool, typer.Option("--hide-corners", help="Retain and show no patch of the four corners, where names are burnt in.")
 ]
+
+# %% ../nbs/api/45_cli.ipynb #e56fc06f
 _BuildEngine = Annotated[
     Literal["local", "ray"],
     typer.Option(help="This machine, or the workers of Ray: those of RAY_ADDRESS, or new ones here.")]
 _BuildWorkers = Annotated[
     int, typer.Option(min=0, help="Decoding processes; with ray, processes that hold the network.")]
+
+# %% ../nbs/api/45_cli.ipynb #142ef63c
 _BuildPrecision = Annotated[
     Literal["float32", "bfloat16"],
     typer.Option(
@@ -432,6 +440,8 @@ _BuildPrecision = Annotated[
 _BuildDevice = Annotated[
     Literal["auto", "cpu", "cuda"], typer.Option(help="Where the network runs; auto takes a GPU where there is one.")]
 _BuildLimit = Annotated[float, typer.Option(min=0, max=1, help="Stop if a larger share of the studies is left out.")]
+
+# %% ../nbs/api/45_cli.ipynb #d3afc7ac3
 _BuildForce = Annotated[
     bool,
     typer.Option(
@@ -747,6 +757,8 @@ _BenchWhat = Annotated[
 ]
 _BenchStudies = Annotated[
     Optional[int], typer.Option(min=2, help="Studies at 1x the work, instead of the usual number.")]
+
+# %% ../nbs/api/45_cli.ipynb #4ed5c21c1
 _BenchSmall = Annotated[
     bool,
     typer.Option("--small", help="Small networks and few studies: seconds instead of minutes, to see that it works.")]
@@ -756,12 +768,16 @@ _BenchMinutes = Annotated[
     float, typer.Option(min=0.1, max=1440, help="Of `gpu`, in all; where they are short, fewer rounds are taken.")]
 _BenchCohorts = Annotated[str, typer.Option(help="Of `draws`: seeds of the phantom cohorts, such as 101,102,103.")]
 _BenchSeeds = Annotated[str, typer.Option(help="Of `draws`: training seeds on each cohort.")]
+
+# %% ../nbs/api/45_cli.ipynb #4ed5c21c2
 _BenchCheck = Annotated[
     str,
     typer.Option(help="Of `draws`: seeds of cohorts that are held against the others and take no part in the summary.")]
 _BenchEpochs = Annotated[
     Optional[int], typer.Option(min=1, help="Of `draws`: passes of both trainings, instead of the preset's.")]
 _BenchSize = Annotated[Optional[int], typer.Option(min=64, max=4096, help="Of `draws`: pixels of the films as drawn.")]
+
+# %% ../nbs/api/45_cli.ipynb #4ed5c21c3
 _BenchWork = Annotated[
     Path,
     typer.Option(help="Of `draws`: folder in which they are made and kept; a stopped command goes on from there.",
@@ -771,6 +787,8 @@ _BenchWorkers = Annotated[
     Optional[int],
     typer.Option(min=1, help="Of `draws`: how many are made side by side, each on one core; all cores if left out.")]
 _BenchOut = Annotated[Optional[Path], typer.Option(help="Write the tables as JSON, too.", dir_okay=False)]
+
+# %% ../nbs/api/45_cli.ipynb #4ed5c21c4
 _BenchForce = Annotated[
     bool, typer.Option("--force", help="Replace tables that are there, and draws that were made otherwise.")]
 

@@ -281,9 +281,10 @@ def _cell(films, grid):
                                     f" {films.shape[-2]} x {films.shape[-1]} pixels; name another grid")
     return films.shape[-2] // grid[0], films.shape[-1] // grid[1]
 
-# %% ../nbs/api/34c_criteria.ipynb #slim0084
+# %% ../nbs/api/34c_criteria.ipynb #a7e110da
 JUDGES = {"gamma": "relevance", "absolute": "sharing", "gradient": "gradient", "covered": "none"}
 
+# %% ../nbs/api/34c_criteria.ipynb #slim0084
 def film_maps(
     model: nn.Module,  # left as it is
     films: torch.Tensor,  # (n, 1, S, S) in [0, 1]

@@ -100,9 +100,10 @@ class Teacher:
         self.check(said)
         return said
 
-# %% ../nbs/api/32b_distill.ipynb #dst15
+# %% ../nbs/api/32b_distill.ipynb #4cb0e53f
 ENOUGH = 32  # answers that all lie in [0, 1] are no logits
 
+# %% ../nbs/api/32b_distill.ipynb #dst15
 @patch
 def check(
     self: Teacher,

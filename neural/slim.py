@@ -144,13 +144,14 @@ def _(pipes, name, part, stream, read):
         stream, read = pipes.walk(_under(name, i), stream, read), read or isinstance(part[i], nn.Conv2d)
     return stream
 
-# %% ../nbs/api/34b_slim.ipynb #slim0013x
+# %% ../nbs/api/34b_slim.ipynb #c6a4dab2
 @pipes_of(nn.BatchNorm2d)
 def _(pipes, name, part, stream, read):
     for tensor in ("weight", "bias"): pipes.add(stream, "made", _under(name, tensor), 0)
     for tensor in ("running_mean", "running_var"): pipes.add(stream, "cut", _under(name, tensor), 0)
     return stream
 
+# %% ../nbs/api/34b_slim.ipynb #slim0013x
 @pipes_of(nn.Conv2d)
 def _(pipes, name, part, stream, read):
     if part.groups == 1:
@@ -175,13 +176,14 @@ def _(pipes, name, part, stream, read):
     out = pipes.walk(_under(name, "body"), stream)
     return pipes.join(stream, out, name) if part.shortcut else out
 
-# %% ../nbs/api/34b_slim.ipynb #slim0014x
+# %% ../nbs/api/34b_slim.ipynb #f01e3894
 @pipes_of(LevelNet, EfficientNetLite)
 def _(pipes, name, part, stream, read):
     stream = pipes.walk(_under(name, "stem"), stream)
     for i in range(len(part.stages)): stream = pipes.walk(_under(name, f"stages.{i}"), stream)
     return pipes.walk(_under(name, "top"), stream) if hasattr(part, "top") else stream
 
+# %% ../nbs/api/34b_slim.ipynb #slim0014x
 @pipes_of(ImageModel)
 def _(pipes, name, part, stream, read):
     stream = pipes.walk("net", None)
