@@ -244,17 +244,26 @@ def pool_patches(
 _NETS = {}  # name -> function from a configuration to a network with `levels` and `width`
 _OPTIONS = {}  # name -> what may stand among the `options` of its configuration
 
+# %% ../nbs/api/09_image_model.ipynb #imsame01
+def _same_code(one, other):
+    "Whether two functions are one, run twice: a cell that is run again, a chapter beside the module it exports."
+    if not (hasattr(one, "__code__") and hasattr(other, "__code__")): return one is other
+    held = lambda f: (f.__qualname__, f.__code__.co_consts, f.__code__.co_names, f.__code__.co_varnames,
+                      [repr(cell.cell_contents) for cell in f.__closure__ or ()])
+    return held(one) == held(other)
+
 # %% ../nbs/api/09_image_model.ipynb #im61
 def register_net(
     name: str,  # unique, small letters, digits and hyphens, such as "efficientnet-lite0"
     options: tuple = (),  # names of what it may be told beside the common settings, such as ("depths",)
 ) -> Callable:  # decorates a function (config) -> nn.Module, and gives it back
-    "Put a network where an image model finds it by its name (this companion's choice)."
-    if name in _NETS or not re.fullmatch(r"[a-z][a-z0-9-]*", name):
-        raise NeuralError(
-            f"a network needs a name of its own, of small letters, digits and hyphens; got {str(name)[:40]!r}")
+    "Put a network where an image model finds it by its name; the same code may do so twice (this companion's choice)."
+    refused = NeuralError(
+        f"a network needs a name of its own, of small letters, digits and hyphens; got {str(name)[:40]!r}")
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", name): raise refused
 
     def put(make):
+        if name in _NETS and not _same_code(_NETS[name], make): raise refused
         _NETS[name], _OPTIONS[name] = make, tuple(options)
         return make
 

@@ -218,7 +218,7 @@ def test_a_registered_network_has_the_face_of_all(cells, tmp_path):
 def test_a_network_needs_a_name_of_its_own(cells, name):
     before = dict(_NETS)
     with pytest.raises(NeuralError, match="a name of its own"):
-        register_net(name)
+        register_net(name)(lambda config: torch.nn.Identity())
     assert _NETS == before
 
 
