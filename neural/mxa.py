@@ -19,7 +19,7 @@ from .image_model import ImageModel, register_net
 from .study import LABELS, NeuralError, at_least
 
 # %% auto #0
-__all__ = ['BOXES', 'vit_config', 'Sandwich', 'vit_model', 'boxes_of']
+__all__ = ['BOXES', 'vit_config', 'Beside', 'Sandwich', 'Merge', 'EfficientViT', 'vit_model', 'boxes_of']
 
 # %% ../nbs/api/32_mxa.ipynb #mxa06
 EFFICIENTVIT = {  # widths, depths and heads of the three stages; kernels on the queries of the heads

@@ -20,6 +20,7 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5DenseActDense, T5D
 
 from .classify import CONTEXT, PARTS, GraphClassifier, save_classifier
 from .image_model import EfficientNetLite, ImageModel, InvertedBlock, LevelNet, ResidualBlock, save_image_model
+from .mxa import Beside, EfficientViT, Merge
 from .study import NeuralError, readable
 from .vlm import Residual, ReportVLM, narrow_heads, save_vlm
 
@@ -189,6 +190,27 @@ def _(pipes, name, part, stream, read):
     stream = pipes.walk("net", None)
     pipes.add(stream, "cut", "head.weight", 1)
     pipes.add(stream, "read", "dropout", -1)
+    return None
+
+# %% ../nbs/api/34b_slim.ipynb #slimvit2
+@pipes_of(Merge)
+def _(pipes, name, part, stream, read):
+    inner = pipes.walk(_under(name, "widen"), stream)
+    asked, gate = (_under(name, f"excite.{i}") for i in (1, 3))
+    pipes.reads(inner, asked, 1)
+    pipes.reads(pipes.makes(asked, part.excite[1].out_channels), gate, 1)
+    for tensor in ("weight", "bias"): pipes.add(inner, "cut", _under(gate, tensor), 0)
+    pipes.reads(inner, _under(name, "narrow.0"), 1)
+    return None
+
+# %% ../nbs/api/34b_slim.ipynb #slimvit3
+@pipes_of(EfficientViT)
+def _(pipes, name, part, stream, read):
+    for child, module in part.named_modules():
+        here = _under(name, child)
+        if isinstance(module, Merge): pipes.walk(here, None)
+        if isinstance(module, Beside) and len(module.body) == 3:             # a feed-forward layer
+            pipes.reads(pipes.walk(_under(here, "body.0"), None), _under(here, "body.2.0"), 1)
     return None
 
 # %% ../nbs/api/34b_slim.ipynb #slim0015

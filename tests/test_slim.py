@@ -14,6 +14,7 @@ from neural.criteria import (CRITERIA, SPACE, Calibration, agreement, calibrate,
                              recalibrate, recover, score_units, survival)
 from neural.evaluate import file_bytes
 from neural.image_model import ImageModel, InvertedBlock, ResidualBlock, load_image_model, save_image_model
+from neural.mxa import vit_model
 from neural.prune import Budget, Scores, top_k
 from neural.results import count_macs
 from neural.slim import Mask, bytes_after, find_units, network_digest, pipes_of, save_slim, silenced, slimmed
@@ -28,8 +29,9 @@ def lively(model, seed=0):
     "Weights and statistics as after a training: nothing zero, nothing one."
     torch.manual_seed(seed)
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        if not t.is_floating_point(): continue
         if "running_var" in name: nn.init.uniform_(t, 0.5, 2)
-        elif t.is_floating_point() and t.ndim < 2: nn.init.uniform_(t, -0.5, 1)
+        elif t.ndim < 2: nn.init.uniform_(t, -0.5, 1)
         elif "bias_table" in name or "attention_bias" in name: nn.init.normal_(t)
         elif "head" in name or "last" in name: nn.init.normal_(t, std=0.3)
     return model.eval()
@@ -211,12 +213,15 @@ def _(pipes, name, part, stream, read):
 
 
 VLM = dict(image_size=96, labels=("A", "B"), width=64, d_model=64)
+VIT = dict(widths=(16, 32), depths=(1, 2), heads=(2, 2), kernels=(3, 3), key=8)
 NETWORKS = {
     "levels": lambda: levels(),
     "levels, blocks of three": lambda: lively(ImageModel(("A", "B"), 32, ((6, 6, 8), (8, 12, 12)), last=(3, 3))),
     "levels, as wide when halved": lambda: lively(ImageModel(("A", "B"), 32, ((8, 8), (8, 8), (8, 16)))),
     "efficientnet": lambda: lively(ImageModel(("A", "B"), 64, net="efficientnet-lite0", wide=False)),
     "squeeze-excite": lambda: lively(Mixed()),
+    "efficientvit": lambda: lively(vit_model(("A", "B"), 64, **VIT)),
+    "efficientvit, learnt box": lambda: lively(vit_model(("A", "B"), 64, box="learnt", **VIT)),
     "report network, levels": lambda: lively(ReportVLM(small_config(40, stem="levels", **VLM))),
     "report network, conv": lambda: lively(ReportVLM(small_config(40, stem="conv", **VLM))),
     "report network, patches": lambda: lively(ReportVLM(small_config(40, stem="patch", **VLM | {"width": 96}))),
@@ -331,7 +336,7 @@ def test_torch_pruning_removes_to_the_same_numbers():
 
 # what is saved
 
-@by_name("kind", ["levels", "efficientnet", "report network, levels", "report network, conv"])
+@by_name("kind", ["levels", "efficientnet", "efficientvit, learnt box", "report network, levels", "report network, conv"])
 def test_a_slim_network_is_an_ordinary_one_and_smaller_by_what_was_promised(kind, tmp_path, monkeypatch):
     model = NETWORKS[kind]()
     save, load = ((save_vlm, load_vlm) if isinstance(model, ReportVLM) else (save_image_model, load_image_model))
