@@ -336,7 +336,8 @@ def test_torch_pruning_removes_to_the_same_numbers():
 
 # what is saved
 
-@by_name("kind", ["levels", "efficientnet", "efficientvit, learnt box", "report network, levels", "report network, conv"])
+@by_name("kind", ["levels", "efficientnet", "efficientvit, learnt box", "report network, levels",
+                  "report network, conv"])
 def test_a_slim_network_is_an_ordinary_one_and_smaller_by_what_was_promised(kind, tmp_path, monkeypatch):
     model = NETWORKS[kind]()
     save, load = ((save_vlm, load_vlm) if isinstance(model, ReportVLM) else (save_image_model, load_image_model))
