@@ -1,6 +1,6 @@
 """The notebooks of nbs/paper as a person opens them: a fresh clone, from the top, in order, nothing typed.
 
-This is the use that the project is named for, and the slowest file of the suite: two to three minutes on two free
+This is the use that the project is named for, and the slowest file of the suite: five to seven minutes on two
 cores, most of them in `by_hand`, which runs stages 10 to 50 with their defaults once for all tests that look at them.
 """
 import json
