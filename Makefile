@@ -91,7 +91,7 @@ elsewhere: install
 test: install
 	@$(MAKE) --no-print-directory drift
 	@OMP_NUM_THREADS=1 "$(BIN)/nbdev_test" --path nbs/api --n_workers 2; echo "chapters: $$SECONDS s"
-	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n 2 --dist loadfile --durations 12; echo "tests: $$SECONDS s"
+	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 12; echo "tests: $$SECONDS s"
 	@$(MAKE) --no-print-directory -j 2 smoke docs; echo "smoke run and pages, side by side: $$SECONDS s"
 
 # A fresh export and clean must change nothing. Told only from a clean checkout; elsewhere tests/test_house.py compares modules with notebooks.
