@@ -5,6 +5,7 @@
 # %% ../nbs/api/32b_distill.ipynb #dst04
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from .study import NeuralError, above, at_least, readable
 from .vlm import ReportVLM
 
 # %% auto #0
-__all__ = ['Distillation', 'Teacher', 'model_teacher', 'mean_teacher', 'distil_loss', 'taught_logits', 'xray_teacher']
+__all__ = ['Distillation', 'Teacher', 'model_teacher', 'mean_teacher', 'distil_loss', 'taught_logits', 'quoted', 'xray_teacher']
 
 # %% ../nbs/api/32b_distill.ipynb #dst06
 @dataclass(frozen=True)
@@ -208,6 +209,20 @@ def taught_logits(
     films = lambda start: torch.as_tensor(np.asarray(data.films.batch(data.ids[start : start + batch_size])))
     said = [teacher.say(films(start), labels) for start in range(0, len(data), batch_size)]
     return torch.cat(said).numpy() if said else np.zeros((0, len(labels)), np.float32)
+
+# %% ../nbs/api/32b_distill.ipynb #quoted02
+def quoted(
+    teacher: Teacher,
+    bf16: bool = False,  # autocast its reading to bfloat16
+) -> Teacher:  # gives the same answers; films (B, 1, S, S) that it saw before, to the last bit, are not read again
+    "A teacher whose answers are remembered, for several students of the same batches (this companion's choice)."
+    told = {}
+    def logits_of(films):
+        key = tuple(films.shape), hashlib.sha256(films.cpu().numpy().tobytes()).digest()
+        if key not in told:
+            with torch.autocast(films.device.type, torch.bfloat16, enabled=bf16): told[key] = teacher(films)
+        return told[key]
+    return Teacher(teacher.name, teacher.labels, logits_of)
 
 # %% ../nbs/api/32b_distill.ipynb #dst36
 class DenseStep(nn.Module):

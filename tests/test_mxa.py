@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neural.distill import (Distillation, Teacher, distil_loss, distil_terms, mean_teacher, model_teacher,
-                            taught_logits, xray_teacher)
+                            quoted, taught_logits, xray_teacher)
 from neural.finetune import StudyDataset, fit_labels
 from neural.image_model import ImageModel, load_image_model, save_image_model
 from neural.mxa import (BOXES, CascadedAttention, EfficientViT, Finder, LearntBox, ReleasedBox,
@@ -462,3 +462,50 @@ def test_the_bench_compares_the_same_maps():
     for way in ways.values():
         way()
         assert way.args[1].grad.abs().sum() > 0
+
+
+# B9: what chooses
+
+def test_reading_test_after_every_pass_changes_nothing_of_a_training():
+    data, blind = studies(8), studies(8)
+    blind.targets[4:] = np.nan
+    found = {}
+    for name, part in (("first half", None), ("both, one blind", blind)):
+        if part is None: part = StudyDataset(data.films, data.ids[:4], [""] * 4, data.targets[:4])
+        torch.manual_seed(0)
+        model = vit_model(("a", "b"), 64, box="learnt", **TINY)
+        history = fit_labels(model, model, data, part, epochs=2, batch_size=4, bf16=False)
+        found[name] = model.state_dict(), [row["eval_loss"] for row in history]
+    (weights, losses), (again, others) = found.values()
+    assert losses == pytest.approx(others, abs=1e-6)
+    assert all(torch.equal(v, again[k]) for k, v in weights.items())
+
+
+# B12: a teacher that is quoted
+
+def test_a_quoted_teacher_teaches_as_if_it_were_asked():
+    data, asked, weights = studies(), [], {}
+    torch.manual_seed(1)
+    large = awake(ImageModel(("a", "b"), 64, ((8,), (8,)))).eval()
+    teacher = Teacher("t", ("a", "b"), lambda x: asked.append(len(x)) or large(x))
+    memory, counts = quoted(teacher), []
+    for name, one in (("asked", teacher), ("quoted", memory), ("quoted again", memory)):
+        torch.manual_seed(0)
+        model = vit_model(("a", "b"), 64, **TINY)
+        fit_labels(model, model, data, epochs=2, batch_size=4, loss=distil_loss(("a", "b"), one), bf16=False)
+        weights[name] = model.state_dict()
+        counts.append(len(asked))
+    assert counts == [4, 8, 8], "the second student of the same films asks for nothing"
+    for name in ("quoted", "quoted again"):
+        assert all(torch.equal(v, weights[name][k]) for k, v in weights["asked"].items())
+    memory(torch.rand(2, 1, 64, 64))
+    assert len(asked) == 9, "another film is asked for anew"
+
+
+def test_what_was_squashed_in_training_shows_in_the_first_loss():
+    y = torch.zeros(64, 2)
+    y[:15] = 1
+    model = vit_model(("a", "b"), 64, **TINY)
+    once, twice = (label_loss(z, y).item() for z in (model(torch.rand(64, 1, 64, 64)), torch.zeros(64, 2).sigmoid()))
+    assert once == pytest.approx(math.log(2), abs=0.02)
+    assert twice == pytest.approx(math.log(1 + math.exp(0.5)) - y.mean().item() / 2, abs=1e-5)
