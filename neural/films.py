@@ -37,7 +37,7 @@ from .radiograph import decode_films
 from .study import Manifest, NeuralError, at_least, read_table, readable, refuse_overwrite, targets, whole_file
 
 # %% auto #0
-__all__ = ['FilmModel', 'open_film_model', 'to_onnx', 'quantise_onnx', 'Calibration', 'calibrate_films', 'save_calibration',
+__all__ = ['FilmModel', 'open_film_model', 'to_onnx', 'quantise_onnx', 'FilmCalibration', 'calibrate_films', 'save_calibration',
            'load_calibration', 'predict_films', 'write_film_table', 'is_film_table']
 
 # %% ../nbs/api/32c_films.ipynb #flm06
@@ -303,7 +303,7 @@ def platt(
 
 # %% ../nbs/api/32c_films.ipynb #flm36
 @dataclass(frozen=True)
-class Calibration:
+class FilmCalibration:
     "Slopes and offsets of one network's findings, and where they come from (Platt 1999)."
     model: str  # hash of the network's file of weights
     slopes: dict  # finding -> slope, above 0
@@ -327,7 +327,7 @@ def fit_calibration(
     logits: np.ndarray,  # (n, L) of films that the network was not trained on
     truth: np.ndarray,  # (n, L) 0 or 1, NaN where unknown
     least: int = 10,  # known studies with a finding, and without it, that it needs
-) -> Calibration:
+) -> FilmCalibration:
     "One slope and one offset a finding, where enough is known of it."
     at_least(2, least=least)
     if not np.shape(logits) == np.shape(truth) == (len(logits), len(model.labels)):
@@ -341,7 +341,7 @@ def fit_calibration(
     if not slopes:
         raise NeuralError(f"no finding has {least} known studies with it and {least} without it, of {len(logits)}:"
                           " nothing can be calibrated; name a manifest with a larger validate split")
-    return Calibration(model.hash, slopes, offsets, len(logits), known)
+    return FilmCalibration(model.hash, slopes, offsets, len(logits), known)
 
 # %% ../nbs/api/32c_films.ipynb #flm40
 def calibrate_films(
@@ -349,7 +349,7 @@ def calibrate_films(
     manifest: Manifest,  # with a validate split and labels of the network's findings
     workers: int = 0,  # decoding processes beside this one
     least: int = 10,  # known studies with a finding, and without it, that it needs
-) -> Calibration:
+) -> FilmCalibration:
     "The calibration of a network on the validate studies of a manifest (this companion's choice)."
     studies = manifest.of("validate")
     if not studies: raise NeuralError("the manifest has no validate study: calibrate on films that are kept apart")
@@ -406,7 +406,7 @@ def is_calibration(
 
 # %% ../nbs/api/32c_films.ipynb #flm45
 def save_calibration(
-    calibration: Calibration,
+    calibration: FilmCalibration,
     model: FilmModel,  # that it was fitted for
     force: bool = False,  # replace a calibration that is there
 ) -> Path:  # the file
@@ -418,7 +418,7 @@ def save_calibration(
 
 def load_calibration(
     model: FilmModel,
-) -> Calibration | None:  # None where none lies beside it
+) -> FilmCalibration | None:  # None where none lies beside it
     "The calibration beside a network, complete and its own, or refused."
     path = calibration_file(model)
     if not path.exists(): return None
@@ -427,7 +427,7 @@ def load_calibration(
                         " --calibrate and --keep --force")
     if not isinstance(said, dict) or said.pop("kind", None) != FITTED: raise wrong
     said.pop("note", None)
-    try: found = Calibration(**said)
+    try: found = FilmCalibration(**said)
     except TypeError: raise wrong from None
     if found.model not in (model.hash, *model.alike):
         raise NeuralError(f"{path.name} belongs to the network {str(found.model)[:16]}, this one is {model.hash}; remove"
@@ -466,7 +466,7 @@ def _looks_like_film(path):
 def predict_films(
     model: FilmModel,
     folder: str | Path,  # of films
-    calibration: Calibration | None = None,  # of this network
+    calibration: FilmCalibration | None = None,  # of this network
     workers: int = 0,  # decoding processes; 0 decodes in this one
 ) -> list[tuple]:  # (path relative to the folder, probabilities or None, reason or "") for each film, by path
     "What a network says of every film below a folder (this companion's choice)."
@@ -482,7 +482,7 @@ def predict_films(
 
 # %% ../nbs/api/32c_films.ipynb #flm54
 def worth(
-    calibration: Calibration | None,
+    calibration: FilmCalibration | None,
     labels: tuple,  # findings of the network
 ) -> str:
     "What the numbers of a table are worth, in a sentence."
@@ -496,7 +496,7 @@ def write_film_table(
     path: str | Path,  # CSV file, whole or not at all
     rows: list[tuple],  # of `predict_films`
     model: FilmModel,
-    calibration: Calibration | None = None,  # that they were made with
+    calibration: FilmCalibration | None = None,  # that they were made with
 ) -> None:
     "One row a film: path, a probability a finding, and what is to be known of them (this companion's choice)."
     if odd := sorted({*model.labels} & {"film", *ABOUT}):
