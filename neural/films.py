@@ -60,8 +60,8 @@ def _exportable(model):
     if not isinstance(model, ImageModel):
         raise NeuralError(f"a {type(model).__name__} is no image model: export what load_image_model gives")
     if any(isinstance(part, ReleasedBox) for part in model.modules()):
-        raise NeuralError("the box 'released' loops over the films of a batch, which no trace can hold: export a network"
-                          " with box='learnt', 'se', 'cbam' or 'none'")
+        raise NeuralError("the box 'released' loops over the films of a batch, which no trace can hold: export a"
+                          " network with box='learnt', 'se', 'cbam' or 'none'")
     return copy.deepcopy(model).cpu().float().eval()
 
 def _traced(model):
@@ -128,8 +128,8 @@ def _answers(session, name):
     def logits(films: np.ndarray) -> np.ndarray:
         try: return session.run(["logits"], {"films": np.ascontiguousarray(films, np.float32)})[0]
         except Exception as e:
-            raise NeuralError(
-                f"{name}: onnxruntime cannot run it on {tuple(films.shape)} ({' '.join(str(e).split())[:80]})") from None
+            raise NeuralError(f"{name}: onnxruntime cannot run it on {tuple(films.shape)}"
+                              f" ({' '.join(str(e).split())[:80]})") from None
     return logits
 
 # %% ../nbs/api/32c_films.ipynb #flm19
@@ -377,7 +377,8 @@ def read_logits(
         rows, films = zip(*held)
         logits[list(rows)] = said = model.logits(np.stack(films)[:, None].astype(np.float32) / 255)
         held.clear()
-        if not np.isfinite(said).all(): raise NeuralError(f"{model.place.name}: its logits are not finite; train it again")
+        if not np.isfinite(said).all():
+            raise NeuralError(f"{model.place.name}: its logits are not finite; train it again")
 
     decoded = decode_films(list(enumerate(paths)), model.image_size, workers)
     for row, film in tqdm(decoded, total=len(paths), desc=name, unit="film", disable=None):
@@ -422,7 +423,8 @@ def load_calibration(
     "The calibration beside a network, complete and its own, or refused."
     path = calibration_file(model)
     if not path.exists(): return None
-    with readable(path.name): said = json.loads(path.read_text(encoding="utf-8") if path.stat().st_size < 2**20 else "")
+    with readable(path.name):
+        said = json.loads(path.read_text(encoding="utf-8") if path.stat().st_size < 2**20 else "")
     wrong = NeuralError(f"{path.name}: is no calibration, or was changed by hand; remove it, or fit it again with"
                         " --calibrate and --keep --force")
     if not isinstance(said, dict) or said.pop("kind", None) != FITTED: raise wrong

@@ -134,7 +134,8 @@ def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(chapter, "extra", lambda name: None)
     with pytest.raises(NeuralError, match="the box 'released' loops over the films"):
         to_onnx(vit_model(LABELS, 64, box="released", **SMALL), tmp_path / "a.onnx")
-    with pytest.raises(NeuralError, match="a Linear is no image model"): to_onnx(torch.nn.Linear(1, 1), tmp_path / "a.onnx")
+    with pytest.raises(NeuralError, match="a Linear is no image model"):
+        to_onnx(torch.nn.Linear(1, 1), tmp_path / "a.onnx")
     with pytest.raises(NeuralError, match="ends in .onnx"): to_onnx(small(), tmp_path / "a.bin")
     assert list(tmp_path.iterdir()) == []
 
@@ -180,7 +181,8 @@ def test_another_programs_file_is_refused(tmp_path):
         del graph.metadata_props[:]
         with pytest.raises(NeuralError, match=said): open_film_model(variant("odd.onnx", **changes))
     (tmp_path / "junk.onnx").write_bytes(os.urandom(2000))
-    with pytest.raises(NeuralError, match="junk.onnx: onnxruntime cannot open it"): open_film_model(tmp_path / "junk.onnx")
+    with pytest.raises(NeuralError, match="junk.onnx: onnxruntime cannot open it"):
+        open_film_model(tmp_path / "junk.onnx")
 
 
 @onnx
@@ -251,7 +253,8 @@ def test_calibration_reads_validate_alone_and_leaves_uncertain_and_blank_out(pla
     for split in ("train", "test"):
         with pytest.raises(NeuralError, match="no validate study"):
             calibrate_films(model, cohort(tmp_path, [0.0, 1.0] * 11, split))
-    with pytest.raises(NeuralError, match="nothing can be calibrated"): calibrate_films(model, cohort(tmp_path, [0.0, 1.0]))
+    with pytest.raises(NeuralError, match="nothing can be calibrated"):
+        calibrate_films(model, cohort(tmp_path, [0.0, 1.0]))
     manifest = cohort(tmp_path, [0.0, 1.0] * 11)
     (tmp_path / "03.png").write_bytes(b"no film")
     assert calibrate_films(model, manifest).known["Cardiomegaly"] == [11, 10]
@@ -340,7 +343,8 @@ def test_a_network_that_says_nothing_finite_is_refused(tmp_path):
     with torch.no_grad(): model.head.bias[0] = float("nan")
     save_image_model(model, tmp_path / "net")
     film(tmp_path / "inbox/a.png", 1)
-    with pytest.raises(NeuralError, match="not finite"): predict_films(open_film_model(tmp_path / "net"), tmp_path / "inbox")
+    with pytest.raises(NeuralError, match="not finite"):
+        predict_films(open_film_model(tmp_path / "net"), tmp_path / "inbox")
 
 
 def test_no_cell_of_a_table_is_a_formula_or_speaks_to_a_terminal(place, tmp_path):
@@ -408,5 +412,6 @@ def test_the_command_reads_an_exported_network(place, tmp_path):
     to_onnx(load_image_model(place / "net"), tmp_path / "net.onnx")
     status, said = neural("predict-films", tmp_path / "net.onnx", place / "inbox", "-o", tmp_path / "t.csv")
     assert status == 0 and open_film_model(tmp_path / "net.onnx").hash in said
-    assert neural("predict-films", tmp_path / "net.onnx", place / "inbox", "-o", tmp_path / "net.onnx", "--force")[0] == 1
+    over = neural("predict-films", tmp_path / "net.onnx", place / "inbox", "-o", tmp_path / "net.onnx", "--force")
+    assert over[0] == 1
     assert open_film_model(tmp_path / "net.onnx").labels == LABELS
