@@ -37,8 +37,7 @@ from .radiograph import decode_films
 from .study import Manifest, NeuralError, at_least, read_table, readable, refuse_overwrite, targets, whole_file
 
 # %% auto #0
-__all__ = ['FilmModel', 'open_film_model', 'to_onnx', 'quantise_onnx', 'FilmCalibration', 'calibrate_films', 'save_calibration',
-           'load_calibration', 'predict_films', 'write_film_table', 'is_film_table']
+__all__ = ['to_onnx', 'quantise_onnx']
 
 # %% ../nbs/api/32c_films.ipynb #flm06
 NOTE = "research software, not a diagnostic device"  # stands in every file that leaves the house
@@ -432,8 +431,8 @@ def load_calibration(
     try: found = FilmCalibration(**said)
     except TypeError: raise wrong from None
     if found.model not in (model.hash, *model.alike):
-        raise NeuralError(f"{path.name} belongs to the network {str(found.model)[:16]}, this one is {model.hash}; remove"
-                          " it, or fit it again with --calibrate and --keep --force")
+        raise NeuralError(f"{path.name} belongs to the network {str(found.model)[:16]}, this one is {model.hash};"
+                          " remove it, or fit it again with --calibrate and --keep --force")
     if not _sound(found, model.labels): raise wrong
     return found
 
