@@ -25,7 +25,7 @@ from .study import NeuralError, above, at_least, readable
 from .vlm import ReportVLM
 
 # %% auto #0
-__all__ = ['Distillation', 'Teacher', 'model_teacher', 'mean_teacher', 'distil_loss', 'taught_logits', 'quoted', 'xray_teacher']
+__all__ = ['Distillation', 'Teacher', 'model_teacher', 'mean_teacher', 'distil_loss', 'taught_logits', 'xray_teacher']
 
 # %% ../nbs/api/32b_distill.ipynb #dst06
 @dataclass(frozen=True)
