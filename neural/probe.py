@@ -22,8 +22,8 @@ from .pretrain import Imitate
 from .study import SPLITS, Manifest, NeuralError, at_least, targets
 
 # %% auto #0
-__all__ = ['film_features', 'patients_at', 'linear_probe', 'fine_tuned', 'label_efficiency', 'first_rank', 'retrieval',
-           'zero_shot', 'hears_no', 'neighbours']
+__all__ = ['film_features', 'patients_at', 'linear_probe', 'fine_tuned', 'label_efficiency', 'retrieval', 'zero_shot', 'hears_no',
+           'neighbours']
 
 # %% ../nbs/api/31b_probe.ipynb #im39010
 @torch.no_grad()
