@@ -31,9 +31,12 @@ from .classify import (GraphClassifier, Packs, TypedConv, as_columns, collate, d
 from .codec import fit_pca, fit_pq
 from .cohort import toy_study
 from .graph import EDGE_TYPES, knowledge_graph, visual_graph
+from .image_model import ImageModel
+from .imitate import Softening, cicl, correlation, prior_vectors
 from .layouts import index_dataset, walk
 from .mxa import BOXES, Sandwich, vit_config, vit_model
 from .picture import thumbnail
+from .pretrain import Imitate, PairTraining, draw_channels, pair_loss, section_loss
 from .report import ReportReader
 from .results import count_macs, count_parameters
 from .study import LABELS, NeuralError, at_least
@@ -465,3 +468,82 @@ def bench_boxes(
                           | {f'times faster, {how}': faster(took, how) for how in ('alone', 'as built')}
                           for name, took in rows.items()}).T
     return dict(boxes=boxes.rename_axis('where'), students=pd.DataFrame(students).T.rename_axis('box'))
+
+# %% ../nbs/api/41_bench.ipynb #imib003
+def drawn_pairs(
+    studies: int,    # in the batch
+    size: int,       # side of the films in pixels
+) -> dict:           # of `pretrain.pair_batch`: two views
+    "A batch of noise with drawn text vectors: what a step costs does not depend on what it sees."
+    features = torch.randn(2, studies, 64)
+    prior = torch.stack([prior_vectors(f) for f in features])
+    words = (features, prior, torch.arange(studies) % 3 > 0)
+    return dict(films=[torch.rand(studies, 1, size, size) for _ in range(2)], findings=words, impression=words)
+
+# %% ../nbs/api/41_bench.ipynb #imib001
+def everyone_asks(
+    branch,          # FindingsBranch
+    maps,            # per level, (B, width, h, w)
+    length=512,      # tokens, filled up with zeros that are looked at
+) -> torch.Tensor:   # (B, dim), rows of length 1
+    "The FINDINGS branch as the released code computes it (answers C11)."
+    counts = branch.counts if branch.training else branch.widths
+    tokens = branch.tokens(maps, draw_channels(len(maps[0]), branch.widths, counts, maps[0].device))
+    fill = max(0, length - tokens.shape[1])
+    keys = torch.cat([F.pad(tokens, (0, 0, 0, fill)), branch.ask.expand(len(tokens), -1, -1)], 1)
+    heard = keys + branch.attention(keys, keys, keys, need_weights=False)[0]
+    return F.normalize(branch.head(heard[:, -1]).float(), dim=1)
+
+# %% ../nbs/api/41_bench.ipynb #imib002
+def four_passes(
+    model: Imitate,
+    batch: dict,              # of `pretrain.pair_batch`, two views
+    how: PairTraining,        # with terms between the views
+    describe=everyone_asks,   # (FINDINGS branch, maps) -> (B, dim)
+) -> torch.Tensor:            # scalar, nats
+    "The objective of chapter 31, each view encoded anew for each of its uses: the reference (answers C9)."
+    once, again = ([model.levels(view) for view in batch["films"]] for _ in range(2))
+    total = 0.0
+    for name, branch in (("findings", lambda m: describe(model.describe, m)), ("impression", model.conclude)):
+        features, prior, there = batch[name]
+        each = [section_loss(branch(m), model.read(f), p, there, how, name) for m, f, p in zip(once, features, prior)]
+        total = total + torch.stack(each).mean()
+    tops, lows = [model.conclude(m) for m in again], [describe(model.describe, m) for m in again]
+    rho = correlation(batch["impression"][1][0])
+    total = total + cicl(*tops, rho, how.softening, how.views_tau)
+    return total + cicl(*lows, rho, Softening("one-hot"), how.views_tau)
+
+# %% ../nbs/api/41_bench.ipynb #imib006
+def imitate_steps(
+    model: Imitate,
+    batch: dict,     # of `drawn_pairs`
+) -> dict:           # name -> function without arguments that takes one step
+    "One step of training in three ways, each with its own copy of the weights."
+    how = PairTraining(views_weight=1.0)
+    ways = {"as released": lambda m: four_passes(m, batch, how),
+            "four passes, one token asks": lambda m: four_passes(m, batch, how, lambda b, x: b(x)),
+            "each view once": lambda m: sum(pair_loss(how)(m, batch).values())}
+    def step(net, optimiser, loss):
+        optimiser.zero_grad()
+        loss(net).backward()
+        optimiser.step()
+    nets = {name: copy.deepcopy(model).train() for name in ways}
+    return {name: partial(step, nets[name], torch.optim.AdamW(nets[name].parameters(), 1e-4), loss)
+            for name, loss in ways.items()}
+
+# %% ../nbs/api/41_bench.ipynb #imib007
+def bench_imitate(
+    studies=32,       # pairs of a step
+    image_size=192,   # side of the films in pixels
+    rounds=5,         # of each way, in turns
+) -> pd.DataFrame:    # one row per way
+    "Pairs a second of a step that encodes each view once, beside one that encodes four times (answers C9)."
+    at_least(6, studies=studies)
+    at_least(1, rounds=rounds)
+    torch.manual_seed(0)
+    model = Imitate(ImageModel(("Edema",), image_size), 64).to(memory_format=torch.channels_last)
+    with one_thread(): took = alternated(imitate_steps(model, drawn_pairs(studies, image_size)), rounds)
+    rows = [{"way": way, "pairs": studies, "seconds a step": took[way].median(),
+             "pairs a second": studies / took[way].median(),
+             "times as released": (took["as released"] / took[way]).median()} for way in took]
+    return pd.DataFrame(rows).set_index("way")

@@ -814,16 +814,17 @@ SMALL = dict(
     index=dict(studies=250, rounds=1, beside=(250, 500)),
     bytes=dict(studies=60, dim=128, counts=(4,), size=16, side=256),
     store=dict(studies=300, dim=64, size=16, batch=100),
+    imitate=dict(studies=6, image_size=64, rounds=2),
     boxes=dict(studies=2, net="efficientvit-m0", size=96, student_size=96, rounds=2),
     draws=dict(studies=100, size=96, image_size=96, width=32, d_model=32, layers=1, vocab_size=300, warm_epochs=1,
                film_epochs=1))
 
 # %% ../nbs/api/45_cli.ipynb #4ed5c21copts
 _BenchWhat = Annotated[
-    Literal["build", "finetune", "gpu", "read", "index", "bytes", "store", "boxes", "draws"],
+    Literal["build", "finetune", "gpu", "read", "index", "bytes", "store", "boxes", "imitate", "draws"],
     typer.Argument(
         help=("What is measured: building, learning to write, both on a GPU, reading graphs, indexing; bytes of a"
-              " study, a large store; how far numbers move from draw to draw.")
+              " study, a large store, a step on pairs; how far numbers move from draw to draw.")
     ),
 ]
 _BenchStudies = Annotated[

@@ -543,6 +543,7 @@ def contrast_on(
     vectors: dict,  # theirs, with like=
     most: int = 512,  # pairs that are held against each other
     batch_size: int = 64,  # films per pass
+    tau: float = 0.07,  # temperature; that of the training, or an epoch is chosen by another loss
 ) -> Callable:  # model -> dict(contrast=nats)
     "InfoNCE on studies that were not learnt from, the mean over sections; all channels, no augmentation."
     rows = torch.arange(min(most, len(pairs)))
@@ -556,7 +557,7 @@ def contrast_on(
             there = vectors[s].there[rows]
             x = torch.cat([e[s] for e in seen])[there]
             y = model.read(vectors[s].features[0][rows][there].to(device))
-            terms.append(cicl(x, y, x.new_zeros(len(x), len(x)), Softening("one-hot")))
+            terms.append(cicl(x, y, x.new_zeros(len(x), len(x)), Softening("one-hot"), tau))
         return dict(contrast=torch.stack(terms).mean().item())
     return judge
 
@@ -583,7 +584,7 @@ def pretrain(
                         bf16=how.bf16 and computes_bf16(device), progress=how.progress and not processes()[0])
     with trained_together(model):
         history = fit(model, pair_batches(pairs, vectors, how.batch_size, how.views, how.flips), pair_loss(how),
-                      optimiser, training, schedule, contrast_on(*validate) if validate else None,
+                      optimiser, training, schedule, contrast_on(*validate, tau=how.tau) if validate else None,
                       resume=open_checkpoint(resume, model, **taught_by(model, pairs, vectors, how)))
     model.to(memory_format=torch.contiguous_format)
     return history

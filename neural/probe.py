@@ -65,10 +65,12 @@ def linear_probe(
     patients: list,  # (n,)
     share: float = 1.0,  # of the patients of train
     seed: int = 0,  # of the draw of patients
-) -> np.ndarray:  # (tests, L) probabilities of the test studies; NaN where a class is missing
+    reads: tuple = ("test",),  # splits whose studies are read, one after the other
+) -> np.ndarray:  # (tests, L) probabilities of the studies read; NaN where a class is missing
     "A frozen encoder, judged by what a linear reader makes of it (IMITATE, sec. 4, linear classification)."
     split, truth = np.asarray(split), np.asarray(truth, float)
-    train, validate, test = (np.flatnonzero(split == s) for s in SPLITS)
+    train, validate = (np.flatnonzero(split == s) for s in SPLITS[:2])
+    test = np.concatenate([np.flatnonzero(split == s) for s in reads])
     train = train[patients_at(np.asarray(patients)[train], share, seed)]
     said = np.full((len(test), truth.shape[1]), np.nan)
     for n, y in enumerate(truth.T):

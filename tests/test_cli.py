@@ -260,7 +260,8 @@ def test_build_then_predict(tmp_path, phantom_cohort):
 @pytest.mark.parametrize(
     "what, names",
     [("read", ["read"]), ("index", ["index"]), ("bytes", ["bytes", "growth"]),
-     ("build", ["growth", "roofline", "ways"]), ("boxes", ["boxes", "students"])],
+     ("build", ["growth", "roofline", "ways"]), ("boxes", ["boxes", "students"]),
+     ("imitate", ["imitate"])],
 )
 def test_what_the_bench_measures_is_kept(tmp_path, what, names):
     from neural.yardstick import machine, read_tables
