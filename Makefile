@@ -1,5 +1,6 @@
 # make reproduce   from an empty machine to the results table, on phantom studies (about a quarter of an hour, no data needed)
 # make audit       the same run held against its controls, leaks and the released code's defects (an hour more)
+# make companions the three papers around it on the same studies: IMITATE, MXA with distillation, pruning by attribution (an hour more)
 # make described   the same studies as the paper describes it: its network, its choices (a quarter of an hour)
 # make test        everything the project promises, checked: notebooks, tests, a smoke run, the pages
 # make lab         JupyterLab on the notebooks            make docs    the pages, in _docs/
@@ -11,7 +12,7 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: reproduce audit install test lab docs clean hooks smoke drift cohort fine elsewhere described
+.PHONY: reproduce audit companions install test lab docs clean hooks smoke drift cohort fine elsewhere described
 .DEFAULT_GOAL := reproduce
 
 VENV ?= .venv
@@ -60,6 +61,10 @@ seen = $$("$(BIN)/python" -c "import os, sys; print(os.path.relpath(sys.argv[1],
 audit: cohort fine elsewhere
 	@"$(BIN)/neural" run 10-59 --preset $(PRESET) --manifest $(COHORT)/manifest.csv --run "$(RUN)" -p fine="$(call seen,$(FINE)/manifest.csv)" -p elsewhere="$(call seen,$(ELSEWHERE)/manifest.csv)" -p beside="$(call seen,figures/open-i)"
 
+# The companions read the network and the store of stages 10 to 50, and train encoders and students of their own.
+companions: cohort
+	@"$(BIN)/neural" run 10-50 60-80 --preset $(PRESET) --manifest $(COHORT)/manifest.csv --run "$(RUN)"
+
 # Memory a film leaves is kept for the next one, not handed back to the kernel page by page: a sixth of the drawing, on Linux.
 KEEP = MALLOC_TRIM_THRESHOLD_=268435456 MALLOC_MMAP_THRESHOLD_=33554432
 
@@ -91,7 +96,7 @@ elsewhere: install
 test: install
 	@$(MAKE) --no-print-directory drift
 	@OMP_NUM_THREADS=1 "$(BIN)/nbdev_test" --path nbs/api --n_workers 2; echo "chapters: $$SECONDS s"
-	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n 2 --dist loadfile --durations 12; echo "tests: $$SECONDS s"
+	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 12; echo "tests: $$SECONDS s"
 	@$(MAKE) --no-print-directory -j 2 smoke docs; echo "smoke run and pages, side by side: $$SECONDS s"
 
 # A fresh export and clean must change nothing. Told only from a clean checkout; elsewhere tests/test_house.py compares modules with notebooks.

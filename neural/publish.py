@@ -89,6 +89,21 @@ def clean_outputs(
         kept.append(nbformat.from_dict({**out, "metadata": {}}) if "metadata" in out else out)
     return kept
 
+# %% ../nbs/api/43_publish.ipynb #37908c30
+def answered(
+    nb,       # a stage notebook
+    answers,  # sentences of its record, or nothing
+):            # the same with a box of them after its title
+    "A stage's notebook that begins with what its run answers."
+    from nbformat.v4 import new_markdown_cell
+    nb.cells = [c for c in nb.cells if "answers" not in c.metadata.get("tags", [])]
+    if answers:
+        said = "\n".join(f"> - {a}" for a in answers)
+        box = new_markdown_cell(f"> **In this run**\n>\n{said}", metadata={"tags": ["answers"]})
+        box["id"] = "answers"
+        nb.cells.insert(1, box)
+    return nb
+
 # %% ../nbs/api/43_publish.ipynb #a15ecf46
 def with_outputs(
     stage: Stage,  # the stage, in its folder
@@ -104,7 +119,7 @@ def with_outputs(
         cell.outputs, cell.execution_count = (clean_outputs(outputs.get(cell.get("id"), []), f"{stage.name}, cell {i}"),
                                               None)
     nb.metadata["neural"] = {"code": code_hash(nb)}
-    return nb
+    return answered(nb, read_record(run, stage.name).get("answers"))
 
 # %% ../nbs/api/43_publish.ipynb #0199daf4
 def published_files(

@@ -483,6 +483,18 @@ def run_command(
     return command_line(
         [*before, {"stage": stage}], [int(e["stage"].split("_")[0]) for e in before], run, run_notes(run))
 
+# %% ../nbs/api/39_record.ipynb #1967f1be
+def checked_answers(
+    answers,   # sentences, at most three, or nothing
+) -> list[str]:
+    "The sentences a page begins with, or one line that says why they are none."
+    answers = [answers] if isinstance(answers, str) else list(answers)
+    bad = [a for a in answers if not isinstance(a, str) or not a.strip() or "\n" in a or len(a) > 600]
+    if bad or len(answers) > 3:
+        raise NeuralError(f"answers are at most three lines of text of up to 600 characters, got {len(answers)}"
+                          + (f", one of them {bad[0]!r:.60}" if bad else ""))
+    return answers
+
 # %% ../nbs/api/39_record.ipynb #b5546f0b
 def record(
     stage: str,         # file stem of the stage, such as `20_prune`
@@ -492,6 +504,7 @@ def record(
     parameters=None,    # what it ran with; the runner fills in the truth when it started the stage
     reads=None,         # files or folders of the run it read; None means all that earlier stages wrote
     read=None,          # the files it read, as `begin` found them
+    answers=(),         # at most three sentences: what was asked, what came out, what it means
 ):
     "Write the run record of a stage and show it: the last cell of every stage (this companion's choice)."
     if not re.fullmatch(r"\d+_\w+", stage): raise NeuralError(f"a stage is named like 20_prune, got {stage!r}")
@@ -499,7 +512,8 @@ def record(
     entry = {"schema": SCHEMA, "stage": stage, "metrics": plain(metrics), "figures": describe_figures(run, figures),
              "parameters": notes, "command": run_command(run, stage), **started_here(run, stage),
              "seed": notes.get("seed"), "reads": None if reads is None else sorted(map(str, reads)),
-             "read": read or {}, "versions": versions(), "git_commit": git_commit(), **machine()}
+             "read": read or {}, "answers": checked_answers(answers), "versions": versions(),
+             "git_commit": git_commit(), **machine()}
     write_json(run/f"{stage}.json", entry)
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell: shell.display_pub.publish(show_record(entry))

@@ -32,6 +32,10 @@ def phantom_cohort(tmp_path_factory) -> Path:
     return out
 
 
+FIRST = ["test_fuzz.py", "test_by_hand.py", "test_cluster.py", "test_docs.py", "test_page.py"]
+
+
 def pytest_collection_modifyitems(items):
-    "The mutants come first: how much memory a reader takes is told best before other tests have left theirs about."
-    items.sort(key=lambda item: item.path.name != "test_fuzz.py")
+    """The mutants come first: how much memory a reader takes is told best before other tests have left theirs about.
+    Then the longest files, so that no worker is left alone with one of them at the end."""
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))

@@ -206,6 +206,16 @@ def calls(source: str) -> set[str]:
     return found
 
 
+@by_name("path", STAGES, ids=names)
+def test_a_page_begins_with_the_answers_of_its_published_run(path):
+    published = ROOT / "figures/records" / f"{path.stem}.json"
+    said = json.loads(published.read_text()).get("answers", []) if published.is_file() else []
+    cells = enumerate(nbformat.read(path, 4).cells)
+    boxes = [(n, c.source) for n, c in cells if "answers" in c.metadata.get("tags", [])]
+    assert [n for n, _ in boxes] == ([1] if said else [])
+    assert not said or re.findall(r"(?m)^> - (.*)", boxes[0][1]) == said
+
+
 @by_name("path", MODULES, ids=names)
 def test_no_module_runs_what_it_reads(path):
     assert calls(path.read_text()) & (FORBIDDEN | {"shell=True"}) == set()
