@@ -133,12 +133,13 @@ def score_units(
     addition: str = "rule",  # how sums of two branches share, see chapter 34
     batch_size: int = 16,  # films asked at once; graphs are asked one by one
     seed: int = 0,  # of "random"
+    among: tuple | None = None,  # names of the layers that are scored; None: all of them
 ) -> dict[str, Scores]:  # name of a layer -> scores over ("study", "unit"); a row sums to one, or is zero
     "What each unit did for the labels of each film (reconstruction; the paper does not say how it joins scores)."
     if criterion not in CRITERIA or space not in SPACE:
         raise NeuralError(f"criteria are {', '.join(CRITERIA)}, and space is {' or '.join(SPACE)};"
                           f" got {criterion!r} and {space!r}")
-    layers = find_units(model)
+    layers = [l for l in find_units(model) if among is None or l.name in among]
     if criterion in ("weight", "norm", "random"): return _without_films(model, layers, criterion, seed)
     if calibration is None or not len(calibration):
         raise NeuralError(f"{criterion!r} scores on films: give a calibration set")
