@@ -384,8 +384,8 @@ def survival(
     judge: str = "covered",  # of another family
     coverage=None,  # (n, N) share of each patch that the finding covers; None: no lesion is known
     k: int = 4,  # patches that would be retained
-    before=None,  # (n, N) maps of the dense network by the same judge, where they are known
     grid: tuple = (12, 12),  # rows, columns of patches
+    before=None,  # (n, N) maps of the dense network by the same judge, where they are known
     **how,  # `say` and `grey`
 ) -> pd.DataFrame:  # rows "dense" and "slim"; what agrees stands in the second
     "Whether the explanation survives: agreement, deletion, insertion, hits (answers defects D3, D4)."
