@@ -625,6 +625,77 @@ def refuse_store(model, assets, anyway):
     from neural.classify import known_origin, origin, refuse_strangers
     refuse_strangers(known_origin(model), origin(assets), model.config["parts"], anyway, "--anyway")
 
+# %% ../nbs/api/45_cli.ipynb #filmcli1
+_FilmsModel = Annotated[
+    Path, typer.Argument(help="Folder of an image model, or a file of it in ONNX.", exists=True)]
+_FilmsFolder = Annotated[
+    Path,
+    typer.Argument(help="Folder of DICOM, PNG and JPEG files; those in folders below it are read, too.", exists=True,
+                   file_okay=False),
+]
+_FilmsOut = Annotated[
+    Path,
+    typer.Option(
+        "-o", "--out",
+        help=("CSV to write: film, a probability a finding, reason (why a film could not be read), model (a hash of its"
+              " weights), note (what the numbers are worth)."),
+        dir_okay=False),
+]
+_FilmsCalibrate = Annotated[
+    Optional[Path],
+    typer.Option(help="Manifest whose validate studies say what a probability is worth; else what lies beside MODEL.",
+                 exists=True, dir_okay=False),
+]
+_FilmsKeep = Annotated[
+    bool, typer.Option("--keep", help="Put what --calibrate found beside MODEL, for the next time.")]
+_FilmsWorkers = Annotated[int, typer.Option(min=0, help="Decoding processes beside this one.")]
+_FilmsForce = Annotated[bool, typer.Option("--force", help="Replace a table, or a calibration, that is there.")]
+
+# %% ../nbs/api/45_cli.ipynb #filmcli2
+@app.command("predict-films")
+def predict_films(
+    model: _FilmsModel, films: _FilmsFolder, out: _FilmsOut = Path("films.csv"), calibrate: _FilmsCalibrate = None,
+    root: _BuildRoot = None, images: _BuildImages = None, keep: _FilmsKeep = False, workers: _FilmsWorkers = 0,
+    force: _FilmsForce = False,
+):
+    "Let an image model read a folder of films. Research software, not a diagnostic device."
+    from neural.films import is_film_table, open_film_model, predict_films as read, worth, write_film_table
+    from neural.study import NeuralError, make_folder, refuse_overwrite
+    if not calibrate and (keep or root or images):
+        raise typer.BadParameter("--keep, --root and --images belong to --calibrate; name a manifest with it, too")
+    refuse_overwrite(outside(out, [films, *[model] * model.is_dir()]), [model, *[calibrate] * bool(calibrate)],
+                     is_film_table, force)
+    reader = open_film_model(model)
+    found = calibration_of(reader, calibrate, root, images, keep, workers, force)
+    rows = read(reader, films, found, workers)
+    make_folder(out.parent)
+    write_film_table(out, rows, reader, found)
+    lost = [(film, reason) for film, _, reason in rows if reason]
+    typer.echo(f"films: {out}, {len(rows) - len(lost)} of {len(rows)} films, {len(reader.labels)} findings, network"
+               f" {reader.hash}\n{worth(found, reader.labels)}")
+    if lost:
+        raise NeuralError(f"{len(lost)} of {len(rows)} films could not be read, first {lost[0][1]}; {out} is written,"
+                          " with the reason of each")
+
+# %% ../nbs/api/45_cli.ipynb #filmcli3
+def calibration_of(
+    reader,    # a FilmModel
+    manifest,  # to calibrate on, or None: what lies beside the network
+    root,      # of the manifest, if it has moved
+    images,    # the same of its images
+    keep,      # put it beside the network
+    workers,   # decoding processes
+    force,     # replace one that is there
+):             # a Calibration, or None where there is none
+    "The calibration that a call asks for."
+    from neural.films import calibrate_films, calibration_file, is_calibration, load_calibration, save_calibration
+    from neural.study import Manifest, refuse_overwrite
+    if not manifest: return load_calibration(reader)
+    if keep: refuse_overwrite(calibration_file(reader), [manifest], is_calibration, force)
+    found = calibrate_films(reader, Manifest.load(manifest, root, images), workers)
+    if keep: typer.echo(f"calibration: {save_calibration(found, reader, force)}")
+    return found
+
 # %% ../nbs/api/45_cli.ipynb #50181496
 def settings_lines(
     store,       # an AssetStore

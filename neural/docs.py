@@ -140,6 +140,42 @@ def relative_links(
     # figures/ of the checkout is copied beside the pages
     return re.sub(r"\]\((?:\.\./)+figures/", f"]({os.path.relpath('figures', folder)}/", text)
 
+# %% ../nbs/api/44_docs.ipynb #4c292153
+ONE = r"[A-D]\d{1,2}[bc]?"
+RUN = rf"{ONE}(?:(?:, and |, | and | to ){ONE})*"
+MENTION = re.compile(
+    r"(?P<kept>```.*?```|`[^`\n]*`|\[[^\]\n]*\]\([^)\n]*\)|\$[^$\n]+\$|(?m:^#[^\n]*)|<[^>\n]*>)"
+    rf"|(?P<word>\b[Dd]efects? )(?P<named>{RUN})\b|(?P<open>\(|(?m:^\| ))(?P<alone>{RUN})(?=[),;:]| [a-z])", re.S)
+
+# %% ../nbs/api/44_docs.ipynb #e68b333c
+def defect_places(
+    nb,  # the page of defects, or None where there is none
+) -> set:  # ids of its places, such as `a7`
+    "The numbers that have a place on the page of defects."
+    outputs = [o for cell in nb.cells for o in cell.get("outputs", [])] if nb else []
+    texts = [cell.source for cell in nb.cells] if nb else []
+    texts += ["".join(o.get("data", {}).get("text/markdown", "")) for o in outputs]
+    return {place for text in texts for place in re.findall(rf'<span id="({ONE.lower()})">', text)}
+
+# %% ../nbs/api/44_docs.ipynb #0e468b47
+def link_defects(
+    text: str,     # of a markdown cell
+    here: str,     # page the text stands on
+    page: str,     # page of the defects
+    places: set,   # ids it has
+) -> str:          # with mentions turned into links
+    "Turn each mention of a defect into a link to where it is told."
+    target = os.path.relpath(page, os.path.dirname(here) or ".")
+    def one(match, strict):
+        if match[0].lower() in places: return f"[{match[0]}]({target}#{match[0].lower()})"
+        if strict: raise NeuralError(f"{here}: defect {match[0]} is not on the page of defects; add it there")
+        return match[0]
+    def link(match):
+        if match["kept"]: return match["kept"]
+        before, run = (match["word"] or match["open"]), (match["named"] or match["alone"])
+        return before + re.sub(ONE, lambda m: one(m, bool(match["word"])), run)
+    return MENTION.sub(link, text) if places and here != page else text
+
 # %% ../nbs/api/44_docs.ipynb #fd6e98f6
 def write_source(
     processed,   # folder nbdev wrote
@@ -152,11 +188,16 @@ def write_source(
     moved = {p: page_name(p) for p in paths}
     books = {p: nbformat.read(processed/p, 4) for p in paths}
     pages = {moved[p]: number_figures(nb, p) for p, nb in books.items()}
+    places = defect_places(books.get("defects.ipynb"))
     for path, nb in books.items():
         for cell in nb.cells:
             if cell.cell_type == "markdown":
-                cell.source = link_figures(relative_links(cell.source, moved[path], host, moved), moved[path], pages)
+                text = relative_links(cell.source, moved[path], host, moved)
+                cell.source = link_defects(
+                    link_figures(text, moved[path], pages), moved[path], page_name("defects.ipynb"), places)
             if cell.cell_type == "raw": cell.source = re.sub(r"(?m)^(output-file|skip_showdoc):.*\n", "", cell.source)
+            for data in (o["data"] for o in cell.get("outputs", []) if "text/markdown" in o.get("data", {})):
+                data["text/markdown"] = relative_links("".join(data["text/markdown"]), moved[path], host, moved)
         target = site/Path(moved[path]).with_suffix(".ipynb")
         target.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, target)

@@ -114,6 +114,21 @@ def test_every_link_leads_somewhere(site, pages):
     assert broken == []
 
 
+def test_a_defect_that_is_named_leads_to_its_place(pages):
+    there = {tag["id"] for tag in pages["defects.html"].select("main [id]")}
+    links, loose = 0, []
+    for name, soup in pages.items():
+        if name == "defects.html": continue
+        soup = BeautifulSoup(str(soup.select_one("main")), "html.parser")
+        for link in soup.select('a[href*="defects.html#"]'):
+            links += 1
+            assert link["href"].split("#")[1] == link.get_text().lower() and link.get_text().lower() in there, name
+        for tag in soup.select("a, pre, code, figure, h1, h2, h3, h4, .cell"): tag.decompose()
+        found = re.findall(r"[Dd]efects? [A-D]\d+[bc]?|\([A-D]\d+[bc]?\)", soup.get_text())
+        loose += [f"{name}: {mention}" for mention in found]
+    assert links > 100 and loose == []
+
+
 def test_nothing_is_fetched_from_elsewhere(site, pages):
     assert {n: f for n, s in pages.items() if (f := page_faults(str(s)))} == {}
     for sheet in site.rglob("*.css"):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from importlib import metadata
@@ -20,7 +21,7 @@ from neural.record import sha256_of
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "nbs/api").glob("*.ipynb"))
 STAGES = sorted((ROOT / "nbs/paper").glob("[0-9]*.ipynb"))
-PAGES = sorted((ROOT / "nbs/paper").glob("[!0-9]*.ipynb")) + [ROOT / "nbs/index.ipynb", ROOT / "nbs/contribute.ipynb"]
+PAGES = sorted((ROOT / "nbs/paper").glob("[!0-9]*.ipynb")) + sorted((ROOT / "nbs").glob("*.ipynb"))
 NOTEBOOKS = CHAPTERS + STAGES + PAGES
 MODULES = sorted(p for p in (ROOT / "neural").glob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
 by_name = pytest.mark.parametrize
@@ -98,7 +99,7 @@ def test_notebook_is_fit_to_be_committed(path):
 
 @by_name("path", NOTEBOOKS, ids=names)
 def test_first_visible_code_seeds(path):
-    if path.name == "index.ipynb": pytest.skip("the home page runs nothing")
+    if path.name in ("index.ipynb", "glossary.ipynb"): pytest.skip("a page that runs nothing")
     cells = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"
              and not re.search(r"#\|\s*(export|default_exp|hide)", options(c.source))
              and "parameters" not in c.metadata.get("tags", [])]
@@ -125,6 +126,37 @@ def test_export_cells_are_small(path):
              if c.cell_type == "code" and re.search(r"#\|\s*export[si]?\b", options(c.source))]
     sizes = [len([l for l in c.source.splitlines() if l.strip() and not l.startswith("#|")]) for c in cells]
     assert max(sizes) <= 40, f"an export cell of {max(sizes)} lines"
+
+
+def defines(source: str) -> bool:
+    "Whether a code cell defines something that the library exports: imports alone do not count."
+    exports = re.search(r"#\|\s*export[si]?\b", options(source)) is not None
+    return exports and not all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(bare(source)).body)
+
+
+def shown(sources: list[str]) -> list[bool]:
+    "For each cell that defines something: is one of the next two code cells of another kind?"
+    kinds = [re.search(r"#\|\s*export[si]?\b", options(s)) is not None for s in sources]
+    return [not all(kinds[i + 1:i + 3]) for i, s in enumerate(sources) if defines(s)]
+
+
+def test_the_measure_of_what_is_shown_looks_two_cells_ahead():
+    define, use = "#| export\ndef f(): return 1", "f()"
+    assert shown(["#| export\nimport os", define, use]) == [True]
+    assert shown([define, define, define, use]) == [False, True, True]
+
+
+def test_what_is_defined_is_shown_or_tested_within_two_cells():
+    shares = {p.stem: shown(code_cells(p)) for p in CHAPTERS}
+    worst = sorted((round(sum(s) / len(s), 2), name) for name, s in shares.items() if s)[:5]
+    everything = [one for s in shares.values() for one in s]
+    assert sum(everything) / len(everything) >= 0.80, f"show or test each definition where it stands, as in {worst}"
+
+
+def test_half_of_all_definitions_are_short():
+    cells = [s for p in CHAPTERS for s in code_cells(p) if defines(s)]
+    lines = [len([l for l in s.splitlines() if l.strip() and not l.startswith("#|")]) for s in cells]
+    assert statistics.median(lines) <= 12, f"half of all export cells have more than {statistics.median(lines)} lines"
 
 
 def test_what_only_its_own_chapter_uses_is_internal():

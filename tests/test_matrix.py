@@ -134,6 +134,8 @@ ROWS = {
                     other="codebook in/run -o {out} --codec pca --bytes 4"),
     "predict": Row("predict in/store --classifier in/gcn -o {out}", {"in/store": "store", "in/gcn": "gcn"},
                    "out/p.csv", other="predict in/store --classifier in/gcn2 -o {out}"),
+    "predict-films": Row("predict-films in/net in/films -o {out}", {"in/net": "net", "in/films": "folder"},
+                         "out/p.csv", other="predict-films in/net in/films -o {out} --workers 1"),
     "verify": Row("verify in/store", {"in/store": "store"}),
     "compact": Row("compact in/store", {"in/store": "store"}, "in/store", True, "compact in/store --size 2", SHARDS,
                    SHARDS, assets_of),
@@ -510,7 +512,7 @@ def test_command_meets_hazard(name, hazard, nursery, larder, mounts):
 # a terminal, and a pipe
 
 BARS = {"phantom": "phantoms", "index folder": "checksums", "run": "10_draw", "build": "image+report",
-        "baseline": "train"}
+        "baseline": "train", "predict-films": "films"}
 
 
 @pytest.mark.parametrize("name", [n for n in ROWS if n != "cards"])
