@@ -25,7 +25,7 @@ from .train import Training, fit
 
 # %% auto #0
 __all__ = ['CRITERIA', 'SPACE', 'calibrate', 'score_units', 'rank_units', 'choose', 'recalibrate', 'recover', 'agreement',
-           'erased', 'survival', 'paired_latency']
+           'erased', 'survival']
 
 # %% ../nbs/api/34c_criteria.ipynb #slim0044
 @dataclass(frozen=True, eq=False)
