@@ -62,11 +62,15 @@ def _bias_part(rule, b, up):
     return side if rule.name == "zplus" else b + rule.gamma * side
 
 # %% ../nbs/api/34_attribute.ipynb #attr0014
-def _pull(f, x, w, share):
-    "The transpose of a layer that is linear in `x`, applied to a share of each output."
+def _flow(f, x, w):
+    "Inputs from which one can ask back, and the outputs of a layer that is linear in them."
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        return torch.autograd.grad(f(x, w), x, share)[0]
+        return x, f(x, w)
+
+def _pull(flow, share):
+    "The transpose of such a layer, applied to a share of each output."
+    return torch.autograd.grad(flow[1], flow[0], share, retain_graph=True)[0]
 
 # %% ../nbs/api/34_attribute.ipynb #attr0016
 def share(
@@ -78,13 +82,15 @@ def share(
     relevance: torch.Tensor,  # of the outputs
 ) -> tuple[torch.Tensor, torch.Tensor]:  # relevance of the inputs; what the biases keep, a scalar
     "Deals relevance of outputs to inputs by a rule (Montavon et al. 2019; 'absolute': reconstruction)."
-    into, kept, z = torch.zeros_like(x), relevance.new_zeros(()), f(x, w) + b
-    for up in (True, False) if rule.name == "gamma" else (True,):
-        part = relevance * ((z > 0) == up) if rule.name == "gamma" else relevance
+    into, kept, gamma = torch.zeros_like(x), relevance.new_zeros(()), rule.name == "gamma"
+    plain = _flow(f, x, w) if gamma else None                          # passed through once, asked for both signs
+    for up in (True, False) if gamma else (True,):
+        part = relevance * ((plain[1].detach() + b > 0) == up) if gamma else relevance
         pairs, own = _pairs(rule, x, w, up), _bias_part(rule, b, up)
-        total = sum(k * f(a, c) for k, a, c in pairs) + own
+        flows = [plain if gamma and not i else _flow(f, a, c) for i, (_, a, c) in enumerate(pairs)]
+        total = sum(k * out.detach() for (k, *_), (_, out) in zip(pairs, flows)) + own
         each = part / (total + torch.where(total < 0, -rule.epsilon, rule.epsilon))
-        into = into + sum(k * a * _pull(f, a, c, each) for k, a, c in pairs)
+        into = into + sum(k * a * _pull(flow, each) for (k, a, _), flow in zip(pairs, flows))
         kept = kept + (own * each).sum()
     return into, kept
 

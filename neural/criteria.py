@@ -5,6 +5,7 @@
 # %% ../nbs/api/34c_criteria.ipynb #crit0004
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -132,12 +133,13 @@ def score_units(
     addition: str = "rule",  # how sums of two branches share, see chapter 34
     batch_size: int = 16,  # films asked at once; graphs are asked one by one
     seed: int = 0,  # of "random"
+    among: tuple | None = None,  # names of the layers that are scored; None: all of them
 ) -> dict[str, Scores]:  # name of a layer -> scores over ("study", "unit"); a row sums to one, or is zero
     "What each unit did for the labels of each film (reconstruction; the paper does not say how it joins scores)."
     if criterion not in CRITERIA or space not in SPACE:
         raise NeuralError(f"criteria are {', '.join(CRITERIA)}, and space is {' or '.join(SPACE)};"
                           f" got {criterion!r} and {space!r}")
-    layers = find_units(model)
+    layers = [l for l in find_units(model) if among is None or l.name in among]
     if criterion in ("weight", "norm", "random"): return _without_films(model, layers, criterion, seed)
     if calibration is None or not len(calibration):
         raise NeuralError(f"{criterion!r} scores on films: give a calibration set")
@@ -192,13 +194,13 @@ def _all_against_all(layers, ranked, budget, least):
     return kept
 
 # %% ../nbs/api/34c_criteria.ipynb #slim0068
-def _paid(model, ranked, budget, ranking, example):
+def _paid(model, ranked, budget, ranking, example, among):
     "The mask of the largest ratio, in thousandths, whose network costs no more than the budget."
     limit = budget.bytes or budget.macs
     if budget.macs and not example:
         raise NeuralError("a budget of multiply-accumulates needs an example to count them on")
     def cost(thousandths):
-        mask = choose(model, ranked, Budget(ratio=thousandths / 1000), ranking, 1)
+        mask = choose(model, ranked, Budget(ratio=thousandths / 1000), ranking, 1, (), among)
         return mask, bytes_after(model, mask) if budget.bytes else count_macs(slimmed(model, mask), *example)
     low, high, best = 0, 1000, None
     while low < high:
@@ -218,22 +220,27 @@ def choose(
     ranking: str = "layer",  # "layer", as the paper says, or "model": all against all
     least: int = 0,  # units that "model" leaves each layer in any case
     example: tuple = (),  # inputs for counting multiply-accumulates, where the budget has some
+    among: tuple | None = None,  # names of the layers that may lose units; None: all of them
 ) -> Mask:
     "The units that a budget pays for (arXiv 2507.08330, abstract; all else is reconstruction)."
     if ranking not in ("layer", "model"):
         raise NeuralError(f"units are ranked within a 'layer' or in the 'model', got {ranking!r}")
-    layers = find_units(model)
+    every = find_units(model)
+    layers = [l for l in every if among is None or l.name in among]
+    if among is not None and (odd := sorted({*among} - {l.name for l in every})):
+        raise NeuralError(f"{odd[0]}: no layer of {type(model).__name__} is called so; see find_units")
     for l in layers:
         if l.name not in ranked or len(ranked[l.name]) != l.units:
             raise NeuralError(f"{l.name}: has {l.units} units, but no such scores: they are scores of another model")
-    if budget.bytes or budget.macs: return _paid(model, ranked, budget, ranking, example)
+    if budget.bytes or budget.macs: return _paid(model, ranked, budget, ranking, example, among)
     kept = (_all_against_all(layers, ranked, budget, least) if ranking == "model"
             else {l.name: _kept_of(ranked[l.name], l, budget) for l in layers})
     for word in {l.alike for l in layers} - {""}:
         alike = [l for l in layers if l.alike == word]
         most = max(int(kept[l.name].sum()) for l in alike)
         for l in alike: kept[l.name] = _kept_of(ranked[l.name], l, Budget(count=most))
-    return Mask(kept, network_digest(model))
+    whole = {l.name: torch.ones(l.units, dtype=torch.bool) for l in every}
+    return Mask(whole | kept, network_digest(model))
 
 # %% ../nbs/api/34c_criteria.ipynb #slim0075
 @torch.no_grad()
@@ -245,11 +252,11 @@ def recalibrate(
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [m.momentum for m in norms]
     model.eval()
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None                                   # a plain mean
-        m.train()
-    for x in batches: model(x)
+    for m in norms: m.reset_running_stats()
+    for m in norms: m.train()
+    for n, x in enumerate(batches, 1):
+        for m in norms: m.momentum = 1 / n                  # a plain mean
+        model(x)
     for m, momentum in zip(norms, before): m.momentum = momentum
     model.eval()
     return len(norms)
@@ -264,13 +271,14 @@ def recover(
     seed: int = 0,
     validate: Callable | None = None,  # model -> numbers by name, see `fit` of chapter 03
     best: tuple = (),  # which of them chooses the epoch, see `Training` of chapter 03
+    bf16: bool = False,  # autocast to bfloat16, see `computes_bf16`
 ) -> list[dict]:  # one row per epoch
     "Teaches a network what it lost with its units (reconstruction)."
     at_least(1, epochs=epochs)
     above(0, lr=lr)
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
-    training = Training(epochs, best, seed=seed, stepped="epoch", name="recovery", progress=False)
+    training = Training(epochs, best, seed=seed, stepped="epoch", bf16=bf16, name="recovery", progress=False)
     return fit(model, batches, loss, optimiser, training, schedule, validate)
 
 # %% ../nbs/api/34c_criteria.ipynb #crit0102x
@@ -377,11 +385,14 @@ def survival(
     coverage=None,  # (n, N) share of each patch that the finding covers; None: no lesion is known
     k: int = 4,  # patches that would be retained
     grid: tuple = (12, 12),  # rows, columns of patches
+    before=None,  # (n, N) maps of the dense network by the same judge, where they are known
     **how,  # `say` and `grey`
 ) -> pd.DataFrame:  # rows "dense" and "slim"; what agrees stands in the second
     "Whether the explanation survives: agreement, deletion, insertion, hits (answers defects D3, D4)."
     rows, both = {}, {"dense": dense, "slim": slim}
-    maps = {name: film_maps(model, films, label, judge, pruned_by, grid, **how) for name, model in both.items()}
+    known = {} if before is None else {"dense": torch.as_tensor(before)}
+    asked = {name: model for name, model in both.items() if name not in known}
+    maps = known | {name: film_maps(m, films, label, judge, pruned_by, grid, **how) for name, m in asked.items()}
     for name, model in both.items():
         curves = [erased(model, films, label, maps[name], insertion=i, grid=grid, **how).mean() for i in (False, True)]
         rows[name] = dict(zip(("deletion", "insertion"), curves))
@@ -390,3 +401,25 @@ def survival(
             rows[name] |= dict(hit=hit_rate(kept, coverage), precision=precision(kept, coverage))
     rows["slim"] |= agreement(maps["dense"], maps["slim"], k)
     return pd.DataFrame(rows).T
+
+# %% ../nbs/api/34c_criteria.ipynb #e0f912bf
+@torch.inference_mode()
+def paired_latency(
+    dense: nn.Module,
+    slim: nn.Module,
+    example: tuple,  # inputs of both
+    runs: int = 20,  # of each, in turn
+) -> pd.DataFrame:  # milliseconds: rows "dense" and "slim", columns "minimum" and "10th percentile"
+    "Time of one pass on one thread, two networks in turn (this companion's choice)."
+    at_least(1, runs=runs)
+    threads, spent = torch.get_num_threads(), {"dense": [], "slim": []}
+    torch.set_num_threads(1)
+    try:
+        for n in range(runs + 2):                                                        # two to warm up
+            for name, model in (("dense", dense.eval()), ("slim", slim.eval())):
+                begun = time.perf_counter()
+                model(*example)
+                if n > 1: spent[name].append(1000 * (time.perf_counter() - begun))
+    finally: torch.set_num_threads(threads)
+    each = {name: {"minimum": min(ms), "10th percentile": float(np.quantile(ms, 0.1))} for name, ms in spent.items()}
+    return pd.DataFrame(each).T

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from neural.asset import StudyAsset
 from neural.attribute import ADDITIONS, RULES, Rule, ask, layer_gradients, prepared, share
 from neural.classify import PARTS, GraphClassifier, as_columns, load_classifier, save_classifier
-from neural.criteria import (CRITERIA, SPACE, Calibration, agreement, calibrate, choose, erased, film_maps, rank_units,
-                             recalibrate, recover, score_units, survival)
+from neural.criteria import (CRITERIA, SPACE, Calibration, agreement, calibrate, choose, erased, film_maps,
+                             paired_latency, rank_units, recalibrate, recover, score_units, survival)
 from neural.evaluate import file_bytes
 from neural.image_model import ImageModel, InvertedBlock, ResidualBlock, load_image_model, save_image_model
 from neural.mxa import vit_model
@@ -568,3 +568,76 @@ def test_an_explanation_survives_where_nothing_was_lost():
     assert survival(model, worse, x, label, "random", "covered", grid=(8, 8)).loc["slim", "overlap"] < 1
     curve = erased(model, x, label, film_maps(model, x, label, "covered", grid=(8, 8)), grid=(8, 8))
     assert curve.shape == (4, 7) and (curve[:, 1] <= curve[:, 0] + 1e-6).mean() > 0.7
+
+
+def test_statistics_of_an_efficientvit_are_measured_too():
+    model, x = lively(vit_model(("A", "B"), 64)), torch.rand(12, 1, 64, 64)
+    seen = []
+    hook = model.net.norm.register_forward_pre_hook(lambda m, args: seen.append(args[0].mean((2, 3))))
+    recalibrate(model, [x[:6], x[6:]])
+    hook.remove()
+    both = torch.stack([part.mean(0) for part in seen]).mean(0)                       # a plain mean over batches
+    assert torch.allclose(model.net.norm.running_mean, both, atol=1e-4) and model.net.norm.momentum == 0.1
+
+
+def test_dense_maps_that_are_known_are_not_made_again(monkeypatch):
+    model, x, label = planted()[0], film(planted()[0], 2), torch.tensor([0, 1])
+    less = slimmed(model, drawn(model, 0.5))
+    whole = survival(model, less, x, label, "random", "covered", grid=(8, 8))
+    before, made = film_maps(model, x, label, "covered", grid=(8, 8)), []
+    counted = lambda m, *rest, **how: made.append(m) or film_maps(m, *rest, **how)
+    monkeypatch.setattr("neural.criteria.film_maps", counted)
+    known = survival(model, less, x, label, "random", "covered", grid=(8, 8), before=before)
+    assert known.equals(whole) and made == [less]
+
+
+# stage 80: some layers alone, equal networks, time
+
+def test_a_budget_may_be_spent_on_some_layers_alone():
+    torch.manual_seed(0)
+    model = lively(ReportVLM(small_config(60, 96, ("A", "B"), width=64, d_model=64, stem="levels", depth=0)))
+    among = tuple(l.name for l in find_units(model) if l.name.startswith("encoder"))
+    x = torch.rand(2, 1, 96, 96)
+    ranked = rank_units(score_units(model, None, None, "weight", among=among))
+    assert set(ranked) == set(among)
+    budget = Budget(macs=count_macs(model, x[:1]) // 2)
+    mask = choose(model, ranked, budget, example=(x[:1],), among=among)
+    assert all(kept == n for name, (kept, n) in mask.counts().items() if name not in among)
+    assert any(kept < n for kept, n in mask.counts().values())
+    less = slimmed(model, mask)
+    assert count_macs(less, x[:1]) <= budget.macs
+    assert torch.allclose(less(x).label_logits, silenced(model, mask)(x).label_logits, atol=1e-5)
+    with pytest.raises(NeuralError, match="nobody: no layer of ReportVLM is called so"):
+        choose(model, ranked, Budget(ratio=0.5), among=("nobody",))
+
+
+def test_within_layers_every_criterion_leaves_an_equal_network():
+    model, x = levels(), film(levels(), 6)
+    calibration = calibrate(np.eye(3).repeat(2, 0), "ABC", each=2)
+    budget, left = Budget(macs=count_macs(model, x[:1]) // 2), set()
+    for criterion in ("taylor", "absolute", "weight", "random"):
+        ranked = rank_units(score_units(model, x, calibration, criterion), calibration)
+        left.add(tuple(choose(model, ranked, budget, example=(x[:1],)).counts().items()))
+    assert len(left) == 1
+
+
+@by_name("rule,most", [("gamma", 5), ("zplus", 2), ("absolute", 1), ("epsilon", 1)])
+def test_a_rule_passes_a_layer_no_more_often_than_it_must(rule, most):
+    passes = []
+    def f(a, w):
+        passes.append(1)
+        return a @ w
+    share(Rule(rule), f, *DENSE.values())
+    assert len(passes) == most
+
+
+def test_two_networks_are_timed_in_turn_and_threads_put_back():
+    order, threads = [], torch.get_num_threads()
+    class Clock(nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+        def forward(self, x): order.append((self.name, torch.get_num_threads()))
+    told = paired_latency(Clock("dense"), Clock("slim"), (None,), 3)
+    assert order == [("dense", 1), ("slim", 1)] * 5 and torch.get_num_threads() == threads
+    assert (told["minimum"] <= told["10th percentile"]).all() and (told > 0).all(axis=None)
