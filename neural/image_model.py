@@ -434,6 +434,18 @@ def network_config(
     with readable(f"{Path(folder).name}/config.json"): about = json.loads(path.read_text(encoding="utf-8"))
     return about if isinstance(about, dict) else {}
 
+# %% ../nbs/api/09_image_model.ipynb #57182083
+def own_folder(
+    folder: str | Path,  # where a network goes; made if needed
+    kind: str,           # what its config.json must say of it, if there is one
+    key: str = "kind",   # where it says so
+) -> Path:
+    "A folder that is new, or holds what may be replaced; one of something else is refused."
+    folder = make_folder(folder)
+    if (folder / "config.json").exists() and network_config(folder).get(key) != kind:
+        raise NeuralError(f"{folder.name} holds something else that has a config.json: name another folder")
+    return folder
+
 # %% ../nbs/api/09_image_model.ipynb #im31x1
 def save_image_model(
     model: ImageModel,
@@ -441,9 +453,7 @@ def save_image_model(
     **about,  # more for the JSON: what it was trained on, by which command
 ) -> None:
     "Write an image model: weights first, then the JSON that names them."
-    folder = make_folder(folder)
-    if (folder / "config.json").exists() and network_config(folder).get("kind") != KIND:
-        raise NeuralError(f"{folder.name} holds something else that has a config.json: name another folder")
+    folder = own_folder(folder, KIND)
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     with writable(folder.name), tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as draft:
         save_file(weights, f"{draft}/model.safetensors")

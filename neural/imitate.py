@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from .finetune import digest
-from .image_model import hash_of_file, network_config, writable
+from .image_model import hash_of_file, network_config, own_folder, writable
 from .report import evidence, split_sections, swap_laterality, train_tokenizer
-from .study import Manifest, NeuralError, above, at_least, make_folder, report_text
+from .study import Manifest, NeuralError, above, at_least, report_text
 from .train import Training, fit
 from .vlm import quiet
 
@@ -301,9 +301,7 @@ def save_text_encoder(
     folder: str | Path,  # made if needed; a text encoder that is there is replaced, anything else is not
 ) -> None:
     "Write a text encoder as a transformers checkpoint; its configuration comes last and names the other files."
-    folder = make_folder(folder)
-    if (folder / "config.json").exists() and network_config(folder).get("kind") != "text-encoder":
-        raise NeuralError(f"{folder.name} holds something else that has a config.json: name another folder")
+    folder = own_folder(folder, "text-encoder")
     with writable(folder.name), quiet(), tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as draft:
         encoder.tokenizer.save_pretrained(draft)
         encoder.model.save_pretrained(draft)

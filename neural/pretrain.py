@@ -24,10 +24,10 @@ from torch.nn import functional as F
 from transformers import AutoBackbone, ResNetConfig
 
 from .finetune import augment, digest
-from .image_model import (ImageModel, hash_of_file, load_image_model, network_config, register_net,
+from .image_model import (ImageModel, hash_of_file, load_image_model, network_config, own_folder, register_net,
                                 save_image_model, writable)
 from .imitate import SECTIONS, Pairs, Softening, check_pairs, cicl, correlation, warm_cosine
-from .study import NeuralError, above, at_least, make_folder
+from .study import NeuralError, above, at_least
 from .train import Checkpoint, Training, computes_bf16, fit, pick_device
 
 # %% auto #0
@@ -596,9 +596,7 @@ def save_imitate(
     **about,  # more for the JSON: what it was trained on, by which command
 ) -> None:
     "Write an encoder that was trained on pairs: `image/`, the branches, and the JSON that names them."
-    folder = make_folder(folder)
-    if (folder / "config.json").exists() and network_config(folder).get("kind") != "imitate":
-        raise NeuralError(f"{folder.name} holds something else that has a config.json: name another folder")
+    folder = own_folder(folder, "imitate")
     save_image_model(model.image_model(), folder / "image", **about)
     heads = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if not k.startswith("net.")}
     with writable(folder.name), tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as draft:

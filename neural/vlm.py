@@ -27,8 +27,8 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.utils import logging
 
 from .image_model import (LITE_NETS, EfficientNetLite, LevelNet, hash_of_file, narrow, pool_patches,
-                                network_config, start_convolutions, writable)
-from .study import LABELS, NeuralError, at_least, make_folder, readable
+                                network_config, own_folder, start_convolutions, writable)
+from .study import LABELS, NeuralError, at_least, readable
 
 # %% auto #0
 __all__ = ['small_config', 'narrow_heads', 'ReportVLM', 'label_loss', 'Packed', 'pack', 'kept_memory', 'save_vlm', 'load_vlm',
@@ -563,9 +563,7 @@ def save_vlm(
     **kwargs,  # passed on to transformers
 ):
     "Write a network, and its tokenizer, each file whole; the configuration comes last and names the others."
-    folder = make_folder(folder)
-    if (folder / "config.json").exists() and read_config(folder).get("model_type") != model.config.model_type:
-        raise NeuralError(f"{folder.name} holds something else that has a config.json: name another folder")
+    folder = own_folder(folder, model.config.model_type, "model_type")
     for left in folder.glob(".part-*"): shutil.rmtree(left, ignore_errors=True)  # of a save that was killed
     with writable(folder.name), quiet(), tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as draft:
         if tokenizer is not None: tokenizer.save_pretrained(draft)
