@@ -745,6 +745,60 @@ def collect_cards(
         raise NeuralError(f"{files} both hold {what}: one is out of date; remove it, or run its stage again")
     return as_card(rows.drop(columns="file"))
 
+# %% ../nbs/api/33_results.ipynb #front002
+def pareto(
+    cost,           # of each point, the lower the better, [n]
+    gain,           # of each point, the higher the better, [n]
+) -> np.ndarray:    # bool, (n,): no other point beats it; of two alike, both stay
+    "Which points no other point beats in both (this companion's choice)."
+    cost, gain = np.asarray(cost, float), np.asarray(gain, float)
+    if np.isnan(cost).any() or np.isnan(gain).any():
+        raise NeuralError("a front asks a cost and a gain of every point; leave out what was not measured")
+    cheap, good = cost[:, None] <= cost, gain[:, None] >= gain          # [i, j]: i beside j
+    less, more = cost[:, None] < cost, gain[:, None] > gain
+    return ~(cheap & good & (less | more)).any(0)
+
+# %% ../nbs/api/33_results.ipynb #front006
+def lead_shown(
+    cost,           # of each point, [n]
+    low,            # lower end of the interval of its gain, [n]
+    high,           # upper end, [n]
+) -> np.ndarray:    # bool, (n,): its interval lies above those of all cheaper points; true of the cheapest
+    "Whether what costs more is shown to be better, by intervals that do not touch (this companion's choice)."
+    cost, low, high = (np.asarray(v, float) for v in (cost, low, high))
+    return ~((cost[:, None] < cost) & (high[:, None] >= low)).any(0)
+
+# %% ../nbs/api/33_results.ipynb #front010
+def shared_bytes(
+    study,          # bytes of each study, a number or [n]
+    model,          # bytes of what a receiver needs once, a number or [n]
+    studies: int,   # that it will read, at least 1
+):                  # bytes a study with its share of the model, as long as the longer of the two
+    "What a study costs when its model is shared among many (this companion's choice)."
+    at_least(1, studies=studies)
+    return np.asarray(study, float) + np.asarray(model, float) / studies
+
+# %% ../nbs/api/33_results.ipynb #front014
+def mean_points(
+    card: pd.DataFrame,    # gathered; the rows of one split
+    findings,              # over which the mean is taken
+    name: str,             # what the mean is called, as its target
+) -> pd.DataFrame:         # a row for each system that was asked them all; `interval`: patients, or ends
+    "The mean AUC over some findings, from cards alone (this companion's choice)."
+    own = card[(card.joined == "mean over seeds") & card.metric.isin((HEADLINE, MACRO))]
+    rows = []
+    for _, part in own.groupby(list(SYSTEM), dropna=False, sort=False):
+        each = part[part.metric == HEADLINE].set_index("target")
+        if not len(findings) or not {*findings} <= {*each.index}: continue
+        asked = each.loc[list(findings)]
+        made = asked.iloc[0].to_dict() | dict(target=name, metric=MACRO, positives=pd.NA, interval="ends")
+        made |= {c: asked[c].mean() for c in ("value", "low", "high")}
+        macro = part[(part.metric == MACRO) & (part.target == "all targets")]
+        if len(macro) and {*each.index} == {*findings}:
+            made |= dict(macro.iloc[0][["low", "high"]], interval="patients")
+        rows.append(made)
+    return pd.DataFrame(rows, columns=[*card, "interval"])
+
 # %% ../nbs/api/33_results.ipynb #result111
 _HEADINGS = {"k": "patches", "budget": "bytes allowed", "bytes_study": "bytes a study", "macs": "MACs",
              "bytes_model": "bytes of the model", "latency_ms": "ms a study"}

@@ -1,0 +1,217 @@
+"The frontier: fronts are what brute force finds, every point has its command, and a stage that has not run is named."
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+
+from neural.evaluate import HEADLINE
+from neural.pipeline import code_cells
+from neural.results import MACRO, as_card, lead_shown, mean_points, pareto, shared_bytes, write_card
+from neural.study import NeuralError
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGE = ROOT / "nbs/paper/90_frontier.ipynb"
+FINDINGS = ("Cardiomegaly", "Pneumonia")
+HERE = {  # stage -> (system, track, selection, patches, codec, budget, bytes a study, multiply-accumulates)
+    "53_controls": [
+        ("pooled embedding, 1 x 1 cells", "image-only", "", None, "", None, 260, None),
+        ("both graphs", "image-only", "described", 4, "", None, 1290, None),
+        ("both graphs", "image+report", "described", 4, "", None, 1290, None),
+        ("knowledge graph alone", "image+report", "", None, "", None, None, None),
+        ("label head", "image-only", "all patches", 144, "", None, None, None)],
+    "57_rate": [
+        ("thumbnail", "image-only", "", None, "webp", 250, 240, None),
+        ("thumbnail, read by the label head", "image-only", "", None, "webp", 250, 240, None),
+        ("thumbnail, read by the label head", "image-only", "", None, "webp", 1000, 945, None),
+        ("asset", "image-only", "described", 10, "", None, 2912, None),
+        ("asset", "image+report", "described", 10, "", None, 2910, None)],
+    "70_mxa": [("EfficientViT, plain", "image-only", "", None, "", None, None, 60_000_000),
+               ("raw-film network, one seed", "image-only", "", None, "", None, None, 400_000_000)],
+}
+
+
+def planted(stage, rng, positives=30):
+    "A card of some systems with values and intervals that mean nothing."
+    rows = []
+    for system, track, selection, k, codec, budget, size, macs in HERE[stage]:
+        same = dict(system=system, stage=stage, track=track, selection=selection, k=k, codec=codec, budget=budget,
+                    condition="", split="test", seeds="0", joined="mean over seeds", against="", studies=90,
+                    bytes_study=size, macs=macs, bytes_model=None if macs is None else macs // 20,
+                    latency_ms=None if macs is None else macs / 1e7, command=f"neural run {stage[:2]} --preset planted")
+        values = rng.uniform(0.6, 0.9, len(FINDINGS)).round(2)
+        rows += [same | dict(target=t, metric=HEADLINE, value=v, low=v - 0.04, high=v + 0.03, positives=positives)
+                 for t, v in zip(FINDINGS, values)]
+        v = values.mean()
+        rows.append(same | dict(target="all targets", metric=MACRO, value=v, low=v - 0.02, high=v + 0.02))
+    return as_card(pd.DataFrame(rows))
+
+
+def folder(path, stages, positives=None, seed=0):
+    "A run folder with cards and what the stage reads besides."
+    rng = np.random.default_rng(seed)
+    (path / "tables").mkdir(parents=True)
+    for stage in stages:
+        write_card(path / f"tables/{stage}_card.csv", planted(stage, rng, (positives or {}).get(stage, 30)))
+    record = {"stage": "10_finetune", "metrics": {}, "parameters": {}, "settings": {}, "inputs": {},
+              "outputs": {"vlm/model.safetensors": {"bytes": 9000}, "vlm/config.json": {"bytes": 100}}}
+    (path / "10_finetune.json").write_text(json.dumps(record))
+    sizes = pd.Series({"film at 192 px, PNG": 16000}, name="bytes per study")
+    sizes.to_csv(path / "tables/bytes.csv")
+    return path
+
+
+def page(run, monkeypatch, **parameters):
+    "What the stage computes of a run folder: its names after all cells but the record; pictures are drawn too."
+    monkeypatch.chdir(run.parent)
+    shell = InteractiveShell.instance()
+    shell.reset(new_session=True)
+    shell.run_cell("import matplotlib; matplotlib.use('agg')")
+    for n, source in enumerate(code_cells(STAGE)):
+        if n == 0: source += f"\nrun = {str(run)!r}\n" + "\n".join(f"{k} = {v!r}" for k, v in parameters.items())
+        source = re.sub(r'(?m)^record\("90_frontier".*', "", source)
+        done = shell.run_cell(source, store_history=True, silent=False)
+        if not done.success: raise done.error_in_exec or done.error_before_exec
+    return dict(shell.user_ns)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "The page of planted cards, made once."
+    run = folder(tmp_path_factory.mktemp("run") / "planted", ("53_controls", "57_rate", "70_mxa"))
+    with pytest.MonkeyPatch.context() as patch: return run, page(run, patch)
+
+
+def unbeaten(rows, price="bytes"):
+    "The front by brute force: each point held against every other, in plain Python."
+    points = [(r[price], r["value"], r["name"]) for r in rows.to_dict("records") if r[price] == r[price]]
+    return sorted({p for p in points if not any(q[0] <= p[0] and q[1] >= p[1] and (q[0] < p[0] or q[1] > p[1])
+                                                for q in points)})
+
+
+# the three functions
+
+def test_planted_points():
+    assert pareto([1, 2, 3, 3], [.5, .7, .7, .9]).tolist() == [True, True, False, True]
+    assert lead_shown([1, 2, 3], [.4, .55, .5], [.5, .6, .7]).tolist() == [True, True, False]
+    assert shared_bytes(10, 1000, 10) == 110 and shared_bytes([10, 20], [0, 5], 5).tolist() == [10, 21]
+
+
+def test_a_front_does_not_depend_on_order_or_scale():
+    rng = np.random.default_rng(1)
+    cost, gain = rng.integers(1, 9, 50), rng.integers(0, 9, 50) / 10
+    held, order = pareto(cost, gain), rng.permutation(50)
+    assert (pareto(cost[order], gain[order]) == held[order]).all()
+    assert (pareto(np.log(cost), gain * 3 - 1) == held).all()
+    assert held[gain == gain.max()].any() and held[cost == cost.min()].any()
+
+
+def test_a_mean_is_of_all_its_findings_or_not_there():
+    card = planted("53_controls", np.random.default_rng(2))
+    part = card[(card.target != "Pneumonia") | (card.system != "label head")]
+    found = mean_points(part, FINDINGS, "mean")
+    assert "label head" not in set(found.system) and len(found) == 4 and set(found.interval) == {"patients"}
+    one = mean_points(card, FINDINGS[:1], "mean").set_index(["system", "track"]).loc[("both graphs", "image-only")]
+    own = card[(card.metric == HEADLINE) & (card.target == FINDINGS[0])].set_index(["system", "track"])
+    assert one.interval == "ends" and one.value == own.value["both graphs", "image-only"]
+
+
+# the page
+
+def test_fronts_are_what_brute_force_finds(made):
+    run, names = made
+    points = pd.read_csv(run / "tables/90_frontier_points.csv")
+    fronts = pd.read_csv(run / "tables/90_frontier_fronts.csv")
+    for track, target in (("image-only", "mean"), ("image-only", "Pneumonia"), ("image+report", "Cardiomegaly")):
+        wanted = unbeaten(points[(points.track == track) & (points.target == target)])
+        kept = fronts[(fronts.track == track) & (fronts.target == target)]
+        assert sorted(zip(kept.bytes, kept.value, kept["name"])) == wanted and wanted
+        held = names["fronts"][track, target]
+        assert sorted(zip(held.bytes, held.value, held["name"])) == wanted
+
+
+def test_published_fronts_are_those_of_the_published_table():
+    table = ROOT / "figures/tables/90_frontier_points.csv"
+    if not table.is_file(): pytest.skip("the stage has not been published yet")
+    points, fronts = pd.read_csv(table), pd.read_csv(table.with_name("90_frontier_fronts.csv"))
+    assert (points.command.str.len() > 0).all()
+    for (track, target), kept in fronts.groupby(["track", "target"]):
+        wanted = {p[:2] for p in unbeaten(points[(points.track == track) & (points.target == target)])}
+        assert set(zip(kept.bytes, kept.value)) == wanted
+
+
+def test_every_point_has_a_command_and_what_is_not_measured_is_blank(made):
+    run, _ = made
+    points = pd.read_csv(run / "tables/90_frontier_points.csv")
+    assert points.command.str.startswith("neural run").all()
+    assert not points[["value", "low", "high"]].isna().any(axis=None)
+    thumbnail = points[points.system == "thumbnail"]
+    assert len(thumbnail) and thumbnail[["model", "macs", "latency_ms"]].isna().all(axis=None)
+    head = points[points.system == "label head"]
+    assert set(head.bytes) == {16000} and set(head.model) == {9100}
+
+
+def test_a_stage_that_has_not_run_is_named_and_left_out(made, tmp_path, monkeypatch, capsys):
+    assert made[1]["left_out"] == ["40_classify", "58_codecs", "80_slim"]
+    names = page(folder(tmp_path / "few", ("53_controls", "57_rate")), monkeypatch)
+    assert names["left_out"] == ["40_classify", "58_codecs", "70_mxa", "80_slim"] and names["nets"].empty
+    assert "70_mxa" in capsys.readouterr().out and len(names["answers"]) == 3
+    bare = folder(tmp_path / "bare", ("53_controls",))
+    with pytest.raises(NeuralError, match="has no tables/57_rate_card.csv"): page(bare, monkeypatch)
+
+
+def test_cards_of_two_cohorts_are_refused(tmp_path, monkeypatch):
+    run = folder(tmp_path / "torn", ("53_controls", "57_rate"), positives={"57_rate": 31})
+    with pytest.raises(NeuralError, match="Cardiomegaly has other patients in 53_controls and 57_rate"):
+        page(run, monkeypatch)
+
+
+def test_a_clinic_gets_the_best_that_keeps_its_limits(made):
+    run, names = made
+    points = pd.read_csv(run / "tables/90_frontier_points.csv")
+    rows = points[(points.track == "image-only") & (points.target == "mean") & (points.kind != "words alone")]
+    sent = rows[(rows.bytes <= 300) & (rows.sender == "nothing")]
+    read = rows[(rows.bytes <= 50_000) & (rows.sender == "nothing") & (rows.macs <= 2e8)]
+    kept = rows[rows.bytes + rows.model.fillna(0) / 1e7 <= 500]
+    for answer, allowed in zip(names["answered"].values(), (sent, read, kept)):
+        assert answer.kept == len(allowed) > 0 and answer.best["value"] == allowed.value.max()
+        assert answer.least["high"] >= answer.best["low"] and answer.best["command"]
+    assert all(a["command"] in "".join(names["told"]) for a in (x.best for x in names["answered"].values()))
+
+
+def test_a_budget_that_nothing_keeps_says_so(tmp_path, monkeypatch):
+    run = folder(tmp_path / "poor", ("53_controls", "57_rate"))
+    names = page(run, monkeypatch, line_bytes=10, archive_gigabytes=0.001)
+    assert [a.best for a in names["answered"].values()] == [None] * 3
+    assert sum("Nothing that was measured keeps it" in t for t in names["told"]) == 3
+
+
+def test_the_page_to_play_with_is_small_and_asks_for_nothing(made):
+    text = (made[0] / "figures/90_frontier.html").read_text()
+    assert len(text) < 300_000 and not re.search(r"https?:|src=|@import|fetch\(|XMLHttp", text)
+    assert "default-src 'none'" in text
+    rows = json.loads(re.search(r"<script type=application/json id=rows>(.*?)</script>", text)[1])
+    points = pd.read_csv(made[0] / "tables/90_frontier_points.csv")
+    assert len(rows) == points.bytes.notna().sum()
+
+
+def test_sharing_brings_the_cost_down_to_the_study(made):
+    names = made[1]
+    for n, rows in names["shares"].items():
+        assert np.allclose(rows.shared, rows.bytes + rows.model / n)
+    a, b = (pd.Series(dict(model=m, bytes=s)) for m, s in ((1e6, 100), (1e4, 1100)))
+    assert names["change_over"](a, b) == names["change_over"](b, a) == 990
+    assert names["change_over"](a, pd.Series(dict(model=1e4, bytes=50))) is None
+
+
+def test_the_stage_leaves_the_run_as_it_was(made, tmp_path, monkeypatch):
+    run = tmp_path / "kept"
+    shutil.copytree(made[0], run)
+    before = {p.name: p.read_bytes() for p in run.rglob("*_card.csv")}
+    names = page(run, monkeypatch)
+    assert {p.name: p.read_bytes() for p in run.rglob("*_card.csv")} == before and len(before) == 3
+    assert names["answers"] == made[1]["answers"]
