@@ -1,6 +1,6 @@
 # make reproduce   from an empty machine to the results table, on phantom studies (about a quarter of an hour, no data needed)
 # make audit       the same run held against its controls, leaks and the released code's defects (an hour more)
-# make companions two of the papers around it on the same studies: MXA with distillation, pruning by attribution (an hour more)
+# make companions after make audit: two of the papers around it on the same studies, MXA with distillation and pruning by attribution, and what all of it costs (an hour more)
 # make described   the same studies as the paper describes it: its network, its choices (a quarter of an hour)
 # make test        everything the project promises, checked: notebooks, tests, a smoke run, the pages
 # make lab         JupyterLab on the notebooks            make docs    the pages, in _docs/
@@ -63,7 +63,7 @@ audit: cohort fine elsewhere
 
 # The companions read the network and the store of stages 10 to 50, and train encoders and students of their own.
 companions: cohort
-	@"$(BIN)/neural" run 10-50 70 80 --preset $(PRESET) --manifest $(COHORT)/manifest.csv --run "$(RUN)"
+	@"$(BIN)/neural" run 10-50 70-90 --preset $(PRESET) --manifest $(COHORT)/manifest.csv --run "$(RUN)"
 
 # Memory a film leaves is kept for the next one, not handed back to the kernel page by page: a sixth of the drawing, on Linux.
 KEEP = MALLOC_TRIM_THRESHOLD_=268435456 MALLOC_MMAP_THRESHOLD_=33554432
