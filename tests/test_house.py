@@ -209,9 +209,9 @@ def test_presets_speak_to_some_stage():
         pick_stages(find_stages(ROOT / "nbs/paper"), values.pop("stages", ()))
         scoped = {n: values.pop(n) for n in [n for n, v in values.items() if isinstance(v, dict)]}
         assert set(values) <= set(known), f"{preset.name}: {set(values) - set(known)}"
-        for number, inner in scoped.items():
-            own = set(stage_parameters(next(p for p in STAGES if p.stem.startswith(f"{number}_"))))
-            assert set(inner) <= own, f"{preset.name}, stage {number}: {set(inner) - own}"
+        for name, inner in scoped.items():
+            own = set(stage_parameters(next(p for p in STAGES if p.stem.partition("_")[2] == name)))
+            assert set(inner) <= own, f"{preset.name}, stage {name}: {set(inner) - own}"
 
 
 def test_published_figures_are_those_of_the_run():

@@ -123,10 +123,10 @@ def test_values_that_do_not_say_what_they_mean(three, words, given, said):
 
 
 def test_the_presets_of_this_companion_say_what_they_mean():
-    "Flat, so that papermill reads them, and no name of two types in any of them."
+    "Every key is a name that papermill can assign, and no name of two types is in any of them."
     stages = find_stages(ROOT / "nbs/paper")
     for path in sorted((ROOT / "nbs/paper/presets").glob("*.yaml")):
-        assert not [k for k, v in yaml.safe_load(path.read_text()).items() if isinstance(v, dict)], path.name
+        assert all(isinstance(k, str) and k.isidentifier() for k in yaml.safe_load(path.read_text())), path.name
         values = load_preset(path, ROOT / "nbs/paper")
         values.pop("stages", None)
         settle_parameters(stages, stages, values)               # a name of two types is refused here
