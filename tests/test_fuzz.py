@@ -172,7 +172,7 @@ def test_the_rulers_see_what_they_should():
     with pytest.raises(Late), within_a_second():
         while True:
             try: sum(range(10**5))
-            except Exception: pass
+            except Exception: pass                      # as a decoder that swallows what it does not know
 
 
 # assets
