@@ -70,3 +70,102 @@ def test_what_home_calls_shown_has_an_interval_off_zero(rows, name):
 def test_other_differences_on_home_are_numbers_of_the_record(rows, name):
     alone = re.findall(r"[+−]\d\.\d{3}", re.sub(TRIPLE, "", rows[name]))
     assert set(alone) <= {sign(v) for v in leaves(record_of(name))}, alone
+
+
+# what came out, at the top of the page
+
+def metrics_of(stage, data=""):
+    "The numbers of a published stage, on phantoms or of another data set."
+    return json.loads((ROOT / "figures" / data / f"records/{stage}.json").read_text())["metrics"]
+
+
+def area(values):
+    "An AUC with its interval, as the home page writes it."
+    value, low, high = (f"{v:.3f}" for v in values)
+    return f"{value} [{low}, {high}]"
+
+
+def gap(row):
+    "A paired difference, as the home page writes it."
+    return written([row["difference"], row["low"], row["high"]])
+
+
+def share(row):
+    "A hit rate with its interval in percent."
+    return f"{row['hit rate']:.0%} [{row['low']:.0%}, {row['high']:.0%}]".replace("%", " %")
+
+
+def what_came_out():
+    "Line of the section (a piece of it) -> what the records make of its numbers."
+    kept = metrics_of("40_classify")["retained patches on test"]["Pneumonia"]
+    areas, real = (metrics_of("40_classify", d)["AUC on test"] for d in ("", "open-i"))
+    areas, real = areas["Pneumonia"], real["Cardiomegaly"]
+    control, control_real = (metrics_of("53_controls", d) for d in ("", "open-i"))
+    other, other_real = control["AUC on test"]["Pneumonia"], control_real["AUC on test"]["Cardiomegaly"]
+    pairs, pairs_real = (c["paired differences"] for c in (control, control_real))
+    pairs, pairs_real = pairs["Pneumonia"], pairs_real["Cardiomegaly"]
+    fused = metrics_of("30_fuse")
+    small = {t: f"{v:.0f}" for t, v in fused["bytes per study"].items()}
+    film, pooled = f"{fused['film on disk, bytes']:,.0f}", "image-only, pooled embedding, 1 x 1 cells"
+    vector = str(control["bytes per study"]["pooled embedding, 1 x 1 cells"])
+    released = metrics_of("55_released")["Pneumonia"]["less described"]
+    read = metrics_of("52_relevance", "open-i")
+    best = read["elsewhere, chosen on the first half"]
+    swapped = [read["elsewhere, second half"][name][best]["precision over swapped films"]
+               for name in ("covid_notes", "nih1024")]
+    front = json.loads((ROOT / "figures/records/90_frontier.json").read_text())["answers"][0]
+    deal = "image-only asset, k = 10 - raw film"
+    return {
+        "1. **": [share(kept["image+report"]), share(kept["image-only"]),
+                  f"{kept['random']['hit rate']:.0%}".replace("%", " %")],
+        "2. **": [small["image+report"], film, area(areas["image-only, typed both"]),
+                  area(other["image-only, raw-film network"]), gap(pairs[deal]), gap(pairs_real[deal])],
+        "3. **": [gap(pairs["described - random, k = 4, image-only"]),
+                  *(gap(pairs[f"described - random, both graphs, k = 4, {t}"]) for t in small),
+                  area(other["image+report, knowledge graph alone"])],
+        "4. **": [vector, re.search(r"AUC (\d\.\d{3} \[[\d., ]+\])", front)[1]],
+        "5. **": [written(s) for s in swapped],
+        "Of the released": [written(released["token rows (A1)"])],
+        "| asset, report known": [small["image+report"], area(areas["image+report, typed both"]),
+                                  area(real["image+report, typed both"])],
+        "| its knowledge": [area(c["image+report, knowledge graph alone"]) for c in (other, other_real)],
+        "| asset, image-only": [small["image-only"], area(areas["image-only, typed both"]),
+                                area(real["image-only, typed both"])],
+        "| averaged": [vector, area(other[pooled]), area(other_real[pooled])],
+        "| label head": [film, area(areas["image-only, label head, all patches"]),
+                         area(real["image-only, label head, all patches"])],
+        "| network": [film, *(area(c["image-only, raw-film network"]) for c in (other, other_real))],
+    }
+
+
+@pytest.fixture(scope="module")
+def out():
+    "Lines of the section that says what came out."
+    cells = [c.source for c in nbformat.read(ROOT / "nbs/index.ipynb", 4).cells]
+    found = next(n for n, c in enumerate(cells) if c.startswith("## What came out"))
+    assert found <= 2, "it stands before everything else but the introduction"
+    return cells[found].partition("## Three ways")[0].splitlines()
+
+
+@pytest.mark.parametrize("start", what_came_out())
+def test_what_came_out_is_what_the_records_hold(out, start):
+    line = next(line for line in out if line.startswith(start))
+    expected = what_came_out()[start]
+    for piece in expected:
+        assert piece in line, f"{piece} is not in: {line}"
+    for piece in sorted(expected, key=len, reverse=True): line = line.replace(piece, "")
+    assert not re.findall(r"\d\.\d{2,}|\d+ %", line), f"numbers of no record: {line}"
+
+
+def test_no_other_line_of_what_came_out_has_a_measured_number(out):
+    rest = [line for line in out if not any(line.startswith(s) for s in what_came_out())]
+    assert not re.findall(r"\d\.\d{2,}", "\n".join(rest))
+
+
+def test_what_came_out_calls_nothing_shown_that_is_not(out):
+    "Of each difference the sentence says, or does not deny, what its interval allows."
+    lines = {s: next(line for line in out if line.startswith(s)) for s in ("3. **", "5. **")}
+    third, fifth = (re.findall(TRIPLE, lines[s]) for s in lines)
+    ends = [[float(v.replace("−", "-")) for v in re.findall(r"[+−]\d\.\d{3}", t)] for t in (*third, *fifth)]
+    shown = [low > 0 or high < 0 for _, low, high in ends]
+    assert shown == [True, False, False, False, False] and "neither shown" in lines["3. **"]
