@@ -63,7 +63,7 @@ audit: cohort fine elsewhere
 
 # The companions read the network and the store of stages 10 to 50, and train encoders and students of their own.
 companions: cohort
-	@"$(BIN)/neural" run 10-50 60-90 --preset $(PRESET) --manifest $(COHORT)/manifest.csv --run "$(RUN)"
+	@"$(BIN)/neural" run 10-50 70-90 --preset $(PRESET) --manifest $(COHORT)/manifest.csv --run "$(RUN)"
 
 # Memory a film leaves is kept for the next one, not handed back to the kernel page by page: a sixth of the drawing, on Linux.
 KEEP = MALLOC_TRIM_THRESHOLD_=268435456 MALLOC_MMAP_THRESHOLD_=33554432
