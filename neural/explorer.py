@@ -645,6 +645,10 @@ EXPLORER_SCRIPT += """
     words.forEach((e, i) => { e.classList.toggle('on', i === w); e.classList.toggle('lit', weight[i] > .15 * most && p >= 0); e.style.setProperty('--w', weight[i] / most); e.setAttribute('aria-pressed', i === S.word); });
     set('say', says(d, w, p, weight));
   }
+"""  # noqa: E501
+
+# %% ../nbs/api/25b_explorer.ipynb #exp00124
+EXPLORER_SCRIPT += """
   function says(d, w, p, weight) {
     const best = (values, n) => [...values.keys()].sort((a, b) => values[b] - values[a]).slice(0, n), T = d.t;
     if (w >= 0) {
@@ -691,6 +695,10 @@ EXPLORER_SCRIPT += """
     set('about', D.studies[S.study].marks.length ? D.studies[S.study].marks[S.mark].name : 'no finding is marked');
     set('badge', badge(d));
   }
+"""  # noqa: E501
+
+# %% ../nbs/api/25b_explorer.ipynb #exp00128
+EXPLORER_SCRIPT += """
   function drawSplit() {
     const now = whole(), name = (D.studies[S.study].marks[S.mark] || {}).name;
     document.querySelectorAll('.split tbody tr').forEach((tr, i) => {
