@@ -83,7 +83,7 @@ def open_explored(
     return run
 
 # %% ../nbs/api/25b_explorer.ipynb #exp00016
-def tested_studies(
+def studies_read(
     run: ExploredRun,
 ) -> list:   # of the manifest's test split, in its order
     "The studies a page can show: read by stage 20 on both tracks, film in the cache."
@@ -415,7 +415,7 @@ def explored(
     "What a page shows of a run (this companion's choice)."
     run = open_explored(folder, device)
     methods = methods_of(run.network.scoring.score, run.network.model.config.label_names or ())
-    run, studies = with_usual(run, needs_of(methods), habit), tested_studies(run)
+    run, studies = with_usual(run, needs_of(methods), habit), studies_read(run)
     marked = {s.study_id: marks_of(run, s) for s in studies}
     shown, seen, kept = selected_studies(run, studies, marked), {t: {} for t in TRACKS}, {t: {} for t in TRACKS}
     for t in TRACKS:
