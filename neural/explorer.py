@@ -565,7 +565,7 @@ h2{font-size:1rem;font-weight:650;margin:0 0 .5rem}
 # %% ../nbs/api/25b_explorer.ipynb #exp00097
 EXPLORER_STYLE += """
 .slide{display:block;margin:.9rem 0 0} .slide b{font-variant-numeric:tabular-nums} .slide input{display:block;width:100%;height:2.2rem;margin:0;accent-color:var(--mine);cursor:pointer}
-.now{margin:.4rem 0 0} .now td,.now th{padding:.25rem 0} .now td{width:34%;white-space:nowrap}
+.now{margin:.4rem 0 0} .now td,.now th{padding:.25rem .6rem .25rem 0} .now td{width:34%;white-space:nowrap}
 .now .mine{color:var(--ink);font-weight:650}
 .badge{display:inline-block;margin:0 0 .6rem;padding:.2rem .6rem;border:1px solid var(--lit);border-radius:1rem;background:var(--glow);font-size:.85rem} .badge:empty{display:none}
 .report{margin:0;line-height:2.1}
@@ -864,7 +864,7 @@ def about_page(data):
             ' kept patches that are on it</dd><dt>random, exact</dt><dd>what as many patches drawn blindly would do'
             ' (hypergeometric)</dd><dt>bytes</dt><dd>of the whole asset with int8 features, concepts of the report and'
             ' ties; no pictures</dd><dt>bold, dotted</dt><dd>words of a finding that the report states or suspects, and'
-            ' of one that it denies</dd></dl></details>')
+            ' of one that it denies; grey ones lie beyond the longest report that the network reads</dd></dl></details>')
 
 # %% ../nbs/api/25b_explorer.ipynb #exp00111
 def heat_bar(data):
