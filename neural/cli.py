@@ -1041,6 +1041,31 @@ def inspect(
     with whole_file(html) as f: f.write(asset_page(asset, assets.vocabulary))
     typer.echo(f"page: {html}")
 
+# %% ../nbs/api/45_cli.ipynb #explcli0
+_ExploreRun = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run with its pruning stage finished.", exists=True, file_okay=False)]
+_ExploreOut = Annotated[Path, typer.Option("-o", "--out", help="Page to write, outside of RUN.", dir_okay=False)]
+_ExploreForce = Annotated[bool, typer.Option("--force", help="Replace a page of this command that is there.")]
+
+# %% ../nbs/api/45_cli.ipynb #explcli1
+@app.command()
+def explore(
+    folder: _ExploreRun, out: _ExploreOut = Path("explore.html"), device: _BuildDevice = "auto",
+    force: _ExploreForce = False,
+):
+    "Make one page of a run, to look at and to touch. A page of real films is never to be published."
+    from neural.explorer import explored, explorer_page, is_explorer
+    from neural.record import read_record
+    from neural.study import make_folder, refuse_overwrite, whole_file
+    refuse_overwrite(outside(out, [folder]), ours=is_explorer, force=force)
+    settings = read_record(folder, "20_prune").get("parameters") or {}
+    data = explored(folder, settings.get("habit_studies", 400), device_of(device))
+    page = explorer_page(data)
+    make_folder(out.parent)
+    with whole_file(out) as f: f.write(page)
+    typer.echo(f"page: {out}, {len(data['studies'])} of {data['tested']} test studies, {len(page.encode()):,} bytes")
+    if not data["phantoms"]: typer.echo("it holds films and reports of real people: never publish it")
+
 # %% ../nbs/api/45_cli.ipynb #615ae099
 def main():
     "Entry point of the `neural` command."

@@ -27,10 +27,10 @@ import weakref
 from pathlib import Path
 
 MODULES = ("neural.cli", "neural.bench", "neural.build", "neural.classify", "neural.cluster", "neural.cohort",
-           "neural.export", "neural.films", "neural.layouts", "neural.pipeline", "neural.publish", "neural.race",
-           "neural.viewer", "neural.yardstick", "papermill", "papermill.inspection", "nbclient", "nbdev.clean",
-           "execnb.nbio", "pandas", "spacy", "jupyter_client.provisioning", "IPython.core.interactiveshell",
-           "sklearn.cluster", "fsspec.implementations.local")
+           "neural.explorer", "neural.export", "neural.films", "neural.layouts", "neural.pipeline", "neural.publish",
+           "neural.race", "neural.viewer", "neural.yardstick", "papermill", "papermill.inspection", "nbclient",
+           "nbdev.clean", "execnb.nbio", "pandas", "spacy", "jupyter_client.provisioning",
+           "IPython.core.interactiveshell", "sklearn.cluster", "fsspec.implementations.local")
 CLONE_NEWNS, MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 0x20000, 1, 32, 4096, 16384, 1 << 18
 PAGE = 4096
 

@@ -22,7 +22,7 @@ def test_help_names_every_command(tmp_path):
     said = neural("--help", cwd=tmp_path)
     assert said.returncode == 0 and said.stderr == ""
     for name in ("phantom", "index", "run", "build", "scorers", "baseline", "codebook", "predict", "verify", "compact",
-                 "inspect", "describe", "bench"):
+                 "inspect", "explore", "describe", "bench"):
         assert f"\n  {name} " in said.stdout, f"`neural {name}` is missing"
 
 

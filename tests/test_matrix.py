@@ -37,6 +37,14 @@ def stub(manifest, settings, *more):
     return tables
 s.bench_starts = stub
 """
+EXPLORE = """
+import neural.explorer as e
+from neural.build import load_readings
+def stub(folder, habit, device):
+    found = load_readings(folder, "image+report")
+    return {"studies": found, "tested": len(found), "phantoms": True}
+e.explored, e.explorer_page = stub, lambda data: e.EXPLORER_MARK + str(data["tested"])
+"""
 DRAFT = re.compile(r"(^|/)(\.(?!lock$)[^/]*|[^/]*\.(part|tmp))(/|$)")
 CARDS = "from neural.export import write_cards; write_cards('in/run')"
 
@@ -155,6 +163,8 @@ ROWS = {
     "inspect": Row("inspect in/store s1", {"in/store": "store"}),
     "inspect --html": Row("inspect in/store s1 --html {out}", {"in/store": "store"}, "out/page.html",
                           other="inspect in/store s2 --html {out}"),
+    "explore": Row("explore in/run -o {out}", {"in/run": "readings"}, "out/page.html",
+                   other="explore in/run -o {out} --device cpu", first=EXPLORE),
     "cards": Row("", {"in/run": "run"}, "in/run/model_card.md", first=CARDS, own=r"in/run/\w+_card\.md"),
 }
 
