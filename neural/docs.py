@@ -566,6 +566,14 @@ def readable(
             if not isinstance(child, Comment): yield str(child)
         elif child.name not in UNREAD: yield from readable(child)
 
+# %% ../nbs/api/44_docs.ipynb #find3b
+def address(
+    heading,  # tag
+) -> str:     # id by which it is reached
+    "Where a heading is reached: a place inside it, such as that of a defect, its own id, or its section's."
+    inner = heading.select_one("[id]")
+    return (inner or (heading if heading.get("id") else heading.find_parent("section")) or {}).get("id", "")
+
 # %% ../nbs/api/44_docs.ipynb #find4
 def search_entries(
     soup,        # a finished page
@@ -577,7 +585,7 @@ def search_entries(
     found = [["", "", []]]
     for piece in readable(main):
         if isinstance(piece, str): found[-1][2].append(piece)
-        else: found.append([(piece.find_parent("section") or piece).get("id", ""), piece.get_text(" ", strip=True), []])
+        else: found.append([address(piece), piece.get_text(" ", strip=True), []])
     def entry(place, section, texts):
         word, href = explained(page, section), page + f"#{place}" * bool(place)
         name = title.get_text(" ", strip=True)
