@@ -6,11 +6,11 @@
 __all__ = []
 
 # %% ../nbs/api/44_docs.ipynb #17a3b30b
-import argparse, ast, contextlib, io, os, re, shutil, subprocess, sys
+import argparse, ast, contextlib, copy, html, io, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import nbformat
 import yaml
-from bs4 import BeautifulSoup
+from bs4 import BeautifulSoup, Comment
 from nbformat.v4 import new_markdown_cell, new_raw_cell
 from .pipeline import read_notebook
 from .study import NeuralError, make_folder, refuse_overwrite, system_reason
@@ -29,6 +29,81 @@ def public_names(
         names.append(f"{owner}.{node.name}" if owner else node.name)
     return names
 
+# %% ../nbs/api/44_docs.ipynb #api01
+def bare_call(
+    node,    # of a function
+    skip=0,  # leading arguments left out, such as `self`
+) -> str:    # its arguments with their defaults, without types
+    "How a function is called."
+    args = copy.deepcopy(node.args)
+    every = [*args.posonlyargs, *args.args, *args.kwonlyargs, *filter(None, (args.vararg, args.kwarg))]
+    for arg in every: arg.annotation = None
+    args.args = args.args[skip:]
+    return f"({ast.unparse(args)})"
+
+# %% ../nbs/api/44_docs.ipynb #api02
+def class_call(
+    node,  # of a class
+) -> str:  # how an object of it is made; empty where it says nothing of its own
+    "How an object of a class is made: its `__init__`, or the fields of a dataclass."
+    own = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+    if own: return bare_call(own, 1)
+    if not any("dataclass" in ast.unparse(d) for d in node.decorator_list): return ""
+    fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
+    said = [n.target.id + (f"={ast.unparse(n.value)}" if n.value else "") for n in fields]
+    return f"({', '.join(re.sub(r'=field[(].*', '=…', one) for one in said)})"
+
+# %% ../nbs/api/44_docs.ipynb #api03
+def public_api(
+    source: str,  # of an export cell
+) -> dict:        # name -> (call, first line of its docstring); a constant has neither
+    "What a cell offers to a reader."
+    told, names = {}, iter(public_names(source))
+    for node in ast.parse(re.sub(r"(?m)^\s*[%!].*$", "", source)).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            name = next(names)
+            call = class_call(node) if isinstance(node, ast.ClassDef) else bare_call(node, int("." in name))
+            told[name] = (call, " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split()))
+        elif isinstance(node, ast.Assign):
+            ids = [n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+            told.update({n: ("", "") for n in ids if not n.startswith("_") and n.isupper()})
+    return told
+
+# %% ../nbs/api/44_docs.ipynb #5a8496da
+EXPORT = re.compile(r"(?m)^#\|\s*export(i?)\s*$\n?")   # with an i: what only its own chapter uses
+
+# %% ../nbs/api/44_docs.ipynb #api10
+def told_line(
+    name: str,  # that is exported
+    told,       # its call and the first line of its docstring
+    link="",    # Markdown put in the name's place
+) -> str:       # Markdown
+    "One name in one line: how it is called and what it does."
+    said = re.sub(r"([*$])", r"\\\1", html.escape(told[1], quote=False))
+    return f"{link or '<code>' + name + '</code>'}{' ' * bool(link)}{f'`{told[0]}`' if told[0] else ''} {said}".rstrip()
+
+# %% ../nbs/api/44_docs.ipynb #api06
+def place_of(
+    name: str,  # that a chapter exports
+) -> str:       # its id on the page; nbdev's links are in small letters, a constant keeps its capitals
+    "Where a name has its place."
+    return name if name.isupper() else name.lower()
+
+# %% ../nbs/api/44_docs.ipynb #api07
+def api_view(
+    nb,  # a chapter
+) -> str:  # Markdown; empty where it exports nothing public
+    "The short list at the head of a chapter: what it offers, each with its call and one line."
+    sources = [c.source for c in nb.cells if c.cell_type == "code"]
+    found = {}
+    for source in sources:
+        flag = EXPORT.search(source)
+        if flag and not flag[1]: found.update(public_api(EXPORT.sub("", source)))
+    first = [f"- {told_line(n, found[n], f'[<code>{n}</code>](#{place_of(n)})')}" for n in found if not n.isupper()]
+    rest = [f"[<code>{n}</code>](#{place_of(n)})" for n in found if n.isupper()]
+    body = first + ([f"- Constants: {', '.join(rest)}"] if rest else [])
+    return "## What it offers {#api-view}\n\n::: {.api-view}\n" + "\n".join(body) + "\n:::" if body else ""
+
 # %% ../nbs/api/44_docs.ipynb #f3cfca6a
 def is_import_cell(
     source: str,  # of a code cell
@@ -36,9 +111,6 @@ def is_import_cell(
     "Whether a cell only imports."
     body = ast.parse(re.sub(r"(?m)^\s*[%!].*$", "", source)).body
     return bool(body) and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body)
-
-# %% ../nbs/api/44_docs.ipynb #5a8496da
-EXPORT = re.compile(r"(?m)^#\|\s*export(i?)\s*$\n?")   # with an i: what only its own chapter uses
 
 # %% ../nbs/api/44_docs.ipynb #e091152c
 def split_title(
@@ -48,25 +120,106 @@ def split_title(
     head = re.match(r"# .*(?:\n\s*\n> .*(?:\n> .*)*)?", text)
     return (head[0], text[head.end():].strip()) if head else ("", text)
 
+# %% ../nbs/api/44_docs.ipynb #fold1
+def output_size(
+    cell,  # of code
+) -> int:  # characters a reader sees of its outputs; a picture counts as a hundred
+    "How much a cell shows."
+    size = 0
+    for out in cell.get("outputs", []):
+        data = out.get("data", {})
+        words = next((data[k] for k in ("text/html", "text/markdown", "text/plain") if k in data), out.get("text", ""))
+        picture = any(k.startswith("image/") for k in data)
+        size += 100 if picture else len(re.sub(r"(?s)<style.*?</style>|<[^>]+>", "", "".join(words)).strip())
+    return size
+
+# %% ../nbs/api/44_docs.ipynb #fold2
+LONG = 12     # lines of code, and no more, stay open beside what they show
+SHARE = 0.3   # of what a stage leaves to read is code, at most
+
+def fold_word(
+    cell,  # of code
+) -> str:  # why it folds; empty if it stays open
+    "Whether a cell folds for itself, and the words on its fold."
+    body = re.sub(r"(?m)^#\|.*\n?", "", cell.source).strip()
+    size = len([l for l in body.splitlines() if l.strip()])
+    if "parameters" in cell.metadata.get("tags", []): return f"Parameters ({body.count('#')})"
+    if not body: return ""
+    if is_import_cell(body): return "Imports"
+    if output_size(cell) and size <= LONG: return ""
+    if re.search(r"\b(test_\w+|ExceptionExpected|assert)\b", body) and not output_size(cell): return "Checks"
+    names = public_names(body)
+    return f"Code, {size} line{'s' * (size > 1)}" + f": {', '.join(names[:4])}" * bool(names)
+
+# %% ../nbs/api/44_docs.ipynb #fold4
+def fold(
+    cell,      # of code, changed in place
+    words="",  # on its fold; the cell decides if empty
+):
+    "Fold a cell, unless its author has said how it is shown."
+    words = words or fold_word(cell)
+    if words and not re.search(r"(?m)^#\|\s*code-fold:", cell.source):
+        cell.source = f'#| code-fold: true\n#| code-summary: "{words}"\n{cell.source}'
+
+# %% ../nbs/api/44_docs.ipynb #fold5
+def fold_stage(
+    nb,  # a stage, changed in place
+):
+    "Fold what a stage's reader can do without, the longest cells first, until its results have the most room."
+    cells = [c for c in nb.cells if c.cell_type == "code"]
+    for cell in cells: fold(cell)
+    seen = [len(c.source) if c.cell_type == "markdown" else output_size(c) for c in nb.cells]
+    still = sorted((c for c in cells if "code-fold: true" not in c.source), key=lambda c: -len(c.source))
+    while still and sum(len(c.source) for c in still) > SHARE/(1 - SHARE)*sum(seen):
+        fold(still.pop(0), "Code")
+
 # %% ../nbs/api/44_docs.ipynb #8a78bf39
+def export_cells(
+    cell,   # that exports something
+    taken,  # ids already on the page; those of this cell are added
+) -> list:  # what stands in its place: a heading with the call, and the folded source
+    "An exported cell as its page shows it."
+    body, internal = EXPORT.sub("", cell.source), EXPORT.search(cell.source)[1]
+    told = public_api(body)
+    names = [n for n in told if place_of(n) not in taken]
+    taken.update(map(place_of, names))
+    shown = next((n for n in names if not n.isupper()), "") if not internal else ""
+    text = f"### {shown} {{#{place_of(shown)}}}\n" if shown else ""
+    text += "".join(f'<span id="{place_of(n)}"></span>' for n in names if n != shown)
+    if shown: text += f"\n\n{told_line(shown, told[shown])}"
+    cell.source = body
+    fold(cell, "Imports" if is_import_cell(body) else f"Source{': ' * bool(told)}{', '.join(told)}")
+    return [new_markdown_cell(text.strip()), cell] if text else [cell]
+
+# %% ../nbs/api/44_docs.ipynb #copy1
+def apart(
+    text: str,  # of a markdown cell
+    names,      # ids that the chapter's exports have
+) -> str:       # the same text; a heading of the same name gives way
+    "Give a section another id where its heading reads like a name that is exported."
+    def named(match):
+        slug = "-".join(re.sub(r"[^\w\s.-]", "", match[2].lower()).split())
+        return f"{match[0]} {{#about-{slug}}}" if slug in names else match[0]
+    return re.sub(r"(?m)^(#{2,4}) ([^\n{]+)$", named, text)
+
+# %% ../nbs/api/44_docs.ipynb #copy3
 def reading_copy(
-    nb,  # a notebook, changed in place
-):       # the same notebook, ready for nbdev's page processing
-    "Prepare a notebook for its page: headings over exported code, imports folded, nothing to run."
-    cells = [new_raw_cell("---\nskip_showdoc: true\n---")]
+    nb,         # a notebook, changed in place
+    kind="api", # `api` a chapter, `paper` a stage, anything else a page of its own
+):              # the same notebook, ready for nbdev's page processing
+    "Prepare a notebook for its page: what it offers, headings over exported code, plumbing folded, nothing to run."
+    cells, taken, view = [new_raw_cell("---\nskip_showdoc: true\n---")], set(), api_view(nb) if kind == "api" else ""
+    exports = [EXPORT.sub("", c.source) for c in nb.cells if c.cell_type == "code" and EXPORT.search(c.source)]
+    names = {place_of(n) for body in exports for n in public_api(body)}
+    if kind == "paper": fold_stage(nb)
     for i, cell in enumerate(nb.cells):
+        if cell.cell_type == "markdown": cell.source = apart(cell.source, names)
         if i == 0 and cell.cell_type == "markdown":
             cell.source, rest = split_title(cell.source)
-            cells, cell = [*cells, cell], new_markdown_cell(rest)
-        if cell.cell_type == "code" and EXPORT.search(cell.source):
-            body = EXPORT.sub("", cell.source)
-            internal = EXPORT.search(cell.source)[1]
-            names = public_names(body)
-            head = f"### {names[0]} {{#{names[0].lower()}}}\n" if names and not internal else ""
-            places = "".join(f'<span id="{n.lower()}"></span>' for n in names[bool(head):])
-            if names: cells.append(new_markdown_cell((head + places).strip()))
-            cell.source = ("#| code-fold: true\n#| code-summary: \"Imports\"\n" if is_import_cell(body) else "") + body
-        cells.append(cell)
+            cells, cell = [*cells, cell], new_markdown_cell(f"{rest}\n\n{view}".strip())
+        if cell.cell_type == "code" and EXPORT.search(cell.source): cells += export_cells(cell, taken)
+        else: cells.append(cell)
+        if kind == "api" and cell.cell_type == "code": fold(cell)
     nb.cells = cells
     return nb
 
@@ -137,8 +290,40 @@ def relative_links(
         target = os.path.normpath(os.path.join(folder, match[2]))
         return f"{match[1]}{os.path.relpath(moved[target], folder)}" if target in moved else match[0]
     text = re.sub(r"(\]\()([\w./-]+\.ipynb)", renamed, text)
+    cards = r"\]\((?:\.\./)*data_manifests/([\w-]+)\.md"
+    text = re.sub(cards, lambda m: f"]({os.path.relpath(f'data/{m[1]}.html', folder)}", text)
     # figures/ of the checkout is copied beside the pages
     return re.sub(r"\]\((?:\.\./)+figures/", f"]({os.path.relpath('figures', folder)}/", text)
+
+# %% ../nbs/api/44_docs.ipynb #card2
+def card_notebook(
+    text: str,  # of a data card
+):              # a notebook of one cell
+    "A data card as a page: its facts as a table, then what it says."
+    head, body = re.match(r"(?s)---\n(.*?)\n---\n(.*)", text).groups()
+    facts, (title, rest) = yaml.safe_load(head), split_title(body.strip())
+    def said(value):
+        value = str(value).replace("|", "\\\\|")
+        return re.sub(r"(https://\S+)", r"<\1>", value)
+    literal = ("command", "layout")
+    rows = [f"| {key} | {f'`{value}`' if key in literal else said(value)} |" for key, value in facts.items()]
+    table = "\n".join(["| fact | of this data set |", "|---|---|", *rows])
+    about = f"{title}\n\n> Data card: {facts['name']}. {str(facts['access'])[:1].upper()}{str(facts['access'])[1:]}."
+    text = f"<!-- table: The data set in short -->\n\n{table}\n\n{rest}"
+    return nbformat.v4.new_notebook(cells=[new_markdown_cell(about), new_markdown_cell(text)])
+
+# %% ../nbs/api/44_docs.ipynb #card4
+def copy_cards(
+    root,   # folder with data_manifests/, where there are any
+    copies, # folder of the reading copies
+):
+    "Write the data cards among the reading copies."
+    for path in sorted((Path(root)/"data_manifests").glob("*.md")):
+        try: page = card_notebook(path.read_text(encoding="utf-8"))
+        except (AttributeError, KeyError, yaml.YAMLError):
+            raise NeuralError(
+                f"{path.name} does not begin with `---`, name and access; write them as the other cards do") from None
+        nbformat.write(page, make_folder(Path(copies)/"data")/f"{path.stem}.ipynb")
 
 # %% ../nbs/api/44_docs.ipynb #4c292153
 ONE = r"[A-D]\d{1,2}[bc]?"
@@ -217,7 +402,11 @@ def with_unlisted(
     contents: list,   # of the sidebar
     notebooks,        # paths of all notebooks
 ) -> list:            # the same, with a section "More" where there is a need
-    "A sidebar with the numbered notebooks that it does not list, in order, at its end (this companion's choice)."
+    "A sidebar with the data cards and, at its end, the numbered notebooks that it does not list (our choice)."
+    cards = sorted(n for n in notebooks if n.startswith("data/"))
+    if cards:
+        first = next((i for i, c in enumerate(contents) if isinstance(c, dict) and i), len(contents))
+        contents = [*contents[:first], {"section": "Data", "contents": cards}, *contents[first:]]
     missing = sorted({*notebooks} - {*listed_notebooks(contents)})
     lost = [n for n in missing if not re.match(r"\d+[a-z]?_", Path(n).name)]
     if lost: raise NeuralError(f"{lost[0]} is not in the sidebar; add it to nbs/_quarto.yml")
@@ -229,7 +418,7 @@ def write_config(
     site,       # folder of the site project
     notebooks,  # paths of all notebooks
     output,     # folder for the pages
-):
+) -> dict:      # them
     "Write the renderer's settings: the hand-written ones with the page names of this site."
     settings = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
     sidebar = settings["website"]["sidebar"]
@@ -243,6 +432,7 @@ def write_config(
     settings["project"]["output-dir"] = os.path.relpath(output, site)
     (Path(site) / "_quarto.yml").write_text(
         yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return settings
 
 # %% ../nbs/api/44_docs.ipynb #db2b7d4c
 def to_mathml(
@@ -258,19 +448,65 @@ def to_mathml(
         raise NeuralError(f"formula {body[:60]!r} cannot be set: {unknown[0]} is not known")
     return math
 
+# %% ../nbs/api/44_docs.ipynb #fin01
+SKIP = '<a class="skip-link" href="#quarto-document-content">Skip to the text</a>'
+
+def add_landmarks(
+    soup,        # a page, changed in place
+    offset="./", # from the page to the top of the site
+):
+    "Put a skip link first, name the navigations apart, and bring the site's own script."
+    if not soup.body or not soup.select_one("#quarto-document-content"): return
+    soup.body.insert(0, BeautifulSoup(SKIP, "html.parser"))
+    soup.select_one("#quarto-document-content")["tabindex"] = "-1"
+    for place, name in (("nav.navbar", "Site"), ("#quarto-sidebar", "Pages"), ("#TOC", "On this page")):
+        for nav in soup.select(place): nav["aria-label"] = name
+    for toggle in soup.select("#quarto-sidebar a[data-bs-toggle]"): toggle["role"], toggle["href"] = "button", "#"
+    for button in soup.select("button.code-copy-button"): button["aria-label"] = "Copy the code"
+    for toggle in soup.select("a.quarto-color-scheme-toggle"): toggle["aria-label"] = "Light or dark"
+    soup.head.append(soup.new_tag("script", src=offset + "site.js", defer=""))
+
+# %% ../nbs/api/44_docs.ipynb #fin03
+def caption_tables(
+    soup,  # a page, changed in place
+) -> int:  # its tables
+    "Number the tables of a page and give each its caption; the first of a section may take the section's name."
+    told, heading, count, used = [], "", 0, 0
+    for node in list(soup.select_one("main").descendants) if soup.select_one("main") else ():
+        if isinstance(node, Comment): told += re.findall(r"^\s*table:\s*(.+?)\s*$", node, re.S)
+        if node.name in ("h1", "h2", "h3", "h4"): told, heading, used = [], node.get_text(" ", strip=True), 0
+        if node.name != "table": continue
+        own, count, used = node.caption, count + 1, used + 1
+        words = told.pop(0) if told else own.get_text() if own else heading + ", continued" * (used > 1)
+        if own: own.decompose()
+        caption = soup.new_tag("caption")
+        caption.string = f"Table {count}. {' '.join(words.split())}"
+        node.insert(0, caption)
+    return count
+
 # %% ../nbs/api/44_docs.ipynb #29c93c55
-def finish_page(
-    html: str,  # a rendered page
-) -> str:       # with MathML, and without anything fetched from elsewhere
-    "Set the formulas of a page and drop what it would fetch."
-    soup = BeautifulSoup(html, "html.parser")
+def finish_soup(
+    soup,        # a rendered page, changed in place
+    offset="./", # from the page to the top of the site
+):
+    "Set the formulas of a page, caption its tables, and drop what it would fetch."
     for span in soup.select("span.math"):
         span.replace_with(BeautifulSoup(to_mathml(span.get_text(), "display" in span.get("class", [])), "html.parser"))
     for tag in soup.select("script[src^=http], link[href^=http][rel=stylesheet], link[href^=http][rel=preconnect]"):
         tag.decompose()
     for table in soup.select("main table"):
         if not table.find_parent(class_="sd-table"): table.wrap(soup.new_tag("div", attrs={"class": "sd-table"}))
-    return str(soup)
+    add_landmarks(soup, offset)
+    caption_tables(soup)
+    return soup
+
+# %% ../nbs/api/44_docs.ipynb #fin05
+def finish_page(
+    html: str,   # a rendered page
+    offset="./", # from the page to the top of the site
+) -> str:        # finished
+    "A page as text, finished."
+    return str(finish_soup(BeautifulSoup(html, "html.parser"), offset))
 
 # %% ../nbs/api/44_docs.ipynb #ccdcbd10
 def finish_style(
@@ -280,12 +516,10 @@ def finish_style(
     return re.sub(r"@import\s+(?:url\(\s*['\"]?(?:https?:)?//[^)]*\)|['\"](?:https?:)?//[^'\"]*['\"])[^;]*;", "", css)
 
 # %% ../nbs/api/44_docs.ipynb #13db95df
-def page_faults(
-    html: str,  # a finished page
+def soup_faults(
+    soup,  # a finished page; its code is taken out
 ) -> list[str]: # what is wrong with it
-    """What a finished page still gets wrong: requests to elsewhere, pictures without words, raw formulas, loose
-    references."""
-    soup = BeautifulSoup(html, "html.parser")
+    "What a finished page still gets wrong: requests to elsewhere, pictures without words, raw formulas, loose links."
     faults = [f"fetches {t.get('src') or t.get('href')}"
               for t in soup.select("script[src], link[href], img[src], iframe[src], source[src]")
               if re.match(r"(https?:)?//", t.get("src") or t.get("href"))
@@ -297,8 +531,97 @@ def page_faults(
                 f"has a picture without alt text{f' below {above.get_text().strip()!r}' if above else ''}; add label,"
                 " fig-cap and fig-alt to its cell")
     faults += [f"shows a raw formula {s.get_text()[:30]}" for s in soup.select("span.math")]
+    ids = [t["id"] for t in soup.select("[id]")]
+    faults += [f"has the place #{i} twice; rename one" for i in sorted({i for i in ids if ids.count(i) > 1})]
+    faults += ["has a table without a caption" for t in soup.select("main table") if not t.caption]
     for code in soup.select("pre, code, script, style, math"): code.decompose()
     return faults + [f"has a loose reference {r}" for r in re.findall(r"@(?:fig|eq|sec)-[\w-]+", soup.get_text())]
+
+# %% ../nbs/api/44_docs.ipynb #fault1
+def page_faults(
+    html: str,  # a finished page
+) -> list[str]: # what is wrong with it
+    "What a page as text still gets wrong."
+    return soup_faults(BeautifulSoup(html, "html.parser"))
+
+# %% ../nbs/api/44_docs.ipynb #find1
+def explained(
+    page: str,   # such as `glossary.html`
+    section: str, # heading of a section
+) -> str:        # the word that it explains; empty if it explains none
+    "The word a section explains."
+    if page == "defects.html": return (re.match(rf"{ONE}(?= ·)", section) or [""])[0]
+    return section if page == "glossary.html" else ""
+
+# %% ../nbs/api/44_docs.ipynb #find3
+UNREAD = ("pre", "style", "script", "math", "button", "summary", "nav")
+
+def readable(
+    node,  # of a page
+):         # headings as tags, everything else as text, in order
+    "What a page says, without code and controls."
+    for child in node.children:
+        if child.name in ("h2", "h3", "h4"): yield child
+        elif isinstance(child, str):
+            if not isinstance(child, Comment): yield str(child)
+        elif child.name not in UNREAD: yield from readable(child)
+
+# %% ../nbs/api/44_docs.ipynb #find3b
+def address(
+    heading,  # tag
+) -> str:     # id by which it is reached
+    "Where a heading is reached: a place inside it, such as that of a defect, its own id, or its section's."
+    inner = heading.select_one("[id]")
+    return (inner or (heading if heading.get("id") else heading.find_parent("section")) or {}).get("id", "")
+
+# %% ../nbs/api/44_docs.ipynb #find4
+def search_entries(
+    soup,        # a finished page
+    page: str,   # its name
+) -> list[dict]: # what the search page reads: one entry for each section
+    "The sections of a page as search finds them."
+    main, title = soup.select_one("main"), soup.select_one("main h1")
+    if not main or not title: return []
+    found = [["", "", []]]
+    for piece in readable(main):
+        if isinstance(piece, str): found[-1][2].append(piece)
+        else: found.append([address(piece), piece.get_text(" ", strip=True), []])
+    def entry(place, section, texts):
+        word, href = explained(page, section), page + f"#{place}" * bool(place)
+        name = title.get_text(" ", strip=True)
+        name, section = (word, f"{section} ({name})") if word else (name, section)
+        text = " ".join(" ".join(texts).split())
+        return {"objectID": href, "href": href, "title": name, "section": section, "text": text}
+    return [entry(*one) for one in found if one[1] or one[2]]
+
+# %% ../nbs/api/44_docs.ipynb #find6
+def site_list(
+    settings: dict,  # of the renderer
+    told: dict,      # page -> (title, description)
+) -> str:            # Markdown
+    "What `llms.txt` holds: the site and its pages, by section of the sidebar, each with one line."
+    web = settings["website"]
+    def line(book):
+        page = page_name(book)
+        title, said = told[page]
+        return f"- [{title}]({page})" + f": {said}" * bool(said)
+    def part(entry):
+        if isinstance(entry, str): return line(entry)
+        return "\n".join([f"\n## {entry['section']}\n", *map(part, entry["contents"])])
+    head = f"# {web['title']}\n\n> {web.get('description', '')}\n\n## First\n"
+    return "\n".join([head, *map(part, web["sidebar"]["contents"])]) + "\n"
+
+# %% ../nbs/api/44_docs.ipynb #find8
+LOST = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>No such page</title><style>:root{color-scheme:light dark}body{font:1.1rem/1.5 system-ui,sans-serif;
+max-width:36rem;margin:15vh auto;padding:0 1rem}</style><main><h1>No such page</h1>
+<p>Pages are called after their module or stage, without its number: <code>api/prune.html</code>,
+<code>paper/prune.html</code>. An older address may have moved.</p>
+<ul><li><a href="index.html">Home</a></li><li><a href="glossary.html">The words</a></li>
+<li><a href="defects.html">Defects of the released code</a></li></ul></main>
+<script>if (location.protocol !== "file:") for (const a of document.querySelectorAll("a"))
+a.href = "%s" + a.getAttribute("href")</script></html>
+"""   # shown in place of any address below the base, so its links begin there
 
 # %% ../nbs/api/44_docs.ipynb #91a9197f
 def process_notebooks(
@@ -312,7 +635,8 @@ def process_notebooks(
         if any(part.startswith((".", "_")) for part in path.relative_to(root).parts): continue
         target = copies/path.relative_to(Path(root)/"nbs")
         target.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(reading_copy(read_notebook(path)), target)
+        nbformat.write(reading_copy(read_notebook(path), path.parent.name), target)
+    copy_cards(root, copies)
     with contextlib.chdir(root), contextlib.redirect_stdout(io.StringIO()):
         return Path(root).resolve()/proc_nbs("build/nbs", n_workers=0, force=True)
 
@@ -350,6 +674,43 @@ def empty_pages(
     return make_folder(output)
 
 # %% ../nbs/api/44_docs.ipynb #bc2c0873
+def write_beside(
+    site,      # folder of the site project, with its pictures
+    output,    # folder of the pages
+    root,      # folder with nbs/
+    entries,   # of the search
+    base: str, # where the site begins on its host, such as `/`
+):
+    "Write what stands beside the pages: the index of words, the script, the page for a lost address."
+    text = json.dumps(entries, ensure_ascii=False)
+    (output/"search.json").write_text(text, encoding="utf-8")
+    (output/"search.js").write_text(f"window.siteSearch = {text};\n", encoding="utf-8")
+    (output/"404.html").write_text(LOST.replace("%s", base), encoding="utf-8")
+    (output/MARK).write_text(TEXT, encoding="utf-8")
+    script = Path(root)/"nbs/site.js"
+    (output/"site.js").write_text(script.read_text(encoding="utf-8") if script.is_file() else "", encoding="utf-8")
+    if (Path(site)/"figures").is_dir(): shutil.copytree(Path(site)/"figures", output/"figures", dirs_exist_ok=True)
+
+# %% ../nbs/api/44_docs.ipynb #build1
+def finish_pages(
+    output,  # folder of rendered pages
+) -> tuple[list, list, dict]:  # search entries, faults, page -> (title, description)
+    "Finish every page, each read once."
+    entries, faults, told = [], [], {}
+    for path in sorted(Path(output).rglob("*.html")):
+        page = path.relative_to(output).as_posix()
+        soup = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+        finish_soup(soup, "../"*page.count("/") or "./")
+        path.write_text(str(soup), encoding="utf-8")
+        title, said = soup.select_one("main h1"), soup.select_one("meta[name=description]")
+        told[page] = (title.get_text(" ", strip=True) if title else page, said["content"] if said else "")
+        entries += search_entries(soup, page)
+        faults += [f"{page} {fault}" for fault in soup_faults(soup)]
+    for path in Path(output).rglob("*.css"):
+        path.write_text(finish_style(path.read_text(encoding="utf-8")), encoding="utf-8")
+    return entries, faults, told
+
+# %% ../nbs/api/44_docs.ipynb #build2
 def build_docs(
     root=".",      # folder with settings.ini and nbs/
     output=None,   # folder for the pages; `_docs` in the root if None
@@ -364,21 +725,17 @@ def build_docs(
     empty_pages(output, root)
     processed, config = process_notebooks(root), get_config(path=root)
     pages = write_source(processed, site, config.doc_host.rstrip("/") + "/" + config.doc_baseurl.lstrip("/"))
-    write_config(root / "nbs/_quarto.yml", site,
-                 [p.relative_to(processed).as_posix() for p in processed.rglob("*.ipynb")], output)
+    settings = write_config(root / "nbs/_quarto.yml", site,
+                            [p.relative_to(processed).as_posix() for p in processed.rglob("*.ipynb")], output)
     if (root/"nbs/styles.css").is_file(): shutil.copy(root/"nbs/styles.css", site)
     if (root/"figures").is_dir():
         shutil.copytree(
             root / "figures", site / "figures", ignore=lambda d, names: [n for n in names if not n.endswith(".png")])
     smalldocs("render", site)
-    (output/MARK).write_text(TEXT, encoding="utf-8")
-    if (root/"figures").is_dir(): shutil.copytree(site/"figures", output/"figures", dirs_exist_ok=True)
-    for suffix, finish in ((".html", finish_page), (".css", finish_style)):
-        for path in sorted(output.rglob(f"*{suffix}")):
-            path.write_text(finish(path.read_text(encoding="utf-8")), encoding="utf-8")
+    entries, faults, told = finish_pages(output)
+    write_beside(site, output, root, entries, config.doc_baseurl.rstrip("/") + "/")
+    (output/"llms.txt").write_text(site_list(settings, told), encoding="utf-8")
     smalldocs("check", site)
-    faults = [f"{p.relative_to(output)} {f}" for p in sorted(output.rglob("*.html"))
-              for f in page_faults(p.read_text(encoding="utf-8"))]
     if faults: raise NeuralError(f"{len(faults)} faults in the pages, first: {faults[0]}")
     return pages
 

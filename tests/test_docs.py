@@ -28,7 +28,7 @@ def site(tmp_path_factory) -> Path:
     "The pages, built by the command from a copy of what is committed."
     root = tmp_path_factory.mktemp("docs")
     shutil.copytree(ROOT / "nbs", root / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-    if (ROOT / "figures").is_dir(): shutil.copytree(ROOT / "figures", root / "figures")
+    for folder in ("figures", "data_manifests"): shutil.copytree(ROOT / folder, root / folder)
     shutil.copy(ROOT / "settings.ini", root)
     done = subprocess.run([sys.executable, "-m", "neural.docs"], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -182,39 +182,92 @@ def test_search_knows_the_pages(site):
 
 # with a browser, where there is one
 
-PROBE = """<script>window.addEventListener('load', () => {
-  const rolls = ['auto', 'scroll', 'hidden'];
-  const wide = [...document.querySelectorAll('main *')].filter(e => {
-  if (e.getBoundingClientRect().right <= innerWidth + 1) return false;
-  for (let p = e.parentElement; p; p = p.parentElement) if (rolls.includes(getComputedStyle(p).overflowX)) return false;
-  return true }).map(e => e.tagName + '.' + e.className + '#' + e.id);
-  parent.postMessage(JSON.stringify({inner: innerWidth,
-    page: document.documentElement.scrollWidth, wide: wide.slice(0, 3),
-    flat: [...document.querySelectorAll('math')]
-      .filter(m => m.getBoundingClientRect().height < 3 && m.offsetParent !== null).length,
-    fetched: performance.getEntriesByType('resource').map(r => r.name)
-      .filter(n => !n.startsWith(location.origin) && !n.startsWith('data:'))}), '*') })</script>"""
+PROBE = """<script>window.addEventListener('load', async () => {
+  const all = (selector) => [...document.querySelectorAll(selector)], asked = location.search;
+  const wait = (ms) => new Promise((done) => setTimeout(done, ms)), rolls = ['auto', 'scroll', 'hidden'];
+  const texts = (root) => {
+    const walk = document.createTreeWalker(root, NodeFilter.SHOW_TEXT), found = [];
+    while (walk.nextNode()) {
+      const box = walk.currentNode.parentElement, words = walk.currentNode.data.replace(/\\s+/g, ' ').trim();
+      if (words && box.checkVisibility({checkVisibilityCSS: true}) && !box.closest('script, style, math, svg'))
+        found.push([box, words]) }
+    return found };
+  const rgb = (colour) => {
+    const [r, g, b, a = 1] = colour.match(/[\\d.]+/g).map(Number), unit = colour.startsWith('color(') ? 255 : 1;
+    return [r * unit, g * unit, b * unit, a] };
+  const over = (top, below) => [0, 1, 2].map((i) => top[i] * top[3] + below[i] * (1 - top[3])).concat(1);
+  const ground = (box) => {
+    if (!box) return [255, 255, 255, 1];
+    const own = rgb(getComputedStyle(box).backgroundColor);
+    return own[3] === 1 ? own : over(own, ground(box.parentElement)) };
+  const light = (c) => [0.2126, 0.7152, 0.0722].reduce((sum, w, i) => {
+    const v = c[i] / 255; return sum + w * (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4) }, 0);
+  const faint = () => {
+    const found = {};
+    for (const [box, words] of texts(document.body)) {
+      const style = getComputedStyle(box), below = ground(box), colour = rgb(style.color);
+      for (let b = box; b; b = b.parentElement) colour[3] *= Number(getComputedStyle(b).opacity);
+      const [x, y] = [light(over(colour, below)), light(below)].sort((p, q) => q - p);
+      const size = parseFloat(style.fontSize), large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);
+      const ratio = (x + 0.05) / (y + 0.05), place = box.localName + '.' + box.className;
+      if (ratio < (large ? 3 : 4.5)) found[place] = [ratio.toFixed(2), style.color, `on ${below}`, words.slice(0, 30)] }
+    return found };
+  const wide = all('main *').filter((e) => {
+    if (e.getBoundingClientRect().right <= innerWidth + 1) return false;
+    for (let p = e.parentElement; p; p = p.parentElement)
+      if (rolls.includes(getComputedStyle(p).overflowX)) return false;
+    return true }).map((e) => e.tagName + '.' + e.className + '#' + e.id);
+  const read = texts(document.querySelector('main') || document.body);
+  const size = (list) => list.map((t) => t[1]).join(' ').length;
+  const seen = {inner: innerWidth, page: document.documentElement.scrollWidth, wide: wide.slice(0, 3),
+    code: size(read.filter((t) => t[0].closest('pre.sourceCode'))) / Math.max(1, size(read)),
+    flat: all('math').filter((m) => m.getBoundingClientRect().height < 3 && m.offsetParent !== null).length,
+    fetched: performance.getEntriesByType('resource').map((r) => r.name)
+      .filter((n) => !n.startsWith(location.origin) && !n.startsWith('data:'))};
+  if (asked === '?full') {
+    seen.unreached = all('main pre, main .sd-table').filter((b) => b.checkVisibility()
+      && b.scrollWidth > b.clientWidth + 1 && b.tabIndex !== 0).length;
+    const bar = document.getElementById('quarto-sidebar'), here = bar && bar.querySelector('a.active');
+    const [a, b] = [here, bar].map((e) => e && e.getBoundingClientRect());
+    seen.here = !!here && a.top >= b.top - 1 && a.bottom <= Math.min(b.bottom, innerHeight) + 1;
+    const mode = () => document.documentElement.classList.contains('quarto-dark') ? 'dark' : 'light';
+    seen.faint = {};
+    for (const turn of [0, 1]) {
+      if (turn) { window.smalldocsToggleScheme(); await wait(900) }
+      seen.faint[mode()] = faint() }
+    const button = document.querySelector('button.show-code'), folds = all('main details.code-fold');
+    const open = () => folds.filter((f) => f.open).length;
+    seen.folds = [folds.length, open()];
+    if (button) { button.focus(); button.click(); seen.folds.push(open(), button.getAttribute('aria-pressed')) } }
+  if (asked === '?find') {
+    const input = document.querySelector('.smalldocs-search input');
+    const first = () => document.querySelector('.search-result');
+    await (await fetch('search.json')).json();
+    seen.found = {};
+    for (const words of ['A7', 'AUC', 'MIMIC', 'hit rate']) {
+      if (first()) document.querySelector('.smalldocs-search-results').replaceChildren();
+      input.focus(); input.value = words; input.dispatchEvent(new Event('input'));
+      for (let turn = 0; turn < 20 && !first(); turn++) { await fetch('search.json'); await wait(200) }
+      seen.found[words] = (first() || {href: ''}).href } }
+  parent.postMessage(JSON.stringify(seen), '*') })</script>"""
 # a desktop window cannot be as narrow as a phone, a frame can
 FRAME = """<!doctype html><script>const seen = {}; addEventListener('message', e => {
   for (const f of document.querySelectorAll('iframe'))
     if (f.contentWindow === e.source) seen[f.dataset.page] = JSON.parse(e.data);
   document.getElementById('probe').textContent = JSON.stringify(seen) })</script><pre id="probe">{}</pre>"""
+REPRESENTATIVE = ("index.html", "glossary.html", "paper/prune.html", "api/prune.html")
 
 
-@pytest.fixture(scope="session")
-def measured(site, tmp_path_factory) -> dict[str, dict]:
-    "Every page opened once in Chromium, 390 pixels wide: page name -> what it measured there."
+def seen_in_browser(site, folder, frames) -> dict[str, dict]:
+    "Pages opened in Chromium: name of a frame -> what was measured there; frames are name, address, width."
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None: pytest.skip("no Chromium on this machine: apt-get install chromium")
-    folder = tmp_path_factory.mktemp("probed")
     probed = shutil.copytree(site, folder / "site")
-    names = sorted(p.relative_to(probed).as_posix() for p in probed.rglob("*.html"))
-    for name in names:
-        (probed / name).write_text(
-            (probed / name).read_text(encoding="utf-8").replace("</head>", PROBE + "</head>", 1), encoding="utf-8")
-    frames = "".join(
-        f'<iframe data-page="{n}" src="{n}" style="width:390px;height:800px;border:0"></iframe>' for n in names)
-    (probed / "probe.html").write_text(FRAME + frames)
+    for page in probed.rglob("*.html"):
+        page.write_text(page.read_text(encoding="utf-8").replace("</head>", PROBE + "</head>", 1), encoding="utf-8")
+    (probed / "probe.html").write_text(FRAME + "".join(
+        f'<iframe data-page="{name}" src="{address}" style="width:{width}px;height:800px;border:0"></iframe>'
+        for name, address, width in frames))
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *words): pass
@@ -224,14 +277,27 @@ def measured(site, tmp_path_factory) -> dict[str, dict]:
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
                  "--disable-background-networking", "--disable-component-update", "--disable-sync"]
         done = subprocess.run(
-            [program, *flags, f"--user-data-dir={folder / 'profile'}", "--window-size=900,900",
-             "--virtual-time-budget=20000", "--dump-dom", f"http://127.0.0.1:{server.server_port}/probe.html"],
+            [program, *flags, f"--user-data-dir={folder / 'profile'}", "--window-size=1400,900",
+             "--virtual-time-budget=25000", "--dump-dom", f"http://127.0.0.1:{server.server_port}/probe.html"],
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=600,
         )
         server.shutdown()
     return json.loads(BeautifulSoup(done.stdout, "html.parser").find(id="probe").get_text())
+
+
+def full_frames() -> list:
+    "A few pages, wide and narrow, with all that is measured; and one that is searched."
+    frames = [(f"{n} at {w}", f"{n}?full", w) for n in REPRESENTATIVE for w in (1300, 390)]
+    return [*frames, ("search", "index.html?find", 1300)]
+
+
+@pytest.fixture(scope="session")
+def measured(site, tmp_path_factory) -> dict[str, dict]:
+    "Every page opened once, 390 pixels wide, and a few of them for all that is measured."
+    names = sorted(p.relative_to(site).as_posix() for p in site.rglob("*.html"))
+    return seen_in_browser(site, tmp_path_factory.mktemp("probed"), [(n, n, 390) for n in names] + full_frames())
 
 
 @pytest.mark.parametrize("name", [page_name(n) for n in NOTEBOOKS])
@@ -239,3 +305,68 @@ def test_a_page_fits_a_phone_and_fetches_nothing(measured, name):
     seen = measured[name]
     assert seen["inner"] == 390 and seen["page"] <= 391 and seen["wide"] == [], seen
     assert seen["fetched"] == [] and seen["flat"] == 0, seen
+
+
+@pytest.mark.parametrize("name", [page_name(n) for n in NOTEBOOKS if n.startswith("paper/")])
+def test_a_stage_is_read_for_its_results(measured, name):
+    assert measured[name]["code"] <= 0.35, f"{measured[name]['code']:.0%} of what is in sight is code"
+
+
+@pytest.mark.parametrize("width", (1300, 390))
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_a_page_is_legible_and_can_be_reached(measured, name, width):
+    seen = measured[f"{name} at {width}"]
+    assert seen["inner"] == width and seen["page"] <= width + 1 and seen["wide"] == []
+    assert sorted(seen["faint"]) == ["dark", "light"] and seen["faint"] == {"dark": {}, "light": {}}
+    assert seen["unreached"] == 0
+    if width == 1300: assert seen["here"], "the page is out of sight in the sidebar"
+
+
+@pytest.mark.parametrize("name", ["paper/prune.html", "api/prune.html"])
+def test_one_button_opens_all_code(measured, name):
+    folds, before, after, pressed = measured[f"{name} at 1300"]["folds"]
+    assert folds > 5 and before == 0 and after == folds and pressed == "true"
+
+
+def test_search_leads_to_where_a_word_is_explained(measured):
+    found = {words: urlsplit(address).path[1:] + "#" + urlsplit(address).fragment
+             for words, address in measured["search"]["found"].items()}
+    assert found["A7"].startswith("defects.html#a7") and found["AUC"] == "glossary.html#auc"
+    assert found["MIMIC"].startswith("data/mimic-cxr.html") and found["hit rate"] == "glossary.html#hit-rate"
+
+
+def test_a_page_can_be_read_without_a_script(pages):
+    for name, soup in pages.items():
+        if name == "404.html": continue
+        assert soup.body.select_one("a")["href"] == "#quarto-document-content", name
+        assert not soup.select("main .show-code") and not soup.select("main details details"), name
+        assert all(fold.select_one("summary").get_text(strip=True) for fold in soup.select("main details")), name
+
+
+def test_no_place_is_there_twice_and_every_table_and_picture_is_told(pages):
+    for name, soup in pages.items():
+        ids = [tag["id"] for tag in soup.select("[id]")]
+        assert len(ids) == len(set(ids)), name
+        assert all(re.match(r"Table \d+\. \S", table.caption.get_text()) for table in soup.select("main table")), name
+
+
+def test_a_chapter_begins_with_what_it_offers(pages):
+    for name in ("study", "prune", "asset", "graph"):
+        main = pages[f"api/{name}.html"].select_one("main")
+        offered = [a["href"][1:] for a in main.select(".api-view a[href^='#']")]
+        assert len(offered) > 3 and all(main.find(id=place) for place in offered), name
+        assert main.select_one("#api-view").find_previous("pre") is None, "before any code"
+        source = [d for d in main.select("details > summary") if d.get_text().startswith("Source")]
+        assert len(source) >= 3, name
+
+
+def test_pages_beside_the_notebooks(site, pages):
+    listed = (site / "llms.txt").read_text()
+    assert [n for n in NOTEBOOKS if f"]({page_name(n)})" not in listed] == []
+    cards = sorted(p.stem for p in (ROOT / "data_manifests").glob("*.md"))
+    assert [c for c in cards if f"data/{c}.html" not in pages or f"(data/{c}.html)" not in listed] == []
+    assert "No such page" in pages["404.html"].get_text() and len(pages["404.html"].select("a")) >= 3
+    led = {a["href"] for a in pages["index.html"].select("nav a[href]")}
+    assert {f"data/{c}.html" for c in cards} <= led
+    held = (site / "search.js").read_text()
+    assert json.loads(held[held.index("["):held.rindex(";")]) == json.loads((site / "search.json").read_text())
