@@ -864,7 +864,8 @@ def about_page(data):
             ' kept patches that are on it</dd><dt>random, exact</dt><dd>what as many patches drawn blindly would do'
             ' (hypergeometric)</dd><dt>bytes</dt><dd>of the whole asset with int8 features, concepts of the report and'
             ' ties; no pictures</dd><dt>bold, dotted</dt><dd>words of a finding that the report states or suspects, and'
-            ' of one that it denies; grey ones lie beyond the longest text that the network reads</dd></dl></details>')
+            ' of one that it denies; grey ones lie beyond the longest report that the network reads</dd></dl>'
+            '</details>')
 
 # %% ../nbs/api/25b_explorer.ipynb #exp00111
 def heat_bar(data):
