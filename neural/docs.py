@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/api/44_docs.ipynb #17a3b30b
 import argparse, ast, contextlib, copy, html, io, json, os, re, shutil, subprocess, sys
+from collections import Counter
 from pathlib import Path
 import nbformat
 import yaml
@@ -532,7 +533,7 @@ def soup_faults(
                 " fig-cap and fig-alt to its cell")
     faults += [f"shows a raw formula {s.get_text()[:30]}" for s in soup.select("span.math")]
     ids = [t["id"] for t in soup.select("[id]")]
-    faults += [f"has the place #{i} twice; rename one" for i in sorted({i for i in ids if ids.count(i) > 1})]
+    faults += [f"has the place #{i} twice; rename one" for i, n in Counter(ids).items() if n > 1]
     faults += ["has a table without a caption" for t in soup.select("main table") if not t.caption]
     for code in soup.select("pre, code, script, style, math"): code.decompose()
     return faults + [f"has a loose reference {r}" for r in re.findall(r"@(?:fig|eq|sec)-[\w-]+", soup.get_text())]
