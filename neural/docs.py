@@ -131,7 +131,7 @@ def output_size(
         data = out.get("data", {})
         words = next((data[k] for k in ("text/html", "text/markdown", "text/plain") if k in data), out.get("text", ""))
         picture = any(k.startswith("image/") for k in data)
-        size += 100 if picture else len(re.sub(r"(?s)<style.*?</style>|<[^>]+>", "", "".join(words)).strip())
+        size += 100 if picture else len(" ".join(re.sub(r"(?s)<style.*?</style>|<[^>]+>", " ", "".join(words)).split()))
     return size
 
 # %% ../nbs/api/44_docs.ipynb #fold2

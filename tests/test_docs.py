@@ -100,7 +100,7 @@ def test_every_notebook_has_its_page(pages):
 
 
 def test_every_link_leads_somewhere(site, pages):
-    broken = []
+    broken, places = [], {name: {tag["id"] for tag in soup.select("[id]")} for name, soup in pages.items()}
     for name, soup in pages.items():
         for tag in soup.select("a[href], img[src], script[src], link[href]"):
             url = urlsplit(tag.get("href") or tag.get("src"))
@@ -109,8 +109,8 @@ def test_every_link_leads_somewhere(site, pages):
             if target.is_dir(): target = target / "index.html"
             if not target.is_file(): broken.append(f"{name}: {url.geturl()}")
             elif url.fragment and target.suffix == ".html":
-                other = pages[target.resolve().relative_to(site.resolve()).as_posix()]
-                if not other.find(id=unquote(url.fragment)): broken.append(f"{name}: {url.geturl()} (no such place)")
+                there = places[target.resolve().relative_to(site.resolve()).as_posix()]
+                if unquote(url.fragment) not in there: broken.append(f"{name}: {url.geturl()} (no such place)")
     assert broken == []
 
 
