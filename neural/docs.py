@@ -731,7 +731,7 @@ def build_docs(
     if (root/"nbs/styles.css").is_file(): shutil.copy(root/"nbs/styles.css", site)
     if (root/"figures").is_dir():
         shutil.copytree(
-            root / "figures", site / "figures", ignore=lambda d, names: [n for n in names if not n.endswith(".png")])
+            root / "figures", site / "figures", ignore=lambda d, names: [n for n in names if not n.endswith((".png", ".svg"))])
     smalldocs("render", site)
     entries, faults, told = finish_pages(output)
     write_beside(site, output, root, entries, config.doc_baseurl.rstrip("/") + "/")
