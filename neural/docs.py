@@ -609,7 +609,7 @@ def site_list(
     def part(entry):
         if isinstance(entry, str): return line(entry)
         return "\n".join([f"\n## {entry['section']}\n", *map(part, entry["contents"])])
-    head = f"# {web['title']}\n\n> {web.get('description', '')}\n\n## First\n"
+    head = f"# {web.get('title', 'Pages')}\n\n> {web.get('description', '')}\n\n## First\n"
     return "\n".join([head, *map(part, web["sidebar"]["contents"])]) + "\n"
 
 # %% ../nbs/api/44_docs.ipynb #find8
