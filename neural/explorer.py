@@ -543,56 +543,97 @@ EXPLORER_STYLE = '\n'.join(VIEWER_STYLE.splitlines()[:3]) + f"""
 .released{{--mine:var(--freed);--edge:#ff7a2f}}
 """ + """
 *{box-sizing:border-box}
-body{margin:0 auto;padding:1.5rem 1.25rem 3rem;max-width:72rem;background:var(--page);color:var(--ink);font:1rem/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
+body{margin:0 auto;padding:1.5rem 1.25rem 3rem;max-width:72rem;background:var(--page);color:var(--ink);
+  font:1rem/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
 h1{font-size:1.6rem;line-height:1.25;margin:0;font-weight:650}
 h2{font-size:1rem;font-weight:650;margin:0 0 .5rem}
 .soft,small,.lead,caption{color:var(--soft)} small{font-weight:400;font-size:.8rem}
 .lead{margin:.25rem 0 1rem;max-width:52rem}
 .warn{margin:0 0 1rem;padding:.6rem .9rem;border:2px solid var(--lit);border-radius:.5rem;background:var(--glow)}
 .strip{position:relative;display:flex;gap:.5rem;margin:0 -.25rem 1.25rem;padding:.25rem;overflow-x:auto}
-.strip button{flex:none;display:flex;flex-direction:column;width:6.2rem;padding:.25rem;border:1px solid var(--line);border-radius:.5rem;background:var(--card);color:var(--soft);font:inherit;font-size:.75rem;line-height:1.25;text-align:left;cursor:pointer}
-.strip img{display:block;width:100%;aspect-ratio:1;border-radius:.25rem;margin-bottom:.25rem;background:#000} .strip b{display:block;font-weight:650;color:var(--ink)}
+.strip button{flex:none;display:flex;flex-direction:column;width:6.2rem;padding:.25rem;
+  border:1px solid var(--line);border-radius:.5rem;background:var(--card);color:var(--soft);font:inherit;
+  font-size:.75rem;line-height:1.25;text-align:left;cursor:pointer}
+.strip img{display:block;width:100%;aspect-ratio:1;border-radius:.25rem;margin-bottom:.25rem;background:#000}
+.strip b{display:block;font-weight:650;color:var(--ink)}
 .strip [aria-pressed=true]{border-color:var(--keep);box-shadow:inset 0 0 0 1px var(--keep)}
 :focus-visible{outline:3px solid var(--keep);outline-offset:1px}
 .stage{display:grid;grid-template-columns:minmax(0,27rem) minmax(0,1fr);gap:1.5rem 3rem;align-items:start}
 .film{display:block;width:100%;height:auto;background:#000;border-radius:.4rem;touch-action:manipulation}
 .film path{fill:none;stroke-linejoin:round;pointer-events:none} .film rect{cursor:pointer}
-.casing{stroke:#000;stroke-width:6.5;stroke-opacity:.75} .kept{stroke:var(--edge);stroke-width:3.2} .lesion{stroke:#ffc20a;stroke-width:3;stroke-dasharray:7 4} .spot{stroke:#fff;stroke-width:4}
-.scale{display:flex;align-items:center;gap:.5rem;margin:.4rem 0 0;font-size:.85rem;color:var(--soft)} .scale svg{flex:none;width:7rem;height:.6rem} .scale output{min-width:0}
-.key{display:flex;flex-wrap:wrap;gap:.1rem 1rem;margin:.3rem 0 0;font-size:.85rem;color:var(--soft)} .key i{display:inline-block;width:.8rem;height:.8rem;margin-right:.35rem;border:.17rem solid var(--edge);border-radius:.1rem;vertical-align:-.1rem} .key i.l{border-color:#c99700;border-style:dashed}
-"""  # noqa: E501
+.casing{stroke:#000;stroke-width:6.5;stroke-opacity:.75}
+.kept{stroke:var(--edge);stroke-width:3.2}
+.lesion{stroke:#ffc20a;stroke-width:3;stroke-dasharray:7 4}
+.spot{stroke:#fff;stroke-width:4}
+.scale{display:flex;align-items:center;gap:.5rem;margin:.4rem 0 0;font-size:.85rem;color:var(--soft)}
+.scale svg{flex:none;width:7rem;height:.6rem}
+.scale output{min-width:0}
+.key{display:flex;flex-wrap:wrap;gap:.1rem 1rem;margin:.3rem 0 0;font-size:.85rem;color:var(--soft)}
+.key i{display:inline-block;width:.8rem;height:.8rem;margin-right:.35rem;border:.17rem solid var(--edge);
+  border-radius:.1rem;vertical-align:-.1rem}
+.key i.l{border-color:#c99700;border-style:dashed}
+"""
 
 # %% ../nbs/api/25b_explorer.ipynb #exp00097
 EXPLORER_STYLE += """
-.slide{display:block;margin:.9rem 0 0} .slide b{font-variant-numeric:tabular-nums} .slide input{display:block;width:100%;height:2.2rem;margin:0;accent-color:var(--mine);cursor:pointer}
+.slide{display:block;margin:.9rem 0 0}
+.slide b{font-variant-numeric:tabular-nums}
+.slide input{display:block;width:100%;height:2.2rem;margin:0;accent-color:var(--mine);cursor:pointer}
 .now{margin:.4rem 0 0} .now td,.now th{padding:.25rem .6rem .25rem 0} .now td{width:34%;white-space:nowrap}
 .now .mine{color:var(--ink);font-weight:650}
-.badge{display:inline-block;margin:0 0 .6rem;padding:.2rem .6rem;border:1px solid var(--lit);border-radius:1rem;background:var(--glow);font-size:.85rem} .badge:empty{display:none}
+.badge{display:inline-block;margin:0 0 .6rem;padding:.2rem .6rem;border:1px solid var(--lit);border-radius:1rem;
+  background:var(--glow);font-size:.85rem}
+.badge:empty{display:none}
 .report{margin:0;line-height:2.1}
 .word{position:relative;padding:.1rem .12rem .25rem;border-radius:.25rem;cursor:pointer;--w:0}
 .word.cut{color:var(--soft);cursor:default}
-.word.present,.word.uncertain{font-weight:650} .word.absent{text-decoration:underline dotted;text-underline-offset:.3em}
+.word.present,.word.uncertain{font-weight:650}
+.word.absent{text-decoration:underline dotted;text-underline-offset:.3em}
 .word:hover,.word.on{background:var(--glow);box-shadow:inset 0 0 0 1px var(--lit)}
-.word.lit::after{content:"";position:absolute;left:.1rem;right:.1rem;bottom:0;height:calc(.06rem + .26rem*var(--w));border-radius:1rem;background:var(--lit)}
+.word.lit::after{content:"";position:absolute;left:.1rem;right:.1rem;bottom:0;
+  height:calc(.06rem + .26rem*var(--w));border-radius:1rem;background:var(--lit)}
 .say{margin:.6rem 0 0;min-height:3em;color:var(--soft);font-size:.9rem}
 .ask{display:flex;flex-wrap:wrap;gap:.8rem 1.6rem;margin:1.1rem 0 0;padding:1rem 0 0;border-top:1px solid var(--line)}
-fieldset{margin:0;padding:0;border:0;min-width:0} legend{padding:0;margin-bottom:.25rem;font-size:.85rem;color:var(--soft)}
+fieldset{margin:0;padding:0;border:0;min-width:0}
+legend{padding:0;margin-bottom:.25rem;font-size:.85rem;color:var(--soft)}
 .pick{display:flex;flex-wrap:wrap;gap:.3rem}
-.pick label{display:inline-flex;align-items:center;min-height:2.1rem;padding:0 .7rem;border:1px solid var(--line);border-radius:.5rem;background:var(--card);font-size:.9rem;cursor:pointer}
+.pick label{display:inline-flex;align-items:center;min-height:2.1rem;padding:0 .7rem;
+  border:1px solid var(--line);border-radius:.5rem;background:var(--card);font-size:.9rem;cursor:pointer}
 .pick input{position:absolute;opacity:0;pointer-events:none}
 .pick label:has(input:checked){border-color:var(--keep);box-shadow:inset 0 0 0 1px var(--keep);font-weight:650}
 .pick label:has(:focus-visible){outline:3px solid var(--keep);outline-offset:1px}
 .pick label:has(:disabled){opacity:.55;cursor:default}
-select{min-height:2.1rem;max-width:100%;font:inherit;font-size:.9rem;color:inherit;background:var(--card);border:1px solid var(--line);border-radius:.5rem}
+"""
+
+# %% ../nbs/api/25b_explorer.ipynb #exp00097b
+EXPLORER_STYLE += """
+select{min-height:2.1rem;max-width:100%;font:inherit;font-size:.9rem;color:inherit;background:var(--card);
+  border:1px solid var(--line);border-radius:.5rem}
 .whole{margin-top:2rem;padding-top:1.5rem;border-top:1px solid var(--line)}
-table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums} caption{text-align:left;font-size:.9rem;padding-bottom:.4rem}
-th{text-align:left;font-weight:400;vertical-align:top} thead th{color:var(--soft);font-size:.85rem} td,th{padding:.3rem .6rem .3rem 0;border-bottom:1px solid var(--line)}
-.split td{width:32%} .split tr.on th{font-weight:650} .bar{display:block;width:100%;height:.3rem;margin-top:.12rem;background:var(--line)} .bar rect.mine{fill:var(--mine)} .bar rect.blind{fill:var(--blind)} .two{display:flex;justify-content:space-between} .two span{color:var(--soft)}
-details{margin-top:1.25rem} summary{cursor:pointer} .wide{overflow-x:auto} .all{min-width:36rem} dl{margin:.5rem 0} dt{font-weight:650} dd{margin:0 0 .4rem;color:var(--soft)}
+table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}
+caption{text-align:left;font-size:.9rem;padding-bottom:.4rem}
+th{text-align:left;font-weight:400;vertical-align:top}
+thead th{color:var(--soft);font-size:.85rem}
+td,th{padding:.3rem .6rem .3rem 0;border-bottom:1px solid var(--line)}
+.split td{width:32%}
+.split tr.on th{font-weight:650}
+.bar{display:block;width:100%;height:.3rem;margin-top:.12rem;background:var(--line)}
+.bar rect.mine{fill:var(--mine)}
+.bar rect.blind{fill:var(--blind)}
+.two{display:flex;justify-content:space-between}
+.two span{color:var(--soft)}
+details{margin-top:1.25rem}
+summary{cursor:pointer}
+.wide{overflow-x:auto}
+.all{min-width:36rem}
+dl{margin:.5rem 0}
+dt{font-weight:650}
+dd{margin:0 0 .4rem;color:var(--soft)}
 footer{margin-top:2rem;padding-top:1rem;border-top:1px solid var(--line);font-size:.9rem}
-@media (max-width:47rem){.stage{grid-template-columns:minmax(0,1fr)} body{padding:1rem .9rem 2rem} .strip button{width:4.9rem} td,th{padding-right:.4rem}}
+@media (max-width:47rem){.stage{grid-template-columns:minmax(0,1fr)} body{padding:1rem .9rem 2rem}
+  .strip button{width:4.9rem} td,th{padding-right:.4rem}}
 @media (prefers-reduced-motion:reduce){*{transition:none!important}}
-"""  # noqa: E501
+"""
 
 # %% ../nbs/api/25b_explorer.ipynb #exp00098
 EXPLORER_SCRIPT = """
@@ -603,49 +644,79 @@ EXPLORER_SCRIPT = """
   const RULES = ['described', 'released'], films = [...document.querySelectorAll('.strip img')].map(i => i.src);
   const first = {study: 0, k: D.k, method: D.own, rule: 0, track: 0, lesion: 1, mark: 0, word: -1, patch: -1};
   const S = {...first}, near = {word: -1, patch: -1}, cells = [...$('cells').children];
-  const top = {study: D.studies.length, method: M, rule: 2, track: D.tracks.length, lesion: 2, mark: 40, word: 9999, patch: N};
-  const pct = x => (100 * x).toFixed(1) + ' %', set = (id, text) => { if ($(id).textContent !== text) $(id).textContent = text; };
+  const top = {study: D.studies.length, method: M, rule: 2, track: D.tracks.length, lesion: 2, mark: 40, word: 9999,
+      patch: N};
+  const pct = x => (100 * x).toFixed(1) + ' %';
+  const set = (id, text) => {
+    if ($(id).textContent !== text) $(id).textContent = text;
+  };
   let words = [], shownReport = '';
+"""
+
+# %% ../nbs/api/25b_explorer.ipynb #exp00098b
+EXPLORER_SCRIPT += """
   const track = () => {                                   // tables of the study and track in hand, decoded once
     const t = D.studies[S.study].tracks[S.track];
-    return t.d ||= {order: wide(t.order), maps: raw(t.maps.rows), looks: raw(t.looks.rows), bytes: new Uint32Array(raw(t.bytes).buffer), entry: t.entry ? wide(t.entry) : null, t};
+    return t.d ||= {order: wide(t.order), maps: raw(t.maps.rows), looks: raw(t.looks.rows),
+        bytes: new Uint32Array(raw(t.bytes).buffer), entry: t.entry ? wide(t.entry) : null, t};
   };
-  const kept = d => S.rule ? (d.entry ? [...d.entry.keys()].filter(p => d.entry[p] <= S.k) : []) : [...d.order.subarray(S.method * N, S.method * N + S.k)];
+  const kept = d => S.rule ? (d.entry ? [...d.entry.keys()].filter(p => d.entry[p] <= S.k) : [])
+      : [...d.order.subarray(S.method * N, S.method * N + S.k)];
   const chosen = what => near[what] >= 0 ? near[what] : S[what];
   const square = p => `M${p % cols * U} ${Math.floor(p / cols) * V}h${U}v${V}h${-U}z`;
   const place = p => `patch ${p} (row ${Math.floor(p / cols)}, column ${p % cols})`;
   function rates(d) {                                     // of the study in hand
-    const list = kept(d), mark = D.studies[S.study].marks[S.mark], out = {kept: list, bytes: d.bytes[(S.rule ? M : S.method) * N + S.k - 1]};
+    const list = kept(d), mark = D.studies[S.study].marks[S.mark],
+        out = {kept: list, bytes: d.bytes[(S.rule ? M : S.method) * N + S.k - 1]};
     if (!mark || !list.length) return out;
     const on = new Set(mark.on), met = list.filter(p => on.has(p)).length;
-    return {...out, met, hit: met > 0, precision: met / list.length, chance: (mark.c ||= wide(mark.chance))[list.length - 1] / 1e4, blind: mark.on.length / N};
+    return {...out, met, hit: met > 0, precision: met / list.length,
+        chance: (mark.c ||= wide(mark.chance))[list.length - 1] / 1e4, blind: mark.on.length / N};
   }
   function whole() {                                      // of the test split: a row of numbers for each finding
     return D.split.map(r => {
-      const R = r.rates[S.track], e = R.e ||= {d: wide(R.described), r: R.released ? wide(R.released) : null, c: wide(r.chance)}, at = S.k - 1;
-      if (!S.rule) return [e.d[S.method * 2 * N + at], e.d[(S.method * 2 + 1) * N + at], e.c[at], r.on * 1e4].map(x => x / 1e4);
+      const R = r.rates[S.track], at = S.k - 1, own = S.method * 2 * N + at;
+      const e = R.e ||= {d: wide(R.described), r: R.released ? wide(R.released) : null, c: wide(r.chance)};
+      if (!S.rule) return [e.d[own], e.d[own + N], e.c[at], r.on * 1e4].map(x => x / 1e4);
       return e.r ? [0, 1, 2, 3].map(i => e.r[i * N + at] / 1e4) : null;
     });
   }
-"""  # noqa: E501
+"""
 
 # %% ../nbs/api/25b_explorer.ipynb #exp00099
 EXPLORER_SCRIPT += """
   function drawFilm(d, r) {
-    const w = chosen('word'), p = chosen('patch'), row = w >= 0 ? d.looks.subarray(w * N, w * N + N) : S.rule ? null : d.maps.subarray(S.method * N, S.method * N + N);
+    const w = chosen('word'), p = chosen('patch');
+    const ranked = S.rule ? null : d.maps.subarray(S.method * N, S.method * N + N);
+    const row = w >= 0 ? d.looks.subarray(w * N, w * N + N) : ranked;
     const most = w >= 0 ? d.t.looks.top[w] : S.rule ? 0 : d.t.maps.top[S.method];
-    cells.forEach((c, i) => { const v = row ? row[i] / 255 : 0; c.setAttribute('fill', D.heat[Math.floor(v * (D.heat.length - 1))]); c.setAttribute('fill-opacity', .65 * v); });
-    const outlines = r.kept.map(square).join(''), mark = D.studies[S.study].marks[S.mark], path = mark && S.lesion ? mark.path : '';
-    for (const [id, value] of [['kept', outlines], ['kept0', outlines], ['lesion', path], ['lesion0', path], ['spot', p >= 0 ? square(p) : '']]) $(id).setAttribute('d', value);
+    cells.forEach((c, i) => {
+      const v = row ? row[i] / 255 : 0;
+      c.setAttribute('fill', D.heat[Math.floor(v * (D.heat.length - 1))]);
+      c.setAttribute('fill-opacity', .65 * v);
+    });
+    const outlines = r.kept.map(square).join(''), mark = D.studies[S.study].marks[S.mark];
+    const path = mark && S.lesion ? mark.path : '', spot = p >= 0 ? square(p) : '';
+    const drawn = {kept: outlines, kept0: outlines, lesion: path, lesion0: path, spot};
+    for (const id in drawn) $(id).setAttribute('d', drawn[id]);
     $('picture').setAttribute('href', films[S.study]);
-    set('heat', row ? `0 to ${most.toPrecision(2)}: ${w >= 0 ? `attention of “${d.t.words[w][0]}”` : `relevance by ${D.methods[S.method].words}`}` : 'no heat: the released rule ranks rows of the report, not patches');
+    const of = () => w >= 0 ? `attention of “${d.t.words[w][0]}”` : `relevance by ${D.methods[S.method].words}`;
+    const none = 'no heat: the released rule ranks rows of the report, not patches';
+    set('heat', row ? `0 to ${most.toPrecision(2)}: ${of()}` : none);
   }
   function drawWords(d) {
-    const w = chosen('word'), p = chosen('patch'), weight = d.t.words.map((_, i) => p >= 0 ? d.t.looks.top[i] * d.looks[i * N + p] / 255 : 0), most = Math.max(...weight, 1e-9);
-    words.forEach((e, i) => { e.classList.toggle('on', i === w); e.classList.toggle('lit', weight[i] > .15 * most && p >= 0); e.style.setProperty('--w', weight[i] / most); e.setAttribute('aria-pressed', i === S.word); });
+    const w = chosen('word'), p = chosen('patch'),
+        weight = d.t.words.map((_, i) => p >= 0 ? d.t.looks.top[i] * d.looks[i * N + p] / 255 : 0),
+        most = Math.max(...weight, 1e-9);
+    words.forEach((e, i) => {
+      e.classList.toggle('on', i === w);
+      e.classList.toggle('lit', weight[i] > .15 * most && p >= 0);
+      e.style.setProperty('--w', weight[i] / most);
+      e.setAttribute('aria-pressed', i === S.word);
+    });
     set('say', says(d, w, p, weight));
   }
-"""  # noqa: E501
+"""
 
 # %% ../nbs/api/25b_explorer.ipynb #exp00124
 EXPLORER_SCRIPT += """
@@ -655,14 +726,24 @@ EXPLORER_SCRIPT += """
       const row = d.looks.subarray(w * N, w * N + N), sum = row.reduce((a, b) => a + b, 0), at = best(row, N);
       let half = 0, n = 0;
       while (half < sum / 2) half += row[at[n++]];
-      return `“${T.words[w][0]}” looked most at ${place(at[0])}, weight ${T.looks.top[w].toPrecision(2)}; half of its attention lies on ${n} of ${N} patches.`;
+      return `“${T.words[w][0]}” looked most at ${place(at[0])}, weight ${T.looks.top[w].toPrecision(2)}; `
+          + `half of its attention lies on ${n} of ${N} patches.`;
     }
     if (p >= 0) {
-      const token = S.rule && d.entry && d.entry[p] <= S.k ? (T.token[p] >= 0 ? ` Kept because token ${p} of the report, of “${T.words[T.token[p]][0]}”, has a large attention somewhere.` : ` Kept because token ${p} of the report has a large attention somewhere.`) : '';
-      return `${place(p)}: most looked at by ${best(weight, 3).filter(i => weight[i] > 0).map(i => `“${T.words[i][0]}” (${weight[i].toPrecision(2)})`).join(', ') || 'no word'}.${token}`;
+      const spelled = T.token[p] >= 0 ? `, of “${T.words[T.token[p]][0]}”,` : '';
+      const why = ` Kept because token ${p} of the report${spelled} has a large attention somewhere.`;
+      const token = S.rule && d.entry && d.entry[p] <= S.k ? why : '';
+      const named = best(weight, 3).filter(i => weight[i] > 0);
+      const by = named.map(i => `“${T.words[i][0]}” (${weight[i].toPrecision(2)})`).join(', ');
+      return `${place(p)}: most looked at by ${by || 'no word'}.${token}`;
     }
-    return 'Point at a word to see where it looked, or at a patch to see which words looked there. A press keeps it, Escape lets go.';
+    return 'Point at a word to see where it looked, or at a patch to see which words looked there. '
+        + 'A press keeps it, Escape lets go.';
   }
+"""
+
+# %% ../nbs/api/25b_explorer.ipynb #exp00124b
+EXPLORER_SCRIPT += """
   function writeReport(d) {
     const now = `${S.study} ${S.track}`;
     if (now === shownReport) return;
@@ -671,31 +752,42 @@ EXPLORER_SCRIPT += """
     report.replaceChildren();
     words = d.t.words.map(([text, said, read, ends], i) => {
       const e = document.createElement('span');
-      e.className = `word ${said}${read ? '' : ' cut'}`; e.textContent = text; e.dataset.w = i; e.tabIndex = i ? -1 : 0; e.setAttribute('role', 'button');
+      e.className = `word ${said}${read ? '' : ' cut'}`;
+      e.textContent = text;
+      e.dataset.w = i;
+      e.tabIndex = i ? -1 : 0;
+      e.setAttribute('role', 'button');
       report.append(e, ends ? document.createElement('br') : ' ');
       return e;
     });
     if (!words.length) report.append('This report is empty.');
   }
-"""  # noqa: E501
+"""
 
 # %% ../nbs/api/25b_explorer.ipynb #exp00100
 EXPLORER_SCRIPT += """
   function badge(d) {
     const m = D.methods[S.method];
-    if (S.rule) return d.entry ? 'Released rule: numbers of report rows are taken for numbers of patches (defect A1); the scoring method has no say.' : 'Released rule: fails, the report has more tokens than the film has patches (defect A3).';
-    if (d.t.fell[S.method]) return m.reads === 'named' ? 'Report ignored: it names no finding, so the label head’s own probabilities say where to look (fell back).' : 'Fell back: no word of this report bears a finding, so all of its words count.';
+    if (S.rule) return 'Released rule: ' + (d.entry
+        ? 'numbers of report rows are taken for numbers of patches (defect A1); the scoring method has no say.'
+        : 'fails, the report has more tokens than the film has patches (defect A3).');
+    if (d.t.fell[S.method]) return m.reads === 'named'
+        ? 'Report ignored: it names no finding, so the label head’s own probabilities say where to look (fell back).'
+        : 'Fell back: no word of this report bears a finding, so all of its words count.';
     return m.reads ? '' : 'This method does not read the report.';
   }
   function drawNumbers(d, r) {
     const many = r.kept.length, none = r.hit === undefined, say = (id, text) => set(id, none ? '–' : text);
     set('count', S.rule ? `${S.k} of ${N}: the rows of ${many} tokens` : `${S.k} of ${N} patches`);
     set('bytes', r.bytes ? r.bytes.toLocaleString('en') : '–');
-    say('hit', r.hit ? 'yes' : 'no'); say('hitR', none || pct(r.chance)); say('prec', none || `${pct(r.precision)} (${r.met} of ${many})`); say('precR', none || pct(r.blind));
+    say('hit', r.hit ? 'yes' : 'no');
+    say('hitR', none || pct(r.chance));
+    say('prec', none || `${pct(r.precision)} (${r.met} of ${many})`);
+    say('precR', none || pct(r.blind));
     set('about', D.studies[S.study].marks.length ? D.studies[S.study].marks[S.mark].name : 'no finding is marked');
     set('badge', badge(d));
   }
-"""  # noqa: E501
+"""
 
 # %% ../nbs/api/25b_explorer.ipynb #exp00128
 EXPLORER_SCRIPT += """
@@ -706,23 +798,45 @@ EXPLORER_SCRIPT += """
       const x = now[i], pairs = x ? [[x[0], x[2]], [x[1], x[3]]] : [[0, 0], [0, 0]];
       [...tr.cells].slice(1).forEach((td, j) => {
         const [b, s] = td.querySelectorAll('b, .two span'), [mine, blind] = td.querySelectorAll('rect');
-        b.textContent = x ? `${(100 * pairs[j][0]).toFixed(0)} %` : '–'; s.textContent = x ? `${(100 * pairs[j][1]).toFixed(0)} %` : '–';
+        b.textContent = x ? `${(100 * pairs[j][0]).toFixed(0)} %` : '–';
+        s.textContent = x ? `${(100 * pairs[j][1]).toFixed(0)} %` : '–';
         mine.setAttribute('width', 100 * pairs[j][0]); blind.setAttribute('width', 100 * pairs[j][1]);
       });
     });
-    set('says', `All marked studies of the test split at k = ${S.k}, ${S.rule ? 'released rule' : D.methods[S.method].words}, ${D.tracks[S.track]}`);
+    const how = S.rule ? 'released rule' : D.methods[S.method].words;
+    set('says', `All marked studies of the test split at k = ${S.k}, ${how}, ${D.tracks[S.track]}`);
   }
+"""
+
+# %% ../nbs/api/25b_explorer.ipynb #exp00128b
+EXPLORER_SCRIPT += """
   function drawControls() {
     const study = D.studies[S.study];
-    document.querySelectorAll('.strip button').forEach((b, i) => { b.setAttribute('aria-pressed', i === S.study); b.tabIndex = i === S.study ? 0 : -1; });
-    for (const name of ['rule', 'method', 'track']) document.querySelectorAll(`input[name=${name}]`).forEach((e, i) => { e.checked = i === S[name]; e.disabled = name === 'method' && !!S.rule; });
-    $('lesionbox').checked = !!S.lesion; $('lesionbox').disabled = !study.marks.length; $('k').value = S.k; root.classList.toggle('released', !!S.rule);
+    document.querySelectorAll('.strip button').forEach((b, i) => {
+      b.setAttribute('aria-pressed', i === S.study); b.tabIndex = i === S.study ? 0 : -1;
+    });
+    for (const name of ['rule', 'method', 'track']) {
+      document.querySelectorAll(`input[name=${name}]`).forEach((e, i) => {
+        e.checked = i === S[name];
+        e.disabled = name === 'method' && !!S.rule;
+      });
+    }
+    $('lesionbox').checked = !!S.lesion;
+    $('lesionbox').disabled = !study.marks.length;
+    $('k').value = S.k;
+    root.classList.toggle('released', !!S.rule);
     $('k').setAttribute('aria-valuetext', $('count').textContent);
-    if ($('mark').dataset.study !== String(S.study)) { $('mark').dataset.study = S.study; $('mark').replaceChildren(...study.marks.map((m, i) => new Option(m.name, i))); }
+    if ($('mark').dataset.study !== String(S.study)) {
+      $('mark').dataset.study = S.study;
+      $('mark').replaceChildren(...study.marks.map((m, i) => new Option(m.name, i)));
+    }
     const at = document.querySelectorAll('.strip button')[S.study], line = $('strip');
-    if (at.offsetLeft < line.scrollLeft || at.offsetLeft + at.offsetWidth > line.scrollLeft + line.clientWidth) line.scrollLeft = at.offsetLeft - line.clientWidth / 3;
-    $('mark').value = S.mark; $('which').hidden = study.marks.length < 2;
-    set('title', `Study ${S.study + 1} of ${D.studies.length}${study.id && ', phantom ' + study.id}: ${study.why}${study.finding && ', ' + study.finding}`);
+    const right = at.offsetLeft + at.offsetWidth, seen = line.scrollLeft + line.clientWidth;
+    if (at.offsetLeft < line.scrollLeft || right > seen) line.scrollLeft = at.offsetLeft - line.clientWidth / 3;
+    $('mark').value = S.mark;
+    $('which').hidden = study.marks.length < 2;
+    const id = study.id && `, phantom ${study.id}`, finding = study.finding && `, ${study.finding}`;
+    set('title', `Study ${S.study + 1} of ${D.studies.length}${id}: ${study.why}${finding}`);
   }
   function show() {
     const d = track();
@@ -730,16 +844,21 @@ EXPLORER_SCRIPT += """
     const r = rates(d);
     drawFilm(d, r); drawNumbers(d, r); drawControls(); drawWords(d); drawSplit();
   }
-"""  # noqa: E501
+"""
 
 # %% ../nbs/api/25b_explorer.ipynb #exp00101
 EXPLORER_SCRIPT += """
   const clamp = (name, v) => name === 'k' ? Math.min(N, Math.max(1, v)) : v < top[name] ? v : first[name];
+  const SLUGS = {rule: RULES, track: D.tracks, method: D.methods.map(m => m.name)};
   function read() {                                       // the state that the address tells
     const q = new URLSearchParams(location.hash.slice(1));
     Object.assign(S, first);
-    for (const name in first) if (/^[0-9]{1,4}$/.test(q.get(name) || '')) S[name] = clamp(name, +q.get(name) - (name === 'study'));
-    for (const [name, slugs] of [['rule', RULES], ['track', D.tracks], ['method', D.methods.map(m => m.name)]]) if (slugs.includes(q.get(name))) S[name] = slugs.indexOf(q.get(name));
+    for (const name in first) {
+      if (/^[0-9]{1,4}$/.test(q.get(name) || '')) S[name] = clamp(name, +q.get(name) - (name === 'study'));
+    }
+    for (const name in SLUGS) {
+      if (SLUGS[name].includes(q.get(name))) S[name] = SLUGS[name].indexOf(q.get(name));
+    }
     settle();
   }
   function settle() {                                     // what belongs to another study or report is let go
@@ -749,7 +868,8 @@ EXPLORER_SCRIPT += """
   }
   function write() {
     const q = new URLSearchParams();
-    for (const name in first) if (S[name] !== first[name]) q.set(name, name === 'study' ? S.study + 1 : name === 'rule' ? RULES[S.rule] : name === 'track' ? D.tracks[S.track] : name === 'method' ? D.methods[S.method].name : S[name]);
+    const said = name => SLUGS[name] ? SLUGS[name][S[name]] : S[name] + (name === 'study');
+    for (const name in first) if (S[name] !== first[name]) q.set(name, said(name));
     try { history.replaceState(null, '', '#' + q); } catch { location.replace('#' + q); }
   }
   function change(what) {
@@ -759,50 +879,77 @@ EXPLORER_SCRIPT += """
     Object.assign(S, what);
     settle(); write(); show();
   }
-  const hover = (word, patch) => { if (near.word !== word || near.patch !== patch) { near.word = word; near.patch = patch; show(); } };
-  const mouse = e => e.pointerType === 'mouse', wordAt = e => e.target.closest && e.target.closest('.word:not(.cut)'), step = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -1, ArrowDown: 1};
-"""  # noqa: E501
+  const hover = (word, patch) => {
+    if (near.word !== word || near.patch !== patch) { near.word = word; near.patch = patch; show(); }
+  };
+  const mouse = e => e.pointerType === 'mouse', step = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -1, ArrowDown: 1};
+  const wordAt = e => e.target.closest && e.target.closest('.word:not(.cut)');
+"""
 
 # %% ../nbs/api/25b_explorer.ipynb #exp00102
 EXPLORER_SCRIPT += """
-  const keepWord = i => change({word: S.word === i ? -1 : i, patch: -1}), keepPatch = p => change({patch: S.patch === p ? -1 : p, word: -1});
-  const strip = [...document.querySelectorAll('.strip button')], walk = (list, i) => { const e = list[Math.min(list.length - 1, Math.max(0, i))]; e.focus(); return list.indexOf(e); };
+  const keepWord = i => change({word: S.word === i ? -1 : i, patch: -1});
+  const keepPatch = p => change({patch: S.patch === p ? -1 : p, word: -1});
+  const strip = [...document.querySelectorAll('.strip button')];
+  const walk = (list, i) => {
+    const e = list[Math.min(list.length - 1, Math.max(0, i))]; e.focus(); return list.indexOf(e);
+  };
   strip.forEach((b, i) => b.addEventListener('click', () => change({study: i})));
-  $('strip').addEventListener('keydown', e => { if (step[e.key]) { e.preventDefault(); change({study: walk(strip, S.study + step[e.key])}); } });
-  for (const name of ['rule', 'method', 'track']) document.querySelectorAll(`input[name=${name}]`).forEach((e, i) => e.addEventListener('change', () => change({[name]: i})));
+  $('strip').addEventListener('keydown', e => {
+    if (step[e.key]) { e.preventDefault(); change({study: walk(strip, S.study + step[e.key])}); }
+  });
+  for (const name of ['rule', 'method', 'track']) document.querySelectorAll(`input[name=${name}]`).forEach((e, i) =>
+      e.addEventListener('change', () => change({[name]: i})));
   $('k').addEventListener('input', e => change({k: +e.target.value}));
   $('mark').addEventListener('change', e => change({mark: +e.target.value}));
   $('lesionbox').addEventListener('change', e => change({lesion: +e.target.checked}));
-  $('report').addEventListener('pointerover', e => { if (mouse(e)) hover(wordAt(e) ? +wordAt(e).dataset.w : -1, -1); });
+  $('report').addEventListener('pointerover', e => {
+    if (mouse(e)) hover(wordAt(e) ? +wordAt(e).dataset.w : -1, -1);
+  });
   $('report').addEventListener('pointerleave', e => { if (mouse(e)) hover(-1, -1); });
-  $('report').addEventListener('focusin', e => { if (wordAt(e) && e.target.matches(':focus-visible')) hover(+e.target.dataset.w, -1); });
+  $('report').addEventListener('focusin', e => {
+    if (wordAt(e) && e.target.matches(':focus-visible')) hover(+e.target.dataset.w, -1);
+  });
   $('report').addEventListener('focusout', () => hover(-1, -1));
   $('report').addEventListener('click', e => { if (wordAt(e)) keepWord(+wordAt(e).dataset.w); });
   $('report').addEventListener('keydown', e => {
     if (!wordAt(e)) return;
-    if (step[e.key]) { e.preventDefault(); const i = walk(words, +e.target.dataset.w + step[e.key]); words.forEach((w, j) => { w.tabIndex = j === i ? 0 : -1; }); }
+    if (step[e.key]) {
+      e.preventDefault();
+      const i = walk(words, +e.target.dataset.w + step[e.key]);
+      words.forEach((w, j) => { w.tabIndex = j === i ? 0 : -1; });
+    }
     if (e.key === 'Enter' || e.key === ' ') { e.preventDefault(); keepWord(+e.target.dataset.w); }
   });
-  const patchAt = e => e.target.dataset && e.target.dataset.p !== undefined ? +e.target.dataset.p : -1, film = $('film');
+"""
+
+# %% ../nbs/api/25b_explorer.ipynb #exp00102b
+EXPLORER_SCRIPT += """
+  const patchAt = e => e.target.dataset && e.target.dataset.p !== undefined ? +e.target.dataset.p : -1,
+      film = $('film');
   film.addEventListener('pointerover', e => { if (mouse(e)) hover(-1, patchAt(e)); });
   film.addEventListener('pointerleave', e => { if (mouse(e)) hover(-1, -1); });
   film.addEventListener('click', e => { if (patchAt(e) >= 0) keepPatch(patchAt(e)); });
   film.addEventListener('keydown', e => {
     if (!step[e.key]) return;
     e.preventDefault();
-    const p = S.patch < 0 ? Math.floor(rows / 2) * cols + Math.floor(cols / 2) : S.patch, row = Math.floor(p / cols), col = p % cols, side = e.key === 'ArrowLeft' || e.key === 'ArrowRight';
-    const y = Math.min(rows - 1, Math.max(0, row + (side ? 0 : step[e.key]))), x = Math.min(cols - 1, Math.max(0, col + (side ? step[e.key] : 0)));
+    const p = S.patch < 0 ? Math.floor(rows / 2) * cols + Math.floor(cols / 2) : S.patch, row = Math.floor(p / cols),
+        col = p % cols, side = e.key === 'ArrowLeft' || e.key === 'ArrowRight';
+    const y = Math.min(rows - 1, Math.max(0, row + (side ? 0 : step[e.key]))),
+        x = Math.min(cols - 1, Math.max(0, col + (side ? step[e.key] : 0)));
     change({patch: S.patch < 0 ? p : y * cols + x, word: -1});
   });
   addEventListener('keydown', e => {
     if (e.key === 'Escape') change({word: -1, patch: -1});
-    else if (document.activeElement === document.body && (e.key === 'ArrowLeft' || e.key === 'ArrowRight')) { e.preventDefault(); change({k: clamp('k', S.k + step[e.key])}); }
+    else if (document.activeElement === document.body && (e.key === 'ArrowLeft' || e.key === 'ArrowRight')) {
+      e.preventDefault(); change({k: clamp('k', S.k + step[e.key])});
+    }
   });
   addEventListener('hashchange', () => { read(); show(); });
   window.explorer = {state: S, rates: () => rates(track()), whole};
   read(); show();
 })();
-"""  # noqa: E501
+"""
 
 # %% ../nbs/api/25b_explorer.ipynb #exp00106
 def choices(legend, name, options, on=0):

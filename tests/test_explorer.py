@@ -25,7 +25,7 @@ from neural.report import ReportReader, study_evidence, train_tokenizer
 from neural.scores import Batch, Network, Scoring, gather, scorer
 from neural.study import Manifest, NeuralError
 from neural.vlm import ReportVLM, load_vlm, small_config
-from test_viewer import Browser, Tags
+from test_viewer import Tags, browser  # the fixture that starts Chromium
 
 TRACKS = ("image+report", "image-only")
 FINDINGS = ("No Finding", "Pneumonia", "Pleural Effusion", "Cardiomegaly")
@@ -232,15 +232,6 @@ def test_a_run_without_its_parts_is_refused_in_one_line(run, tmp_path, lost):
 
 
 # a browser
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None: pytest.skip("no Chromium on this machine: apt-get install chromium")
-    chromium = Browser(program, tmp_path_factory.mktemp("profile"))
-    yield chromium
-    chromium.close()
-
 
 @pytest.fixture
 def opened(browser, page, tmp_path):

@@ -95,6 +95,14 @@ def share(row):
     return f"{row['hit rate']:.0%} [{row['low']:.0%}, {row['high']:.0%}]".replace("%", " %")
 
 
+def over_findings(control, question):
+    "Of a question of stage 53: findings above zero, below, of how many, and the mean, as its record words it."
+    line = next(line for line in control["in words"] if line.startswith(f"{question}: "))
+    above, below, _, of, mean = re.search(
+        r"above zero for (\d), below for (\d), undecided for (\d) of (\d) findings; mean (\S+)", line).groups()
+    return above, below, of, mean.replace("-", "−")
+
+
 def what_came_out():
     "Line of the section (a piece of it) -> what the records make of its numbers."
     kept = metrics_of("40_classify")["retained patches on test"]["Pneumonia"]
@@ -104,28 +112,47 @@ def what_came_out():
     other, other_real = control["AUC on test"]["Pneumonia"], control_real["AUC on test"]["Cardiomegaly"]
     pairs, pairs_real = (c["paired differences"] for c in (control, control_real))
     pairs, pairs_real = pairs["Pneumonia"], pairs_real["Cardiomegaly"]
+    many, many_real = (f"{metrics_of('51_quality', d)['studies']['test']['studies']:.0f}" for d in ("", "open-i"))
     fused = metrics_of("30_fuse")
     small = {t: f"{v:.0f}" for t, v in fused["bytes per study"].items()}
     film, pooled = f"{fused['film on disk, bytes']:,.0f}", "image-only, pooled embedding, 1 x 1 cells"
     vector = str(control["bytes per study"]["pooled embedding, 1 x 1 cells"])
-    released = metrics_of("55_released")["Pneumonia"]["less described"]
+    released = {f: v["less described"] for f, v in metrics_of("55_released").items()
+                if isinstance(v, dict) and "less described" in v}
+    rows = "token rows (A1)"
+    assert len(released) == 5 and all(min((n for n in v if n != "all defects"), key=lambda n: v[n][0]) == rows
+                                      for v in released.values()), "the dearest of each finding"
+    guided = {f: t["image-only"]["this run's guide"]["hit"][0]
+              for f, t in metrics_of("52_relevance")["test, finding by finding"].items()}
+    least, most = min(guided, key=guided.get), max(guided.values())
+    ends = [f"{v:.0%}".replace("%", " %") for v in (guided[least], most)]
     read = metrics_of("52_relevance", "open-i")
     best = read["elsewhere, chosen on the first half"]
     swapped = [read["elsewhere, second half"][name][best]["precision over swapped films"]
                for name in ("covid_notes", "nih1024")]
     front = json.loads((ROOT / "figures/records/90_frontier.json").read_text())["answers"][0]
     deal = "image-only asset, k = 10 - raw film"
+    lost, lost_real = (over_findings(c, deal) for c in (control, control_real))
+    alone = over_findings(control, "described - random, k = 4, image-only")
+    beside = [over_findings(control, f"described - random, both graphs, k = 4, {t}") for t in small]
     return {
         "1. **": [share(kept["image+report"]), share(kept["image-only"]),
-                  f"{kept['random']['hit rate']:.0%}".replace("%", " %")],
+                  f"{kept['random']['hit rate']:.0%}".replace("%", " %"),
+                  f"over five findings, from the film alone, {ends[0]} ({least}) to {ends[1]}"],
         "2. **": [small["image+report"], film, area(areas["image-only, typed both"]),
-                  area(other["image-only, raw-film network"]), gap(pairs[deal]), gap(pairs_real[deal])],
+                  area(other["image-only, raw-film network"]), gap(pairs[deal]), gap(pairs_real[deal]),
+                  f"mean of five findings {lost[3]} (below zero for {lost[1]} of {lost[2]})",
+                  f"{lost_real[3]} ({lost_real[1]} of {lost_real[2]})"],
         "3. **": [gap(pairs["described - random, k = 4, image-only"]),
                   *(gap(pairs[f"described - random, both graphs, k = 4, {t}"]) for t in small),
+                  f"{alone[0]} are shown alone (mean {alone[3]})",
+                  f"{beside[0][0]} and {beside[1][0]} beside the graph ({beside[0][3]}, {beside[1][3]})",
                   area(other["image+report, knowledge graph alone"])],
+        "On phantoms with": ["95 % interval", f"({many} test studies)", f"Open-i ({many_real})"],
         "4. **": [vector, re.search(r"AUC (\d\.\d{3} \[[\d., ]+\])", front)[1]],
         "5. **": [written(s) for s in swapped],
-        "Of the released": [written(released["token rows (A1)"])],
+        "Of the released": [written(released["Pneumonia"][rows]),
+                            f"{sign(max(v[rows][0] for v in released.values()))} where it costs least"],
         "| asset, report known": [small["image+report"], area(areas["image+report, typed both"]),
                                   area(real["image+report, typed both"])],
         "| its knowledge": [area(c["image+report, knowledge graph alone"]) for c in (other, other_real)],
