@@ -501,14 +501,6 @@ def finish_soup(
     caption_tables(soup)
     return soup
 
-# %% ../nbs/api/44_docs.ipynb #fin05
-def finish_page(
-    html: str,   # a rendered page
-    offset="./", # from the page to the top of the site
-) -> str:        # finished
-    "A page as text, finished."
-    return str(finish_soup(BeautifulSoup(html, "html.parser"), offset))
-
 # %% ../nbs/api/44_docs.ipynb #ccdcbd10
 def finish_style(
     css: str,  # a style sheet
@@ -537,13 +529,6 @@ def soup_faults(
     faults += ["has a table without a caption" for t in soup.select("main table") if not t.caption]
     for code in soup.select("pre, code, script, style, math"): code.decompose()
     return faults + [f"has a loose reference {r}" for r in re.findall(r"@(?:fig|eq|sec)-[\w-]+", soup.get_text())]
-
-# %% ../nbs/api/44_docs.ipynb #fault1
-def page_faults(
-    html: str,  # a finished page
-) -> list[str]: # what is wrong with it
-    "What a page as text still gets wrong."
-    return soup_faults(BeautifulSoup(html, "html.parser"))
 
 # %% ../nbs/api/44_docs.ipynb #find1
 def explained(
