@@ -207,6 +207,7 @@ def apart(
 def reading_copy(
     nb,         # a notebook, changed in place
     kind="api", # `api` a chapter, `paper` a stage, anything else a page of its own
+    number="",  # of the chapter, for its title; empty: the title stands as it is
 ):              # the same notebook, ready for nbdev's page processing
     "Prepare a notebook for its page: what it offers, headings over exported code, plumbing folded, nothing to run."
     cells, taken, view = [new_raw_cell("---\nskip_showdoc: true\n---")], set(), api_view(nb) if kind == "api" else ""
@@ -217,6 +218,7 @@ def reading_copy(
         if cell.cell_type == "markdown": cell.source = apart(cell.source, names)
         if i == 0 and cell.cell_type == "markdown":
             cell.source, rest = split_title(cell.source)
+            if number: cell.source = re.sub(r"^# ", f"# {number} · ", cell.source)
             cells, cell = [*cells, cell], new_markdown_cell(f"{rest}\n\n{view}".strip())
         if cell.cell_type == "code" and EXPORT.search(cell.source): cells += export_cells(cell, taken)
         else: cells.append(cell)
@@ -329,9 +331,10 @@ def copy_cards(
 # %% ../nbs/api/44_docs.ipynb #4c292153
 ONE = r"[A-D]\d{1,2}[bc]?"
 RUN = rf"{ONE}(?:(?:, and |, | and | to ){ONE})*"
+# code, links, formulas, headings and tags: no mention in them is turned into a link
+KEPT = r"(?P<kept>```.*?```|`[^`\n]*`|\[[^\]\n]*\]\([^)\n]*\)|\$[^$\n]+\$|(?m:^#[^\n]*)|<[^>\n]*>)"
 MENTION = re.compile(
-    r"(?P<kept>```.*?```|`[^`\n]*`|\[[^\]\n]*\]\([^)\n]*\)|\$[^$\n]+\$|(?m:^#[^\n]*)|<[^>\n]*>)"
-    rf"|(?P<word>\b[Dd]efects? )(?P<named>{RUN})\b|(?P<open>\(|(?m:^\| ))(?P<alone>{RUN})(?=[),;:]| [a-z])", re.S)
+    rf"{KEPT}|(?P<word>\b[Dd]efects? )(?P<named>{RUN})\b|(?P<open>\(|(?m:^\| ))(?P<alone>{RUN})(?=[),;:]| [a-z])", re.S)
 
 # %% ../nbs/api/44_docs.ipynb #e68b333c
 def defect_places(
@@ -362,6 +365,33 @@ def link_defects(
         return before + re.sub(ONE, lambda m: one(m, bool(match["word"])), run)
     return MENTION.sub(link, text) if places and here != page else text
 
+# %% ../nbs/api/44_docs.ipynb #lch00002
+def chapter_number(
+    name: str,  # of a notebook file
+) -> str:       # such as `24` or `31b`; empty where it has none
+    "The number of a chapter."
+    return (re.match(r"(\d+[a-z]?)_", name) or ["", ""])[1]
+
+# %% ../nbs/api/44_docs.ipynb #lch00003
+CHAPTER = r"\d{1,2}[a-z]?\b"
+CHAPTERS = re.compile(
+    rf"{KEPT}|(?P<word>\b[Cc]hapters? )(?P<named>{CHAPTER}(?:(?:, and |, | and | to ){CHAPTER})*)", re.S)
+
+# %% ../nbs/api/44_docs.ipynb #lch00004
+def link_chapters(
+    text: str,       # of a markdown cell
+    here: str,       # page the text stands on
+    chapters: dict,  # number -> page
+) -> str:            # with mentions turned into links
+    "Turn each mention of a chapter into a link to its page, but for the page itself."
+    def one(match):
+        page = chapters.get(match[0]) or chapters.get(match[0].zfill(2))
+        if not page: raise NeuralError(f"{here}: there is no chapter {match[0]}; say which is meant")
+        return match[0] if page == here else f"[{match[0]}]({os.path.relpath(page, os.path.dirname(here) or '.')})"
+    def link(match):
+        return match["kept"] or match["word"] + re.sub(CHAPTER, one, match["named"])
+    return CHAPTERS.sub(link, text) if chapters else text
+
 # %% ../nbs/api/44_docs.ipynb #fd6e98f6
 def write_source(
     processed,   # folder nbdev wrote
@@ -375,12 +405,13 @@ def write_source(
     books = {p: nbformat.read(processed/p, 4) for p in paths}
     pages = {moved[p]: number_figures(nb, p) for p, nb in books.items()}
     places = defect_places(books.get("defects.ipynb"))
+    chapters = {n: moved[p] for p in paths if p.startswith("api/") and (n := chapter_number(Path(p).name))}
     for path, nb in books.items():
         for cell in nb.cells:
             if cell.cell_type == "markdown":
                 text = relative_links(cell.source, moved[path], host, moved)
-                cell.source = link_defects(
-                    link_figures(text, moved[path], pages), moved[path], page_name("defects.ipynb"), places)
+                text = link_chapters(link_figures(text, moved[path], pages), moved[path], chapters)
+                cell.source = link_defects(text, moved[path], page_name("defects.ipynb"), places)
             if cell.cell_type == "raw": cell.source = re.sub(r"(?m)^(output-file|skip_showdoc):.*\n", "", cell.source)
             for data in (o["data"] for o in cell.get("outputs", []) if "text/markdown" in o.get("data", {})):
                 data["text/markdown"] = relative_links("".join(data["text/markdown"]), moved[path], host, moved)
@@ -621,7 +652,9 @@ def process_notebooks(
         if any(part.startswith((".", "_")) for part in path.relative_to(root).parts): continue
         target = copies/path.relative_to(Path(root)/"nbs")
         target.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(reading_copy(read_notebook(path), path.parent.name), target)
+        kind = path.parent.name
+        number = chapter_number(path.name) if kind == "api" else ""
+        nbformat.write(reading_copy(read_notebook(path), kind, number), target)
     copy_cards(root, copies)
     with contextlib.chdir(root), contextlib.redirect_stdout(io.StringIO()):
         return Path(root).resolve()/proc_nbs("build/nbs", n_workers=0, force=True)

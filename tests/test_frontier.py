@@ -51,6 +51,23 @@ def planted(stage, rng, positives=30):
     return as_card(pd.DataFrame(rows))
 
 
+SHARES = {1: 0.55, 10: 0.65, 100: 0.75}  # per cent of labelled patients -> AUC of random weights
+
+
+def by_labels(positives=30):
+    "A card of stage 60: two starts under two protocols, one a tenth better, and a rung that nobody tuned."
+    rows = []
+    for system, more in (("random weights", 0), ("two sections", 0.1), ("whole report", 0.2)):
+        for protocol in ("linear probe", "whole fine-tuning")[: 1 if system == "whole report" else 2]:
+            for share, value in SHARES.items():
+                same = dict(system=system, stage="60_imitate", track="image-only", split="test", seeds="0", against="",
+                            condition=f"{protocol}, {share} % of patients labelled", joined="mean over seeds",
+                            studies=90, positives=positives, metric=HEADLINE, command="neural run 60 --preset planted")
+                rows += [same | dict(target=t, value=value + more, low=value + more - 0.1, high=value + more + 0.1)
+                         for t in FINDINGS]
+    return as_card(pd.DataFrame(rows))
+
+
 def folder(path, stages, positives=None, seed=0):
     "A run folder with cards and what the stage reads besides."
     rng = np.random.default_rng(seed)
@@ -83,6 +100,7 @@ def page(run, monkeypatch, **parameters):
 def made(tmp_path_factory):
     "The page of planted cards, made once."
     run = folder(tmp_path_factory.mktemp("run") / "planted", ("53_controls", "57_rate", "70_mxa"))
+    write_card(run / "tables/60_imitate_card.csv", by_labels())
     with pytest.MonkeyPatch.context() as patch: return run, page(run, patch)
 
 
@@ -158,10 +176,26 @@ def test_every_point_has_a_command_and_what_is_not_measured_is_blank(made):
 def test_a_stage_that_has_not_run_is_named_and_left_out(made, tmp_path, monkeypatch, capsys):
     assert made[1]["left_out"] == ["40_classify", "58_codecs", "80_slim"]
     names = page(folder(tmp_path / "few", ("53_controls", "57_rate")), monkeypatch)
-    assert names["left_out"] == ["40_classify", "58_codecs", "70_mxa", "80_slim"] and names["nets"].empty
+    assert names["left_out"] == ["40_classify", "58_codecs", "70_mxa", "80_slim", "60_imitate"]
+    assert names["nets"].empty and names["labelled"].empty
     assert "70_mxa" in capsys.readouterr().out and len(names["answers"]) == 3
     bare = folder(tmp_path / "bare", ("53_controls",))
     with pytest.raises(NeuralError, match="has no tables/57_rate_card.csv"): page(bare, monkeypatch)
+
+
+def test_labels_are_an_axis_where_stage_60_has_run(made):
+    run, names = made
+    assert set(names["table_60"]) == {f"{s}, {p}" for s in ("random weights", "two sections")
+                                      for p in ("linear probe", "whole fine-tuning")}
+    assert names["table_60"]["two sections, linear probe"]["10 % of patients"] == "0.750 [0.650, 0.850]"
+    assert (run / "figures/90_frontier_labels.png").is_file()
+    assert "two sections" not in set(pd.read_csv(run / "tables/90_frontier_points.csv").system), "no bytes, no front"
+
+
+def test_labels_of_other_patients_are_refused(tmp_path, monkeypatch):
+    run = folder(tmp_path / "torn", ("53_controls", "57_rate"))
+    write_card(run / "tables/60_imitate_card.csv", by_labels(positives=31))
+    with pytest.raises(NeuralError, match="60_imitate has other patients than 53_controls"): page(run, monkeypatch)
 
 
 def test_cards_of_two_cohorts_are_refused(tmp_path, monkeypatch):
