@@ -1,6 +1,6 @@
 # make reproduce   from an empty machine to the results table, on phantom studies (about a quarter of an hour, no data needed)
 # make audit       the same run held against its controls, leaks and the released code's defects (an hour more)
-# make companions after make audit: two of the papers around it on the same studies, MXA with distillation and pruning by attribution, and what all of it costs (an hour and a quarter more)
+# make companions after make audit: the three papers around it on the same studies, pre-training on reports, MXA with distillation, pruning by attribution, and what all of it costs (about two hours more)
 # make described   the same studies as the paper describes it: its network, its choices (a quarter of an hour)
 # make test        everything the project promises, checked: notebooks, tests, a smoke run, the pages
 # make lab         JupyterLab on the notebooks            make docs    the pages, in _docs/

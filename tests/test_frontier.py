@@ -247,5 +247,5 @@ def test_the_stage_leaves_the_run_as_it_was(made, tmp_path, monkeypatch):
     shutil.copytree(made[0], run)
     before = {p.name: p.read_bytes() for p in run.rglob("*_card.csv")}
     names = page(run, monkeypatch)
-    assert {p.name: p.read_bytes() for p in run.rglob("*_card.csv")} == before and len(before) == 3
+    assert {p.name: p.read_bytes() for p in run.rglob("*_card.csv")} == before and len(before) == 4
     assert names["answers"] == made[1]["answers"]

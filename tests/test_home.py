@@ -7,7 +7,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = {"MXA and distillation": "70_mxa", "Interpretability-aware pruning": "80_slim"}
+STAGES = {"IMITATE": "60_imitate", "MXA and distillation": "70_mxa", "Interpretability-aware pruning": "80_slim"}
 TRIPLE = r"[+−]\d\.\d{3} \[[+−]\d\.\d{3}, [+−]\d\.\d{3}\]"
 
 
