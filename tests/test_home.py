@@ -72,6 +72,13 @@ def test_other_differences_on_home_are_numbers_of_the_record(rows, name):
     assert set(alone) <= {sign(v) for v in leaves(record_of(name))}, alone
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_areas_on_home_are_those_of_the_record(rows, name):
+    held = {area(values) for _, values in intervals(record_of(name))}
+    said = re.findall(r"(?<![+−\d.])\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", rows[name])
+    assert len(said) == 2 * (name == "IMITATE") and set(said) <= held, said
+
+
 # what came out, at the top of the page
 
 def metrics_of(stage, data=""):
