@@ -254,7 +254,7 @@ def test_the_claims_of_the_companions_are_judged_by_their_records(made):
     step = next(c for words, c in claims.items() if words.startswith("block and teacher"))
     assert np.allclose([*step["measured"].values()], [[0.05, 0.01, 0.09]]) and step["line"] == 0.19
     assert "+0.300" in step["beside"] and "all shares removed: 2 holds, 1 does not hold" in str(claims)
-    assert "a net 75% of 8 films" in str(claims) and "1 % of labels +0.0500 [+0.0300, +0.0700]" in str(claims)
+    assert "a net 75%, of 8" in str(claims) and "1 % of labels +0.0500 [+0.0300, +0.0700]" in str(claims)
     table = pd.read_csv(run / "tables/90_frontier_claims.csv")
     assert [*table.verdict] == [lies(*r) for r in table[["low", "high", "line"]].itertuples(index=False)]
     for _, part in table.groupby("claim"): assert {*part["verdict on the claim"]} == {together([*part.verdict])}
