@@ -768,6 +768,17 @@ def lead_shown(
     cost, low, high = (np.asarray(v, float) for v in (cost, low, high))
     return ~((cost[:, None] < cost) & (high[:, None] >= low)).any(0)
 
+# %% ../nbs/api/33_results.ipynb #verdict002
+GRADES = ("holds", "not shown", "does not hold")   # of a claim that a number lies above a line
+
+def grade(
+    interval,       # value, low, high of a number or of a difference; nan where it is not defined
+    line=0.,        # that the claim says it lies above
+) -> str:           # one of `GRADES`
+    "Where an interval lies against the line of a claim (this companion's choice)."
+    _, low, high = interval
+    return GRADES[0] if low > line else GRADES[2] if high < line else GRADES[1]
+
 # %% ../nbs/api/33_results.ipynb #front010
 def shared_bytes(
     study,          # bytes of each study, a number or [n]

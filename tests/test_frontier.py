@@ -82,6 +82,44 @@ def folder(path, stages, positives=None, seed=0):
     return path
 
 
+TENTH = "linear probe, 10 % of patients labelled"
+COMPANIONS = {  # stage -> what its record says of the claims of its paper; the numbers mean nothing
+    "60_imitate": {"best on validate": "two sections", "paired differences of mean AUC": {
+        f"two sections - random weights | {TENTH}": [0.12, 0.10, 0.14],
+        "two sections - random weights | linear probe, 1 % of patients labelled": [0.05, 0.03, 0.07],
+        f"two sections, CICL - two sections, uniform smoothing | {TENTH}": [0.01, -0.01, 0.03],
+        f"many levels, CICL - two sections, CICL | {TENTH}": [-0.02, -0.03, -0.01]}},
+    "70_mxa": {
+        "differences of macro AUC": {"MXA, learnt - plain, no teacher": [0.02, 0.01, 0.03],
+                                     "teacher - no teacher, plain": [None, None, None]},
+        "macro AUC on test": {"plain, no teacher": [0.70, 0.68, 0.72], "MXA, learnt, teacher": [0.75, 0.73, 0.77]},
+        "claimed by the released protocol": {"as judged here": {"claimed for MXA": 0.02},
+                                             "all of it: and more": {"claimed for MXA": 0.3}}},
+    "80_slim": {
+        "chosen on validate": {"a net": "gamma", "a graph": "ig"}, "films explained": 8,
+        "paired differences of macro AUC": {
+            "a net": {"taylor": {"0.3": [0.1, 0.05, 0.15], "0.5": [0.1, 0.05, 0.15]},
+                      "random": {"0.5": [0.1, 0.05, 0.15]}},
+            "a graph": {"taylor": {"0.5": [-0.1, -0.15, -0.05]}, "random": {"0.5": [0.2, 0.1, 0.3]}}},
+        "after recovery": {"a net, gamma, 50%": {"macro AUC, slim minus dense": [0.0, -0.009, 0.009]},
+                           "a graph, ig, 50%": {"macro AUC, slim minus dense": [0.0, -0.02, 0.02]}}},
+}
+EXPLAINED = "network,removed,after,criterion,correlation,changed\na net,0.5,recovery,gamma,0.6,0.75\n"
+JUDGED = {  # claim, by its first words -> the verdict on it
+    "pre-training": "holds", "two sections": "not measured", "CICL": "not shown", "many levels": "does not hold",
+    "the gain": "not measured", "the block adds AUC (its": "holds", "the block adds AUC (as": "not measured",
+    "a teacher": "not measured", "block and teacher": "does not hold", "attribution beats first": "does not hold",
+    "attribution beats small": "not measured", "attribution beats units": "holds", "half of": "not shown",
+    "the explanation": "not shown"}
+
+
+def say(run, records):
+    "Puts the records of the companion stages into a run folder."
+    for stage, metrics in records.items():
+        (run / f"{stage}.json").write_text(json.dumps({"stage": stage, "metrics": metrics}))
+    (run / "tables/80_slim_explains.csv").write_text(EXPLAINED)
+
+
 def page(run, monkeypatch, **parameters):
     "What the stage computes of a run folder: its names after all cells but the record; pictures are drawn too."
     monkeypatch.chdir(run.parent)
@@ -101,6 +139,7 @@ def made(tmp_path_factory):
     "The page of planted cards, made once."
     run = folder(tmp_path_factory.mktemp("run") / "planted", ("53_controls", "57_rate", "70_mxa"))
     write_card(run / "tables/60_imitate_card.csv", by_labels())
+    say(run, COMPANIONS)
     with pytest.MonkeyPatch.context() as patch: return run, page(run, patch)
 
 
@@ -196,6 +235,58 @@ def test_labels_of_other_patients_are_refused(tmp_path, monkeypatch):
     run = folder(tmp_path / "torn", ("53_controls", "57_rate"))
     write_card(run / "tables/60_imitate_card.csv", by_labels(positives=31))
     with pytest.raises(NeuralError, match="60_imitate has other patients than 53_controls"): page(run, monkeypatch)
+
+
+def lies(low, high, line): return "holds" if low > line else "does not hold" if high < line else "not shown"
+
+
+def together(verdicts):
+    "The rule for a claim about several networks, said once more."
+    return ("holds" if set(verdicts) == {"holds"} else "does not hold" if "does not hold" in verdicts else "not shown")
+
+
+def test_the_claims_of_the_companions_are_judged_by_their_records(made):
+    run, names = made
+    claims = {c["claim"]: c for c in names["claims"]}
+    assert len(claims) == len(names["claims"]) == len(JUDGED)
+    for start, verdict in JUDGED.items():
+        assert [c["verdict"] for words, c in claims.items() if words.startswith(start)] == [verdict], start
+    step = next(c for words, c in claims.items() if words.startswith("block and teacher"))
+    assert np.allclose([*step["measured"].values()], [[0.05, 0.01, 0.09]]) and step["line"] == 0.19
+    assert "+0.300" in step["beside"] and "all shares removed: 2 holds, 1 does not hold" in str(claims)
+    assert "a net 75%, of 8" in str(claims) and "1 % of labels +0.0500 [+0.0300, +0.0700]" in str(claims)
+    table = pd.read_csv(run / "tables/90_frontier_claims.csv")
+    assert [*table.verdict] == [lies(*r) for r in table[["low", "high", "line"]].itertuples(index=False)]
+    for _, part in table.groupby("claim"): assert {*part["verdict on the claim"]} == {together([*part.verdict])}
+
+
+def test_companions_that_have_not_run_are_named(tmp_path, monkeypatch, capsys):
+    run = folder(tmp_path / "alone", ("53_controls", "57_rate"))
+    say(run, {"70_mxa": {}})
+    names = page(run, monkeypatch)
+    assert names["claims"] == [] and pd.read_csv(run / "tables/90_frontier_claims.csv").empty
+    assert "since their stages have not run here: 60_imitate, 70_mxa, 80_slim" in capsys.readouterr().out
+
+
+def numbers_of(tree):
+    "Every list of three numbers in a record."
+    if isinstance(tree, dict): return [v for part in tree.values() for v in numbers_of(part)]
+    return [tree] if isinstance(tree, list) and len(tree) == 3 and all(isinstance(v, float) for v in tree) else []
+
+
+def test_published_claims_are_those_of_the_published_records():
+    table = ROOT / "figures/tables/90_frontier_claims.csv"
+    if not table.is_file(): pytest.skip("the table has not been published yet")
+    table = pd.read_csv(table)
+    known = {p.stem: json.loads(p.read_text())["metrics"] for p in (ROOT / "figures/records").glob("*.json")}
+    assert {*table.stage} == {"60_imitate", "70_mxa", "80_slim"}
+    for r in table.itertuples():
+        mine, intervals = [r.value, r.low, r.high], numbers_of(known[r.stage])
+        if r.claim.startswith("block and teacher"):
+            a, b = (known[r.stage]["macro AUC on test"][n] for n in ("MXA, learnt, teacher", "plain, no teacher"))
+            intervals = [[a[0] - b[0], a[1] - b[2], a[2] - b[1]]]
+        assert any(np.allclose(mine, v) for v in intervals), r.claim
+        assert r.verdict == lies(r.low, r.high, r.line)
 
 
 def test_cards_of_two_cohorts_are_refused(tmp_path, monkeypatch):
