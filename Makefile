@@ -92,12 +92,13 @@ fine: install
 elsewhere: install
 	$(call draw,400,$(SIZE),$$(($(SEED) + 1000)))
 
-# Each part says how long it took. The pages are built, opened and read by tests/test_docs.py, with the command that `make docs` calls.
+# Each part says how long it took. The small run leaves a core idle for a third of its time, so it goes beside the chapters. The pages are built, opened and read by tests/test_docs.py, with the command that `make docs` calls.
 test: install
 	@$(MAKE) --no-print-directory drift
-	@OMP_NUM_THREADS=1 "$(BIN)/nbdev_test" --path nbs/api --n_workers 2; echo "chapters: $$SECONDS s"
+	@mkdir -p build; $(MAKE) --no-print-directory smoke >build/smoke.log 2>&1 & smoke=$$!; trap 'kill '$$smoke' 2>/dev/null || true' EXIT; \
+	OMP_NUM_THREADS=1 "$(BIN)/nbdev_test" --path nbs/api --n_workers 2; echo "chapters: $$SECONDS s"; \
+	ended=0; wait $$smoke || ended=$$?; cat build/smoke.log; echo "smoke run, begun beside the chapters: $$SECONDS s"; exit $$ended
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 12; echo "tests: $$SECONDS s"
-	@$(MAKE) --no-print-directory smoke; echo "smoke run: $$SECONDS s"
 
 # A fresh export and clean must change nothing. Told only from a clean checkout; elsewhere tests/test_house.py compares modules with notebooks.
 drift:
@@ -124,7 +125,7 @@ hooks: install
 
 # Of build/ only what was made here goes: a cohort that a run still reads stays, and so does whatever else was put there.
 clean:
-	@rm -rf build/smoke build/nbs build/site build/phantom-*.part build/phantom-*.index _proc _docs _site_src .pytest_cache .last_checked
+	@rm -rf build/smoke build/smoke.log build/nbs build/site build/phantom-*.part build/phantom-*.index _proc _docs _site_src .pytest_cache .last_checked
 	@for made in build/phantom-*.made; do cohort="$${made%.made}"; \
 	  if [ ! -e "$$made" ]; then continue; \
 	  elif grep -qs -- "/$${cohort##*/}/" runs/*/*.json; then echo "kept: $$cohort, which a run still reads"; \

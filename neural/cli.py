@@ -784,8 +784,7 @@ def stage_values(
     values = {k: v for k, v in load_preset(preset, stage_folder()).items() if k != "stages"}
     common = addressed(values, stages, stages, declared, "preset")
     asked = [pick_stages(stages, [name])[0] for name in reversed(names)]
-    for s in asked: found |= {k: p.default for k, p in declared[s.name].items()}
-    for s in asked: found |= own_values(common, s)
+    for s in asked: found |= {k: p.default for k, p in declared[s.name].items()} | own_values(common, s)
     if "recipe" not in found: return found
     return found | vars(recipe_of(found["recipe"], FROM_IMAGENET if found.get("imagenet") else Recipe()))
 

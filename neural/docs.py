@@ -748,8 +748,8 @@ def build_docs(
                             [p.relative_to(processed).as_posix() for p in processed.rglob("*.ipynb")], output)
     if (root/"nbs/styles.css").is_file(): shutil.copy(root/"nbs/styles.css", site)
     if (root/"figures").is_dir():
-        no_picture = lambda d, names: [n for n in names if not n.endswith((".png", ".svg"))]
-        shutil.copytree(root/"figures", site/"figures", ignore=no_picture)
+        no_figure = lambda d, names: [n for n in names if not n.endswith((".png", ".svg", ".html"))]
+        shutil.copytree(root/"figures", site/"figures", ignore=no_figure)
     smalldocs("render", site)
     entries, faults, told = finish_pages(output)
     write_beside(site, output, root, entries, config.doc_baseurl.rstrip("/") + "/")

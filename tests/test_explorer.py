@@ -27,6 +27,7 @@ from neural.study import Manifest, NeuralError
 from neural.vlm import ReportVLM, load_vlm, small_config
 from test_viewer import Tags, browser  # the fixture that starts Chromium
 
+ROOT = Path(__file__).resolve().parents[1]
 TRACKS = ("image+report", "image-only")
 FINDINGS = ("No Finding", "Pneumonia", "Pleural Effusion", "Cardiomegaly")
 HABIT = 8
@@ -118,6 +119,25 @@ def test_the_rates_of_the_whole_split_are_those_of_chapter_24(run, opened_run, d
         assert [chance[k - 1] for k in (1, 4, 50)] == pytest.approx(
             [random_hit_rate(cover, k) for k in (1, 4, 50)], abs=1e-4)
         assert row["on"] == pytest.approx(random_precision(cover))
+
+
+def test_the_published_page_says_of_the_split_what_stages_40_and_52_say():
+    text = (ROOT / "figures/explore.html").read_text(encoding="utf-8")
+    shown = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+    told = lambda stage: json.loads((ROOT / f"figures/records/{stage}.json").read_text())["metrics"]
+    n, found = int(np.prod(shown["grid"])), told("52_relevance")["test, finding by finding"]
+    assert EXPLORER_MARK in text and len(text.encode()) < MOST_BYTES and shown["phantoms"] is True
+    assert shown["k"] == told("52_relevance")["kept patches"] and len(found) >= 5
+    chances = told("40_classify")["retained patches on test"]
+    for row in (r for r in shown["split"] if r["name"] in found):
+        for t, track in enumerate(TRACKS):
+            own = table(row["rates"][t]["described"], shape=(-1, 2, n))[shown["own"], :, shown["k"] - 1] / 1e4
+            guide = found[row["name"]][track]["this run's guide"]
+            assert list(own) == pytest.approx([guide["hit"][0], guide["precision"][0]], abs=1e-4), (row["name"], track)
+        if row["name"] in chances:
+            chance = table(row["chance"], shape=(-1,))[shown["k"] - 1] / 1e4
+            assert chance == pytest.approx(chances[row["name"]]["random"]["hit rate"], abs=1e-4)
+    assert {r["name"] for r in shown["split"]} >= set(found)
 
 
 def test_the_bytes_at_the_runs_k_are_those_of_the_asset_that_stage_30_stores(run, opened_run, data):
