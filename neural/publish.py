@@ -54,19 +54,23 @@ def machine_paths(
     return sorted(set(found))
 
 # %% ../nbs/api/43_publish.ipynb #slimoutput
+LARGE_PICTURE = 100_000  # bytes: a page of a code host holds a few
+
 def slim_output(
     out,  # one output of a cell
 ):        # the same, fit for a page
-    "Pictures with a palette of 256 colours where that is smaller, long records cut to their beginning."
+    "Pictures with a palette of 256 colours where that is smaller, of 64 where they are large; long records cut."
     from base64 import b64decode, b64encode
     from io import BytesIO
     from PIL import Image
     data = dict(out.get("data", {}))
     if METRICS_MIME in data: data |= {k: first_lines(data[k]) for k in ("text/markdown", "text/plain") if k in data}
     if "image/png" in data:
-        small = BytesIO()
-        Image.open(BytesIO(b64decode(data["image/png"]))).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
-            small, "PNG", optimize=True)
+        picture = Image.open(BytesIO(b64decode(data["image/png"]))).convert("RGB")
+        for colours in (256, 64):
+            small = BytesIO()
+            picture.quantize(colours, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+            if small.tell() <= LARGE_PICTURE: break
         data["image/png"] = min(data["image/png"], b64encode(small.getvalue()).decode(), key=len)
     return {**out, "data": data} if data else out
 
