@@ -37,11 +37,16 @@ def site(tmp_path_factory) -> Path:
     return root / "_docs"
 
 
+def names_in(site) -> list:
+    "Names of the pages; files of figures/ that open in a browser are no pages, and have tests of their own."
+    names = (p.relative_to(site).as_posix() for p in site.rglob("*.html"))
+    return sorted(name for name in names if not name.startswith("figures/"))
+
+
 @pytest.fixture(scope="session")
 def pages(site) -> dict[str, BeautifulSoup]:
     "Page name -> the page."
-    return {p.relative_to(site).as_posix(): BeautifulSoup(p.read_text(encoding="utf-8"), "html.parser")
-            for p in sorted(site.rglob("*.html"))}
+    return {name: BeautifulSoup((site / name).read_text(encoding="utf-8"), "html.parser") for name in names_in(site)}
 
 
 @pytest.fixture
@@ -297,8 +302,8 @@ def full_frames() -> list:
 @pytest.fixture(scope="session")
 def measured(site, tmp_path_factory) -> dict[str, dict]:
     "Every page opened once, 390 pixels wide, and a few of them for all that is measured."
-    names = sorted(p.relative_to(site).as_posix() for p in site.rglob("*.html"))
-    return seen_in_browser(site, tmp_path_factory.mktemp("probed"), [(n, n, 390) for n in names] + full_frames())
+    frames = [(n, n, 390) for n in names_in(site)] + full_frames()
+    return seen_in_browser(site, tmp_path_factory.mktemp("probed"), frames)
 
 
 @pytest.mark.parametrize("name", [page_name(n) for n in NOTEBOOKS])
@@ -359,6 +364,14 @@ def test_a_chapter_begins_with_what_it_offers(pages):
         assert main.select_one("#api-view").find_previous("pre") is None, "before any code"
         source = [d for d in main.select("details > summary") if d.get_text().startswith("Source")]
         assert len(source) >= 3, name
+
+
+def test_files_to_play_with_stand_beside_the_pages_as_they_are(site, pages):
+    listed = (site / "search.json").read_text()
+    for name, page in (("explore", "index.html"), ("90_frontier", "paper/frontier.html")):
+        assert (site / f"figures/{name}.html").read_bytes() == (ROOT / f"figures/{name}.html").read_bytes(), name
+        assert [a for a in pages[page].select("a[href]") if a["href"].endswith(f"figures/{name}.html")], page
+        assert f"figures/{name}.html" not in listed, "a file to play with is no page to search"
 
 
 def test_pages_beside_the_notebooks(site, pages):
