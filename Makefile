@@ -92,7 +92,7 @@ fine: install
 elsewhere: install
 	$(call draw,400,$(SIZE),$$(($(SEED) + 1000)))
 
-# Each part says how long it took. The small run leaves a core idle for a third of its time, so it goes beside the chapters. The pages are built, opened and read by tests/test_docs.py, with the command that `make docs` calls.
+# Each part says how long it took. The small run seldom needs both cores, so it goes beside the chapters. The pages are built, opened and read by tests/test_docs.py, with the command that `make docs` calls.
 test: install
 	@$(MAKE) --no-print-directory drift
 	@mkdir -p build; $(MAKE) --no-print-directory smoke >build/smoke.log 2>&1 & smoke=$$!; trap 'kill '$$smoke' 2>/dev/null || true' EXIT; \

@@ -137,7 +137,9 @@ def test_the_published_page_says_of_the_split_what_stages_40_and_52_say():
         if row["name"] in chances:
             chance = table(row["chance"], shape=(-1,))[shown["k"] - 1] / 1e4
             assert chance == pytest.approx(chances[row["name"]]["random"]["hit rate"], abs=1e-4)
-    assert {r["name"] for r in shown["split"]} >= set(found)
+    assert {r["name"] for r in shown["split"]} >= {*found, *chances} and chances
+    home = (ROOT / "nbs/index.ipynb").read_text(encoding="utf-8")
+    assert len(shown["studies"]) == 16 and "has sixteen phantoms of the test split" in home
 
 
 def test_the_bytes_at_the_runs_k_are_those_of_the_asset_that_stage_30_stores(run, opened_run, data):

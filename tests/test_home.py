@@ -209,3 +209,10 @@ def test_what_came_out_calls_nothing_shown_that_is_not(out):
     ends = [[float(v.replace("−", "-")) for v in re.findall(r"[+−]\d\.\d{3}", t)] for t in (*third, *fifth)]
     shown = [low > 0 or high < 0 for _, low, high in ends]
     assert shown == [True, False, False, False, False] and "neither shown" in lines["3. **"]
+    better, cost = (next(line for line in out if line.startswith(s)) for s in ("4. **", "Of the released"))
+    low = [float(v.replace("−", "-")) for v in re.findall(r"[+−]\d\.\d{3}", re.search(TRIPLE, better)[0])][1]
+    assert ("does better" in better) == (low > 0)
+    light = [float(v.replace("−", "-")) for v in re.findall(r"[+−]\d\.\d{3}", re.findall(TRIPLE, cost)[-1])]
+    assert ("there not shown" in cost) == (light[1] <= 0 <= light[2])
+    front = json.loads((ROOT / "figures/records/90_frontier.json").read_text())["answers"][0]
+    assert ("not shown to be ahead of what is cheaper" in better) == ("0 above all that are cheaper" in front)
