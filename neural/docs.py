@@ -748,6 +748,24 @@ def write_beside(
     (output/"site.js").write_text(script.read_text(encoding="utf-8") if script.is_file() else "", encoding="utf-8")
     if (Path(site)/"figures").is_dir(): shutil.copytree(Path(site)/"figures", output/"figures", dirs_exist_ok=True)
 
+# %% ../nbs/api/44_docs.ipynb #build00a
+def code_apart(
+    text: str,  # a rendered page
+) -> tuple[str, list[str]]: # the page with numbers in place of its code, and the code
+    "Take the coloured code out of a page, seven tags of ten, before it is read."
+    kept = []
+    def number(match):
+        kept.append(match[2])
+        return f"{match[1]}\ue000{len(kept) - 1}\ue000{match[3]}"
+    return re.sub(r"(<pre\b[^>]*>)(.*?)(</pre>)", number, text.replace("\ue000", ""), flags=re.S), kept
+
+def code_back(
+    text: str,  # a page of `code_apart`
+    kept,       # its code
+) -> str:
+    "Put the code back."
+    return re.sub("\ue000(\\d+)\ue000", lambda match: kept[int(match[1])], text)
+
 # %% ../nbs/api/44_docs.ipynb #build0
 def finish_page(
     output,    # folder of rendered pages
@@ -755,9 +773,10 @@ def finish_page(
 ) -> tuple[tuple, list, list]:  # (title, description), search entries, faults
     "Finish one page."
     path = Path(output)/page
-    soup = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+    text, code = code_apart(path.read_text(encoding="utf-8"))
+    soup = BeautifulSoup(text, "html.parser")
     finish_soup(soup, "../"*page.count("/") or "./")
-    path.write_text(str(soup), encoding="utf-8")
+    path.write_text(code_back(str(soup), code), encoding="utf-8")
     title, said = soup.select_one("main h1"), soup.find("meta", attrs={"name": "description"})
     told = title.get_text(" ", strip=True) if title else page, said["content"] if said else ""
     return told, search_entries(soup, page), [f"{page} {fault}" for fault in soup_faults(soup)]
