@@ -869,4 +869,6 @@ def main(
         print(f"{len(pages)} pages with {sum(map(len, pages.values()))} figures in {asked.out or '_docs'}")
 
 # %% ../nbs/api/44_docs.ipynb #81108200
-if __name__ == "__main__" and "__file__" in globals(): main()
+if __name__ == "__main__" and "__file__" in globals():
+    import neural.docs    # by its name, so that other processes find what they are asked to do
+    neural.docs.main()
