@@ -150,9 +150,9 @@ def test_nothing_is_fetched_from_elsewhere(site, pages):
 def figures_not_asked_for():
     "Stage 80 draws a figure for each network it is asked about; those of the others have no picture in this run."
     asked = json.loads((ROOT / "figures/records/80_slim.json").read_text())["parameters"]["networks"]
-    drawn = {"raw film": "fig-slim-raw-film", "EfficientViT": "fig-slim-efficientvit",
-             "report network": "fig-slim-report", "graph classifier": "fig-slim-graph"}
-    return {figure for network, figure in drawn.items() if network not in asked}
+    drawn = {"raw-film network": ["fig-slim-raw-film"], "EfficientViT": ["fig-slim-efficientvit"],
+             "report network": ["fig-slim-report", "fig-slim-words"], "graph classifier": ["fig-slim-graph"]}
+    return {figure for network, figures in drawn.items() if network not in asked for figure in figures}
 
 
 def test_every_figure_has_number_caption_and_words(pages):
