@@ -1,4 +1,4 @@
-# make reproduce   from an empty machine to the results table, on phantom studies (about a quarter of an hour, no data needed)
+# make reproduce   from an empty machine to the results table, on phantom studies (about twenty minutes, no data needed)
 # make audit       the same run held against its controls, leaks and the released code's defects (an hour more)
 # make companions after make audit: the three papers around it on the same studies, pre-training on reports, MXA with distillation, pruning by attribution, and what all of it costs (about two hours more)
 # make described   the same studies as the paper describes it: its network, its choices (a quarter of an hour)

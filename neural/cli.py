@@ -6,7 +6,7 @@
 __all__ = ['app', 'main']
 
 # %% ../nbs/api/45_cli.ipynb #12d6d536
-import contextlib, os, re, sys
+import contextlib, gc, os, re, sys
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 import typer
@@ -1071,6 +1071,7 @@ def main():
     for stream in (sys.stdout, sys.stderr): getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
     try: app(prog_name="neural")
     finally:
+        gc.freeze()    # what is left is not searched for cycles on the way out, which takes a second or two
         try: sys.stdout.flush()
         # told already; Python would tell it again on its way out
         except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -14,8 +14,6 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
 from .study import NeuralError, readable
 
 # %% ../nbs/api/19_codec.ipynb #9b02cd89
@@ -142,6 +140,7 @@ def fit_pca(
     if not 0 < components < min(x.shape) + 1:
         raise NeuralError(
             f"{components} components from {len(x)} features of {x.shape[1]} numbers: at most {min(x.shape)}")
+    from sklearn.decomposition import PCA    # late: who only reads a store pays a third of its start for it
     pca = PCA(components, random_state=seed).fit(x)
     basis = pca.components_.astype('<f2')
     along = np.abs((x - pca.mean_) @ np.linalg.pinv(basis.astype(float)))
@@ -162,6 +161,7 @@ def fit_pq(
         raise NeuralError(f"{x.shape[1]} numbers cannot be split into {groups} groups of one size; take a divisor")
     x = (x[np.random.default_rng(seed).permutation(len(x))[:most]] .astype(np.float32)
          .reshape(-1, groups, x.shape[1] // groups))
+    from sklearn.cluster import KMeans       # late, as above
     book = [KMeans(min(256, len(np.unique(part, axis=0))), n_init=1, max_iter=30, random_state=seed) .fit(part)
             .cluster_centers_ for part in x.swapaxes(0, 1)]
     n = max(map(len, book))

@@ -6,8 +6,10 @@
 __all__ = []
 
 # %% ../nbs/api/44_docs.ipynb #17a3b30b
-import argparse, ast, contextlib, copy, html, io, json, os, re, shutil, subprocess, sys
+import argparse, ast, contextlib, copy, functools, html, io, json, os, re, shutil, subprocess, sys
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
 from pathlib import Path
 import nbformat
 import yaml
@@ -17,6 +19,7 @@ from .pipeline import read_notebook
 from .study import NeuralError, make_folder, refuse_overwrite, system_reason
 
 # %% ../nbs/api/44_docs.ipynb #1e90ff0d
+@functools.cache   # asked several times for every cell
 def public_names(
     source: str,  # of an export cell
 ) -> list[str]:   # functions and classes it defines; a patched method as `Class.method`
@@ -55,6 +58,7 @@ def class_call(
     return f"({', '.join(re.sub(r'=field[(].*', '=…', one) for one in said)})"
 
 # %% ../nbs/api/44_docs.ipynb #api03
+@functools.cache
 def public_api(
     source: str,  # of an export cell
 ) -> dict:        # name -> (call, first line of its docstring); a constant has neither
@@ -480,6 +484,15 @@ def to_mathml(
         raise NeuralError(f"formula {body[:60]!r} cannot be set: {unknown[0]} is not known")
     return math
 
+# %% ../nbs/api/44_docs.ipynb #7d6e4c72
+def of_class(
+    soup,      # a page, or a part of one
+    name: str, # of the tag
+    kind: str, # class it has
+) -> list:     # tags, in the order of the page
+    "Tags of one name and class; by name first, which is several times as fast as a selector on a long page."
+    return [tag for tag in soup.find_all(name) if kind in tag.get("class", ())]
+
 # %% ../nbs/api/44_docs.ipynb #fin01
 SKIP = '<a class="skip-link" href="#quarto-document-content">Skip to the text</a>'
 
@@ -488,14 +501,17 @@ def add_landmarks(
     offset="./", # from the page to the top of the site
 ):
     "Put a skip link first, name the navigations apart, and bring the site's own script."
-    if not soup.body or not soup.select_one("#quarto-document-content"): return
+    body = soup.body and soup.find(id="quarto-document-content")
+    if not body: return
     soup.body.insert(0, BeautifulSoup(SKIP, "html.parser"))
-    soup.select_one("#quarto-document-content")["tabindex"] = "-1"
-    for place, name in (("nav.navbar", "Site"), ("#quarto-sidebar", "Pages"), ("#TOC", "On this page")):
-        for nav in soup.select(place): nav["aria-label"] = name
-    for toggle in soup.select("#quarto-sidebar a[data-bs-toggle]"): toggle["role"], toggle["href"] = "button", "#"
-    for button in soup.select("button.code-copy-button"): button["aria-label"] = "Copy the code"
-    for toggle in soup.select("a.quarto-color-scheme-toggle"): toggle["aria-label"] = "Light or dark"
+    body["tabindex"] = "-1"
+    for nav in of_class(soup, "nav", "navbar"): nav["aria-label"] = "Site"
+    for place, name in (("quarto-sidebar", "Pages"), ("TOC", "On this page")):
+        if nav := soup.find(id=place): nav["aria-label"] = name
+    for toggle in (soup.find(id="quarto-sidebar") or soup).find_all("a", attrs={"data-bs-toggle": True}):
+        toggle["role"], toggle["href"] = "button", "#"
+    for button in of_class(soup, "button", "code-copy-button"): button["aria-label"] = "Copy the code"
+    for toggle in of_class(soup, "a", "quarto-color-scheme-toggle"): toggle["aria-label"] = "Light or dark"
     soup.head.append(soup.new_tag("script", src=offset + "site.js", defer=""))
 
 # %% ../nbs/api/44_docs.ipynb #fin03
@@ -522,11 +538,13 @@ def finish_soup(
     offset="./", # from the page to the top of the site
 ):
     "Set the formulas of a page, caption its tables, and drop what it would fetch."
-    for span in soup.select("span.math"):
+    for span in of_class(soup, "span", "math"):
         span.replace_with(BeautifulSoup(to_mathml(span.get_text(), "display" in span.get("class", [])), "html.parser"))
-    for tag in soup.select("script[src^=http], link[href^=http][rel=stylesheet], link[href^=http][rel=preconnect]"):
-        tag.decompose()
-    for table in soup.select("main table"):
+    for tag in soup.find_all("script"):
+        if tag.get("src", "").startswith("http"): tag.decompose()
+    for tag in soup.find_all("link", href=re.compile("^http")):
+        if {"stylesheet", "preconnect"} & {*tag.get("rel", ())}: tag.decompose()
+    for table in soup.main.find_all("table") if soup.main else ():
         if not table.find_parent(class_="sd-table"): table.wrap(soup.new_tag("div", attrs={"class": "sd-table"}))
     add_landmarks(soup, offset)
     caption_tables(soup)
@@ -544,21 +562,22 @@ def soup_faults(
     soup,  # a finished page; its code is taken out
 ) -> list[str]: # what is wrong with it
     "What a finished page still gets wrong: requests to elsewhere, pictures without words, raw formulas, loose links."
-    faults = [f"fetches {t.get('src') or t.get('href')}"
-              for t in soup.select("script[src], link[href], img[src], iframe[src], source[src]")
-              if re.match(r"(https?:)?//", t.get("src") or t.get("href"))
-              and t.get("rel") not in (["canonical"], ["alternate"])]
-    for img in soup.select("main img"):
+    main = soup.main or BeautifulSoup("", "html.parser")
+    asks = [t for name in ("script", "link", "img", "iframe", "source") for t in soup.find_all(name)]
+    faults = [f"fetches {address}" for t in asks if t.get("rel") not in (["canonical"], ["alternate"])
+              and re.match(r"(https?:)?//", address := t.get("src") or t.get("href") or "")]
+    for img in main.find_all("img"):
         above = img.find_previous(["h1", "h2", "h3"])
         if not (img.get("alt") or "").strip():
             faults.append(
                 f"has a picture without alt text{f' below {above.get_text().strip()!r}' if above else ''}; add label,"
                 " fig-cap and fig-alt to its cell")
-    faults += [f"shows a raw formula {s.get_text()[:30]}" for s in soup.select("span.math")]
-    ids = [t["id"] for t in soup.select("[id]")]
+    faults += [f"shows a raw formula {s.get_text()[:30]}" for s in of_class(soup, "span", "math")]
+    ids = [t["id"] for t in soup.find_all(True) if "id" in t.attrs]
     faults += [f"has the place #{i} twice; rename one" for i, n in Counter(ids).items() if n > 1]
-    faults += ["has a table without a caption" for t in soup.select("main table") if not t.caption]
-    for code in soup.select("pre, code, script, style, math"): code.decompose()
+    faults += ["has a table without a caption" for t in main.find_all("table") if not t.caption]
+    for code in soup.find_all(["pre", "code", "script", "style", "math"]):
+        if not code.decomposed: code.decompose()
     return faults + [f"has a loose reference {r}" for r in re.findall(r"@(?:fig|eq|sec)-[\w-]+", soup.get_text())]
 
 # %% ../nbs/api/44_docs.ipynb #find1
@@ -640,30 +659,49 @@ max-width:36rem;margin:15vh auto;padding:0 1rem}</style><main><h1>No such page</
 a.href = "%s" + a.getAttribute("href")</script></html>
 """   # shown in place of any address below the base, so its links begin there
 
+# %% ../nbs/api/44_docs.ipynb #91a9197c
+MANY = 20   # pages; fewer are done sooner than a second process begins
+
+def shared(
+    do,         # takes a name; importable, since another process may be asked
+    names,      # what is to be done
+    workers=2,  # processes that share it
+) -> list:      # what each gave, in order
+    "Do one thing for every name, in several processes where there are many."
+    if workers < 2 or len(names) <= MANY: return [do(name) for name in names]
+    with ProcessPoolExecutor(workers) as pool: return list(pool.map(do, names, chunksize=4))
+
+# %% ../nbs/api/44_docs.ipynb #91a9197e
+def write_copy(
+    root,      # folder with nbs/
+    name: str, # of a notebook in it, such as `api/44_docs.ipynb`
+):
+    "Write the reading copy of one notebook."
+    target, kind = Path(root)/"build/nbs"/name, Path(name).parent.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    number = chapter_number(Path(name).name) if kind == "api" else ""
+    nbformat.write(reading_copy(read_notebook(Path(root)/"nbs"/name), kind, number), target)
+
 # %% ../nbs/api/44_docs.ipynb #91a9197f
 def process_notebooks(
-    root,  # folder with settings.ini
+    root,      # folder with settings.ini
+    workers=2, # processes that share the notebooks
 ) -> Path: # folder of processed notebooks
     "Let nbdev process reading copies of all notebooks."
     from nbdev.serve import proc_nbs
-    copies = Path(root)/"build/nbs"
-    shutil.rmtree(copies, ignore_errors=True)
-    for path in sorted((Path(root)/"nbs").rglob("*.ipynb")):
-        if any(part.startswith((".", "_")) for part in path.relative_to(root).parts): continue
-        target = copies/path.relative_to(Path(root)/"nbs")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        kind = path.parent.name
-        number = chapter_number(path.name) if kind == "api" else ""
-        nbformat.write(reading_copy(read_notebook(path), kind, number), target)
-    copy_cards(root, copies)
+    root, hidden = Path(root), lambda part: part.startswith((".", "_"))
+    shutil.rmtree(root/"build/nbs", ignore_errors=True)
+    names = sorted(path.relative_to(root/"nbs").as_posix() for path in (root/"nbs").rglob("*.ipynb"))
+    shared(functools.partial(write_copy, root), [n for n in names if not any(map(hidden, Path(n).parts))], workers)
+    copy_cards(root, root/"build/nbs")
     with contextlib.chdir(root), contextlib.redirect_stdout(io.StringIO()):
-        return Path(root).resolve()/proc_nbs("build/nbs", n_workers=0, force=True)
+        return root.resolve()/proc_nbs("build/nbs", n_workers=0, force=True)
 
 # %% ../nbs/api/44_docs.ipynb #01cdd93f
 def smalldocs(
     *words,  # of its command line
 ):
-    "Call the renderer; what it complains about ends the build."
+    "Call the renderer; what it complains about, a broken link above all, ends the build."
     done = subprocess.run([sys.executable, "-m", "smalldocs.cli", *map(str, words)], capture_output=True, text=True)
     complaints = [
         l for l in (done.stdout + done.stderr).splitlines() if "warning" in l.lower() or "broken" in l.lower()]
@@ -710,24 +748,52 @@ def write_beside(
     (output/"site.js").write_text(script.read_text(encoding="utf-8") if script.is_file() else "", encoding="utf-8")
     if (Path(site)/"figures").is_dir(): shutil.copytree(Path(site)/"figures", output/"figures", dirs_exist_ok=True)
 
+# %% ../nbs/api/44_docs.ipynb #build00a
+def code_apart(
+    text: str,  # a rendered page
+) -> tuple[str, list[str]]: # the page with numbers in place of its code, and the code
+    "Take the coloured code out of a page, seven tags of ten, before it is read."
+    kept = []
+    def number(match):
+        kept.append(match[2])
+        return f"{match[1]}\ue000{len(kept) - 1}\ue000{match[3]}"
+    return re.sub(r"(<pre\b[^>]*>)(.*?)(</pre>)", number, text.replace("\ue000", ""), flags=re.S), kept
+
+def code_back(
+    text: str,  # a page of `code_apart`
+    kept,       # its code
+) -> str:
+    "Put the code back."
+    return re.sub("\ue000(\\d+)\ue000", lambda match: kept[int(match[1])], text)
+
+# %% ../nbs/api/44_docs.ipynb #build0
+def finish_page(
+    output,    # folder of rendered pages
+    page: str, # its name, such as `api/prune.html`; changed in place
+) -> tuple[tuple, list, list]:  # (title, description), search entries, faults
+    "Finish one page."
+    path = Path(output)/page
+    text, code = code_apart(path.read_text(encoding="utf-8"))
+    soup = BeautifulSoup(text, "html.parser")
+    finish_soup(soup, "../"*page.count("/") or "./")
+    path.write_text(code_back(str(soup), code), encoding="utf-8")
+    title, said = soup.select_one("main h1"), soup.find("meta", attrs={"name": "description"})
+    told = title.get_text(" ", strip=True) if title else page, said["content"] if said else ""
+    return told, search_entries(soup, page), [f"{page} {fault}" for fault in soup_faults(soup)]
+
 # %% ../nbs/api/44_docs.ipynb #build1
 def finish_pages(
-    output,  # folder of rendered pages
+    output,    # folder of rendered pages
+    workers=2, # processes that share them
 ) -> tuple[list, list, dict]:  # search entries, faults, page -> (title, description)
     "Finish every page, each read once."
-    entries, faults, told = [], [], {}
-    for path in sorted(Path(output).rglob("*.html")):
-        page = path.relative_to(output).as_posix()
-        soup = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
-        finish_soup(soup, "../"*page.count("/") or "./")
-        path.write_text(str(soup), encoding="utf-8")
-        title, said = soup.select_one("main h1"), soup.select_one("meta[name=description]")
-        told[page] = (title.get_text(" ", strip=True) if title else page, said["content"] if said else "")
-        entries += search_entries(soup, page)
-        faults += [f"{page} {fault}" for fault in soup_faults(soup)]
-    for path in Path(output).rglob("*.css"):
+    output = Path(output)
+    names = sorted(path.relative_to(output).as_posix() for path in output.rglob("*.html"))
+    done = shared(functools.partial(finish_page, output), names, workers)
+    for path in output.rglob("*.css"):
         path.write_text(finish_style(path.read_text(encoding="utf-8")), encoding="utf-8")
-    return entries, faults, told
+    told, entries, faults = zip(*done) if done else ((), (), ())
+    return [*chain(*entries)], [*chain(*faults)], dict(zip(names, told))
 
 # %% ../nbs/api/44_docs.ipynb #build2
 def build_docs(
@@ -750,11 +816,10 @@ def build_docs(
     if (root/"figures").is_dir():
         no_figure = lambda d, names: [n for n in names if not n.endswith((".png", ".svg", ".html"))]
         shutil.copytree(root/"figures", site/"figures", ignore=no_figure)
-    smalldocs("render", site)
+    smalldocs("render", "--strict", site)
     entries, faults, told = finish_pages(output)
     write_beside(site, output, root, entries, config.doc_baseurl.rstrip("/") + "/")
     (output/"llms.txt").write_text(site_list(settings, told), encoding="utf-8")
-    smalldocs("check", site)
     if faults: raise NeuralError(f"{len(faults)} faults in the pages, first: {faults[0]}")
     return pages
 
@@ -804,4 +869,6 @@ def main(
         print(f"{len(pages)} pages with {sum(map(len, pages.values()))} figures in {asked.out or '_docs'}")
 
 # %% ../nbs/api/44_docs.ipynb #81108200
-if __name__ == "__main__" and "__file__" in globals(): main()
+if __name__ == "__main__" and "__file__" in globals():
+    import neural.docs    # by its name, so that other processes find what they are asked to do
+    neural.docs.main()

@@ -9,11 +9,9 @@ __all__ = ['ASSERTIONS', 'RELATIONS', 'EDGE_TYPES', 'ADJACENT', 'SHOWS', 'Visual
 # %% ../nbs/api/18_graph.ipynb #bd46c900
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
 import networkx as nx
 import numpy as np
 import torch
-from matplotlib.patches import Rectangle
 
 from .study import NeuralError
 
@@ -381,6 +379,7 @@ def node_places(
 # %% ../nbs/api/18_graph.ipynb #1f06e966
 def _draw_film(graph, places, image, ax):
     "The film, its grid edges, and the retained patches."
+    from matplotlib.patches import Rectangle
     rows, cols = graph.visual.grid
     if image is not None:
         ax.imshow(np.asarray(image).squeeze(), cmap="gray", vmin=0, vmax=1, extent=(0, 1, 1, 0), zorder=0)
@@ -423,10 +422,11 @@ def show_graph(
     vocabulary: tuple[str],               # concept names
     image=None,                           # [1, S, S] film to draw beneath, or None
     kinds: dict[str, str] | None=None,    # kind of each concept name, to set anatomy in a column of its own
-    ax: plt.Axes | None=None,             # axes to draw in; made tall enough for the words when None
-) -> plt.Axes:                            # the axes
+    ax=None,                              # matplotlib axes to draw in; made tall enough for the words when None
+):                                        # the axes
     "The unified graph as a picture: film left, report right (NEURAL, framework figure)."
     places, k = node_places(graph, vocabulary, kinds), len(graph.visual)
+    import matplotlib.pyplot as plt    # late: a graph is read far more often than drawn
     if ax is None: ax = plt.subplots(figsize=(8, max(3.4, 0.22 * len(graph.knowledge))), layout="constrained")[1]
     ax.set(xlim=(-0.02, 2.65), ylim=(1.02, -0.02))
     ax.set_aspect("auto")

@@ -210,9 +210,10 @@ def racers(
     try:
         for how in ways:
             talks[how], there = context.Pipe()
-            runners.append(
-                context.Process(target=getattr(import_module('neural.race'), runner), args=(how, *about, there)))
-            runners[-1].start()
+            target = getattr(import_module('neural.race'), runner)
+            racer_of_its_own = context.Process(target=target, args=(how, *about, there))
+            racer_of_its_own.start()
+            runners.append(racer_of_its_own)
             there.close()                                               # so that the end of a racer is heard
         for how in ways: hear(how)
         yield go

@@ -12,7 +12,6 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Iterable, Iterator
-import matplotlib.pyplot as plt
 import spacy, yaml
 from fastcore.basics import patch
 from negspacy.negation import Negex  # registers the pipe "negex"
@@ -805,11 +804,12 @@ _COLOURS = {"present": "#f4b183", "uncertain": "#ffe699", "absent": "#a9d18e", "
 # %% ../nbs/api/04_report.ipynb #869289fe
 def show_annotation(
     annotation: Annotation, # of a short text
-    ax: plt.Axes=None,      # axes to draw on; new ones by default
+    ax=None,                # matplotlib axes to draw on; new ones by default
     width: int=78,          # characters in a line
-) -> plt.Axes:              # the axes
+):                          # the axes
     """Draws a text with its mentions marked: orange present, yellow uncertain, green absent, grey anatomy (this
     companion's choice)."""
+    import matplotlib.pyplot as plt    # late: reports are read far more often than drawn
     ax = ax or plt.subplots(figsize=(7.5, 1.4))[1]
     paint = {i: _COLOURS["Anatomy" if m.kind == "Anatomy" else m.assertion] for m in annotation.mentions
              for i in range(m.start, m.end)}

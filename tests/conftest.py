@@ -1,5 +1,6 @@
 "Shared fixtures: where the real data lies, if it is here at all, and a small phantom cohort made once."
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,14 @@ def phantom_cohort(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("phantom") / "cohort"
     write_cohort(out, studies=60, size=256, seed=7, workers=2)
     return out
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_main():
+    "A shell that runs notebooks puts itself in the place of `__main__`; processes begun later ask for the real one."
+    main = sys.modules["__main__"]
+    yield
+    sys.modules["__main__"] = main
 
 
 FIRST = ["test_fuzz.py", "test_by_hand.py", "test_cluster.py", "test_docs.py", "test_page.py"]

@@ -9,17 +9,24 @@ from pathlib import Path
 
 import pytest
 
+import commands
+from commands import neural
+
 FIXTURES = Path(__file__).parent / "fixtures"
 COMMAND = [sys.executable, "-c", "from neural.cli import main; main()"]
 
 
-def neural(*words, cwd, **env) -> subprocess.CompletedProcess:
+def alone(*words, cwd, **env) -> subprocess.CompletedProcess:
+    "The command from nothing, with all its imports."
     return subprocess.run(
         [*COMMAND, *map(str, words)], cwd=cwd, capture_output=True, text=True, env={**os.environ, **env})
 
 
+if not commands.FORKS: neural = alone
+
+
 def test_help_names_every_command(tmp_path):
-    said = neural("--help", cwd=tmp_path)
+    said = alone("--help", cwd=tmp_path)
     assert said.returncode == 0 and said.stderr == ""
     for name in ("phantom", "index", "run", "build", "scorers", "baseline", "codebook", "predict", "verify", "compact",
                  "inspect", "explore", "describe", "bench"):
@@ -181,9 +188,9 @@ def test_in_a_pipe_a_run_is_one_line_per_stage(tmp_path):
     assert first.returncode == 0 and first.stderr == "", first.stderr
     assert [line.split()[0] for line in first.stdout.splitlines()] == ["10_draw", "20_sum", "run:"]
     assert json.loads((tmp_path / "runs/a/20_sum.json").read_text())["parameters"]["scale"] == 10.0
-    assert neural(*words, cwd=tmp_path, PYTHONIOENCODING="ascii").stdout.count("unchanged") == 2
-    failing = neural("run", "raises", "--stages", FIXTURES / "failing", "--run", "runs/b", "-p",
-                     "why=ünknown – finding", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert alone(*words, cwd=tmp_path, PYTHONIOENCODING="ascii").stdout.count("unchanged") == 2
+    failing = alone("run", "raises", "--stages", FIXTURES / "failing", "--run", "runs/b", "-p",
+                    "why=ünknown – finding", cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert (failing.returncode == 1 and len(failing.stderr.splitlines()) == 1
             and "stopped in cell 4: ValueError" in failing.stderr)
 
@@ -252,8 +259,8 @@ def test_build_then_predict(tmp_path, phantom_cohort):
     y = np.arange(len(assets)) % 2
     model, _ = train_classifier(assets, y, assets, y, vocabulary_size=len(store.vocabulary), epochs=1)
     save_classifier(model, tmp_path / "gcn")
-    assert neural("verify", "store", cwd=tmp_path).returncode == 0
-    told = neural("predict", "store", "--classifier", "gcn", "-o", "p.csv", cwd=tmp_path)
+    assert alone("verify", "store", cwd=tmp_path).returncode == 0
+    told = alone("predict", "store", "--classifier", "gcn", "-o", "p.csv", cwd=tmp_path)
     assert told.returncode == 0 and len((tmp_path / "p.csv").read_text().splitlines()) == len(store) + 1
 
 

@@ -1,6 +1,7 @@
 "Defects and words: complete, nothing named that is not there, no number that is not a record's."
 import json
 import re
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
 import nbclient
@@ -110,7 +111,9 @@ def numbers(metrics: dict, at: list) -> list[list]:
 
 def spelled(n) -> str:
     "A number as the page spells it."
-    return f"{n:,}" if isinstance(n, int) else f"{n:,.0f}" if abs(n) >= 100 else f"{n:.3f}".replace("-", "−")
+    if isinstance(n, int): return f"{n:,}"
+    if abs(n) >= 100: return f"{n:,.0f}".replace("-", "−")
+    return f"{Decimal(str(n)).quantize(Decimal('0.001'), ROUND_HALF_UP)}".replace("-", "−")
 
 
 @by_name("name", [n for n, d in DEFECTS.items() if "measured" in d])

@@ -45,8 +45,10 @@ def names_in(site) -> list:
 
 @pytest.fixture(scope="session")
 def pages(site) -> dict[str, BeautifulSoup]:
-    "Page name -> the page."
-    return {name: BeautifulSoup((site / name).read_text(encoding="utf-8"), "html.parser") for name in names_in(site)}
+    "Page name -> the page; its code without the colours, seven tags of ten that no test looks at."
+    plain = lambda text: re.sub(r'<span class="\w+">([^<]*)</span>', r"\1", text)
+    read = lambda name: re.sub(r"(?s)<pre\b.*?</pre>", lambda m: plain(m[0]), (site / name).read_text(encoding="utf-8"))
+    return {name: BeautifulSoup(read(name), "html.parser") for name in names_in(site)}
 
 
 @pytest.fixture
@@ -148,9 +150,9 @@ def test_nothing_is_fetched_from_elsewhere(site, pages):
 def figures_not_asked_for():
     "Stage 80 draws a figure for each network it is asked about; those of the others have no picture in this run."
     asked = json.loads((ROOT / "figures/records/80_slim.json").read_text())["parameters"]["networks"]
-    drawn = {"raw film": "fig-slim-raw-film", "EfficientViT": "fig-slim-efficientvit",
-             "report network": "fig-slim-report", "graph classifier": "fig-slim-graph"}
-    return {figure for network, figure in drawn.items() if network not in asked}
+    drawn = {"raw-film network": ["fig-slim-raw-film"], "EfficientViT": ["fig-slim-efficientvit"],
+             "report network": ["fig-slim-report", "fig-slim-words"], "graph classifier": ["fig-slim-graph"]}
+    return {figure for network, figures in drawn.items() if network not in asked for figure in figures}
 
 
 def test_every_figure_has_number_caption_and_words(pages):

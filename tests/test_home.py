@@ -1,6 +1,7 @@
 "What the home page says of the companions is what their published records hold."
 import json
 import re
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
 import nbformat
@@ -18,8 +19,8 @@ def written(values):
 
 
 def sign(value):
-    "A difference, as the home page writes it."
-    return f"{value:+.3f}".replace("-", "−")
+    "A difference, as the home page writes it: a half goes up, as the stage that measured it printed it."
+    return f"{Decimal(str(value)).quantize(Decimal('0.001'), ROUND_HALF_UP):+}".replace("-", "−")
 
 
 def intervals(tree):
@@ -102,6 +103,20 @@ def share(row):
     return f"{row['hit rate']:.0%} [{row['low']:.0%}, {row['high']:.0%}]".replace("%", " %")
 
 
+def percent(rate):
+    "A rate in percent."
+    return f"{rate:.0%}".replace("%", " %")
+
+
+def explorer_rates():
+    "Finding -> hit rate of its four patches and of random ones, with the report, as the explorer's table has them."
+    page = (ROOT / "figures/explore.html").read_text(encoding="utf-8")
+    assert "<caption>Every study at 4 patches, activation, image+report</caption>" in page, "what it shows first"
+    table = page[page.index('<caption id="says">All marked studies of the test split</caption>'):]
+    row = r'<th scope="row">([\w ]+) <small>\d+</small></th><td><span class="two"><b>(\d+ %)</b> <span>(\d+ %)</span>'
+    return {finding: rates for finding, *rates in re.findall(row, table[:table.index("</table>")])}
+
+
 def over_findings(control, question):
     "Of a question of stage 53: findings above zero, below, of how many, and the mean, as its record words it."
     line = next(line for line in control["in words"] if line.startswith(f"{question}: "))
@@ -113,6 +128,7 @@ def over_findings(control, question):
 def what_came_out():
     "Line of the section (a piece of it) -> what the records make of its numbers."
     kept = metrics_of("40_classify")["retained patches on test"]["Pneumonia"]
+    assert kept["image-only"]["low"] < kept["centre prior"]["high"], "a gain over the usual relevance is not shown"
     areas, real = (metrics_of("40_classify", d)["AUC on test"] for d in ("", "open-i"))
     areas, real = areas["Pneumonia"], real["Cardiomegaly"]
     control, control_real = (metrics_of("53_controls", d) for d in ("", "open-i"))
@@ -121,9 +137,11 @@ def what_came_out():
     pairs, pairs_real = pairs["Pneumonia"], pairs_real["Cardiomegaly"]
     many, many_real = (f"{metrics_of('51_quality', d)['studies']['test']['studies']:.0f}" for d in ("", "open-i"))
     fused = metrics_of("30_fuse")
-    small = {t: f"{v:.0f}" for t, v in fused["bytes per study"].items()}
-    film, pooled = f"{fused['film on disk, bytes']:,.0f}", "image-only, pooled embedding, 1 x 1 cells"
-    vector = str(control["bytes per study"]["pooled embedding, 1 x 1 cells"])
+    fused_real = metrics_of("30_fuse", "open-i")
+    small, small_real = ({t: f"{v:.0f}" for t, v in m["bytes per study"].items()} for m in (fused, fused_real))
+    film, film_real = (f"{m['film on disk, bytes']:,.0f}" for m in (fused, fused_real))
+    jpeg, pooled = f"{fused['film at the size that is read']['JPEG']:,.0f}", "image-only, pooled embedding, 1 x 1 cells"
+    vector, vector_real = (str(c["bytes per study"]["pooled embedding, 1 x 1 cells"]) for c in (control, control_real))
     released = {f: v["less described"] for f, v in metrics_of("55_released").items()
                 if isinstance(v, dict) and "less described" in v}
     rows = "token rows (A1)"
@@ -133,48 +151,64 @@ def what_came_out():
     guided = {f: t["image-only"]["this run's guide"]["hit"][0]
               for f, t in metrics_of("52_relevance")["test, finding by finding"].items()}
     least, most = min(guided, key=guided.get), max(guided.values())
-    ends = [f"{v:.0%}".replace("%", " %") for v in (guided[least], most)]
+    ends = [percent(v) for v in (guided[least], most)]
+    heart = metrics_of("52_relevance")["test, finding by finding"]["Cardiomegaly"]["image-only"]["centre prior"]
+    seen = explorer_rates()
     read = metrics_of("52_relevance", "open-i")
     best = read["elsewhere, chosen on the first half"]
-    swapped = [read["elsewhere, second half"][name][best]["precision over swapped films"]
-               for name in ("covid_notes", "nih1024")]
+    assert best == "brightness + anatomy", "the reading that is described in words"
+    marked = {name: read["elsewhere, second half"][name] for name in ("covid_notes", "nih1024")}
+    swapped = [m[best]["precision over swapped films"] for m in marked.values()]
+    anatomy = marked["covid_notes"][best]["precision over anatomy"]
+    films = [str(m["studies"]) for m in marked.values()]
     front = json.loads((ROOT / "figures/records/90_frontier.json").read_text())["answers"][0]
-    most_of_all = r"the best is (thumbnail), .* with ([\d,]+) bytes a study, AUC (\d\.\d{3} \[[\d., ]+\])"
+    most_of_all = r"the best is (thumbnail), .* at most (\d+) bytes with ([\d,]+) bytes a study, AUC (\d\.\d{3}) "
     best_of_all = re.search(most_of_all, front)
-    beside_it = metrics_of("58_codecs")["of as many bytes"]["pooled vector"]["less image-only asset"]
-    deal = "image-only asset, k = 10 - raw film"
-    lost, lost_real = (over_findings(c, deal) for c in (control, control_real))
+    codecs = metrics_of("58_codecs")
+    beside_it = codecs["of as many bytes"]["pooled vector"]["less image-only asset"]
+    reads = area(codecs["AUC on test"]["own"][f"image-only, thumbnail, {best_of_all[2]} bytes, read by the label head"])
+    assert reads.startswith(f"{best_of_all[4]} ["), "stages 58 and 90 speak of the same thumbnail"
+    ours, ten = (f"image-only asset, k = {k} - raw film" for k in (4, 10))
+    lost, lost_real = over_findings(control, ours), over_findings(control_real, ten)
     alone = over_findings(control, "described - random, k = 4, image-only")
     beside = [over_findings(control, f"described - random, both graphs, k = 4, {t}") for t in small]
     return {
         "1. **": [share(kept["image+report"]), share(kept["image-only"]),
-                  f"{kept['random']['hit rate']:.0%}".replace("%", " %"),
-                  share(kept["centre prior"]),
-                  f"over five findings, from the film alone, {ends[0]} ({least}) to {ends[1]}"],
-        "2. **": [small["image+report"], film, area(areas["image-only, typed both"]),
-                  area(other["image-only, raw-film network"]), gap(pairs[deal]), gap(pairs_real[deal]),
+                  f"of as many random patches in {percent(kept['random']['hit rate'])}",
+                  f"usual relevance, the same for every film, reach {share(kept['centre prior'])}",
+                  f"in cardiomegaly those of the usual attention hit {percent(heart['hit'])}, ours "
+                  f"{percent(guided['Cardiomegaly'])}",
+                  f"five findings, from the film alone, {ends[0]} ({least}) to {ends[1]}",
+                  f"a lung lesion is hit in {seen['Lung Lesion'][0]}",
+                  "a fracture in {} (random {})".format(*seen["Fracture"])],
+        "2. **": [small["image+report"], film, f"{jpeg} as a JPEG", area(areas["image-only, typed both"]),
+                  area(other["image-only, raw-film network"]), gap(pairs[ours]), gap(pairs_real[ten]),
                   f"mean of five findings {lost[3]} (below zero for {lost[1]} of {lost[2]})",
-                  f"{lost_real[3]} ({lost_real[1]} of {lost_real[2]})"],
+                  f"mean {lost_real[3]} (below zero for {lost_real[1]} of {lost_real[2]})"],
         "3. **": [gap(pairs["described - random, k = 4, image-only"]),
                   *(gap(pairs[f"described - random, both graphs, k = 4, {t}"]) for t in small),
-                  f"{alone[0]} are shown alone (mean {alone[3]})",
-                  f"{beside[0][0]} and {beside[1][0]} beside the graph ({beside[0][3]}, {beside[1][3]})",
+                  f"in {alone[0]} of {alone[2]} findings (mean {alone[3]})",
+                  f"{beside[0][0]} of {beside[0][2]} findings are shown (mean {beside[0][3]})",
+                  f"{beside[1][0]} of {beside[1][2]} are (mean {beside[1][3]})",
                   area(other["image+report, knowledge graph alone"])],
         "On phantoms with": ["95 % interval", f"({many} test studies)", f"Open-i ({many_real})"],
-        "4. **": [vector, written(beside_it), f"{best_of_all[1]} of {best_of_all[2]} bytes", best_of_all[3]],
-        "5. **": [written(s) for s in swapped],
-        "Of the released": [f"the dearest in {len(dearest)} of {len(released)} findings",
+        "4. **": [f"{vector} bytes", written(beside_it), f"{best_of_all[1]} of {best_of_all[3]} bytes", reads],
+        "5. **": [f"(COVID-19, {films[0]} films; NIH, {films[1]})", *(written(s) for s in swapped),
+                  f"worse than anatomy alone, {written(anatomy)}"],
+        "Of the released": [f"costs most in {len(dearest)} of {len(released)} findings",
                             written(released["Pneumonia"][rows]),
                             f"{written(released[light][rows])} where it costs least ({light})"],
-        "| asset, report known": [small["image+report"], area(areas["image+report, typed both"]),
-                                  area(real["image+report, typed both"])],
+        "| asset, report known": [f"| {small['image+report']} |", area(areas["image+report, typed both"]),
+                                  f"| {small_real['image+report']} |", area(real["image+report, typed both"])],
         "| its knowledge": [area(c["image+report, knowledge graph alone"]) for c in (other, other_real)],
-        "| asset, image-only": [small["image-only"], area(areas["image-only, typed both"]),
-                                area(real["image-only, typed both"])],
-        "| averaged": [vector, area(other[pooled]), area(other_real[pooled])],
+        "| asset, image-only": [f"| {small['image-only']} |", area(areas["image-only, typed both"]),
+                                f"| {small_real['image-only']} |", area(real["image-only, typed both"])],
+        "| averaged": [vector, area(other[pooled]), vector_real, area(other_real[pooled])],
         "| label head": [film, area(areas["image-only, label head, all patches"]),
-                         area(real["image-only, label head, all patches"])],
-        "| network": [film, *(area(c["image-only, raw-film network"]) for c in (other, other_real))],
+                         film_real, area(real["image-only, label head, all patches"])],
+        "| raw-film network": [film, area(other["image-only, raw-film network"]),
+                               film_real, area(other_real["image-only, raw-film network"])],
+        "Bytes of an asset": [f"takes {control['bytes per study']['asset, image-only, k = 4']:,}"],
     }
 
 
@@ -184,7 +218,7 @@ def out():
     cells = [c.source for c in nbformat.read(ROOT / "nbs/index.ipynb", 4).cells]
     found = next(n for n, c in enumerate(cells) if c.startswith("## What came out"))
     assert found <= 2, "it stands before everything else but the introduction"
-    return cells[found].partition("## Three ways")[0].splitlines()
+    return cells[found].partition("## Four ways")[0].splitlines()
 
 
 @pytest.mark.parametrize("start", what_came_out())
@@ -208,7 +242,9 @@ def test_what_came_out_calls_nothing_shown_that_is_not(out):
     third, fifth = (re.findall(TRIPLE, lines[s]) for s in lines)
     ends = [[float(v.replace("−", "-")) for v in re.findall(r"[+−]\d\.\d{3}", t)] for t in (*third, *fifth)]
     shown = [low > 0 or high < 0 for _, low, high in ends]
-    assert shown == [True, False, False, False, False] and "neither shown" in lines["3. **"]
+    assert shown == [True, False, False, False, False, True]
+    assert all(f"{t}, not shown" in lines["3. **"] for t in third[1:]) and f"{third[0]}, not" not in lines["3. **"]
+    assert "is not shown to beat" in lines["5. **"] and "worse than anatomy alone" in lines["5. **"] and ends[-1][2] < 0
     better, cost = (next(line for line in out if line.startswith(s)) for s in ("4. **", "Of the released"))
     low = [float(v.replace("−", "-")) for v in re.findall(r"[+−]\d\.\d{3}", re.search(TRIPLE, better)[0])][1]
     assert ("does better" in better) == (low > 0)

@@ -124,6 +124,24 @@ def test_captum_agrees_on_every_layer_that_is_read():
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+# what captum 0.9.0 gives (LayerIntegratedGradients, 16 steps, gausslegendre, of the input of a layer, from grey 0.45),
+# summed over space: place -> film -> channel
+CAPTUM = {"2": [[1.109094, 0.318525], [-1.257227, -0.252949]],
+          "3": [[0.737810, 0.672701, 0.017107], [-0.721332, -0.754279, -0.034565]],
+          "6": [[0.737810, 0.672701, 0.017107], [-0.721332, -0.754278, -0.034565]]}
+
+
+@by_name("place", [*CAPTUM])
+def test_the_numbers_of_captum_where_it_is_not_installed(place):
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.GELU(), nn.Conv2d(2, 3, 3), nn.GELU(), nn.AdaptiveAvgPool2d(1),
+                        nn.Flatten(), nn.Linear(3, 2)).eval()
+    with torch.no_grad():
+        for p in net.parameters(): p.copy_(torch.sin(torch.arange(1.0, p.numel() + 1)).view_as(p))
+    x, label = torch.cos(torch.arange(72.0)).view(2, 1, 6, 6).abs(), torch.tensor([0, 1])
+    ours = layer_gradients(prepared(net), x, label, place, 16, baseline=torch.full_like(x, 0.45))
+    assert torch.allclose(ours.reshape(2, ours.shape[1], -1).sum(2), torch.tensor(CAPTUM[place]), atol=1e-5)
+
+
 def test_the_criterion_is_layer_integrated_gradients():
     model, x, calib = levels(), film(levels(), 3), calibrate(np.eye(3), "ABC", each=1)
     scores = score_units(model, x, calib, "ig", "size of sum", steps=6)
