@@ -54,7 +54,8 @@ def machine_paths(
     return sorted(set(found))
 
 # %% ../nbs/api/43_publish.ipynb #slimoutput
-LARGE_PICTURE = 100_000  # bytes: a page of a code host holds a few
+LARGE_PICTURE = 60_000  # bytes: a page of a code host holds a few
+LONG_RECORD = 20_000    # characters: its words stay, its numbers lie in figures/records alone
 
 def slim_output(
     out,  # one output of a cell
@@ -64,7 +65,9 @@ def slim_output(
     from io import BytesIO
     from PIL import Image
     data = dict(out.get("data", {}))
-    if METRICS_MIME in data: data |= {k: first_lines(data[k]) for k in ("text/markdown", "text/plain") if k in data}
+    if METRICS_MIME in data:
+        data |= {k: first_lines(data[k]) for k in ("text/markdown", "text/plain") if k in data}
+        if len(json.dumps(data[METRICS_MIME])) > LONG_RECORD: del data[METRICS_MIME]
     if "image/png" in data:
         picture = Image.open(BytesIO(b64decode(data["image/png"]))).convert("RGB")
         for colours in (256, 64):
