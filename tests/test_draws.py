@@ -283,6 +283,6 @@ def test_home_says_of_draws_what_the_record_says():
         f"mean of six findings, was {head['mean']:.3f} (SD {head['SD over cohorts']:.3f} over cohorts,"
         f" {head['SD over seeds']:.3f} over seeds); a new cohort and training is expected between {head['low']:.3f} and"
         f" {head['high']:.3f}, where the patients of one test split alone say ±{head['patient half-width']:.3f}. The"
-        f" raw film's own network: {film['mean']:.3f}, between {film['low']:.3f} and {film['high']:.3f}")
+        f" raw-film network: {film['mean']:.3f}, between {film['low']:.3f} and {film['high']:.3f}")
     assert said in text
     assert (tables["settings"].cohorts[0], tables["settings"].seeds[0]) == ("101 102 103", "0 1 2")
