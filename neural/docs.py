@@ -8,12 +8,12 @@ __all__ = []
 # %% ../nbs/api/44_docs.ipynb #17a3b30b
 import argparse, ast, contextlib, copy, functools, html, io, json, os, re, shutil, subprocess, sys
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from itertools import chain
 from pathlib import Path
 import nbformat
 import yaml
 from bs4 import BeautifulSoup, Comment
+from fastcore.parallel import parallel
 from nbformat.v4 import new_markdown_cell, new_raw_cell
 from .pipeline import read_notebook
 from .study import NeuralError, make_folder, refuse_overwrite, system_reason
@@ -659,19 +659,9 @@ max-width:36rem;margin:15vh auto;padding:0 1rem}</style><main><h1>No such page</
 a.href = "%s" + a.getAttribute("href")</script></html>
 """   # shown in place of any address below the base, so its links begin there
 
-# %% ../nbs/api/44_docs.ipynb #91a9197c
+# %% ../nbs/api/44_docs.ipynb #91a9197e
 MANY = 20   # pages; fewer are done sooner than a second process begins
 
-def shared(
-    do,         # takes a name; importable, since another process may be asked
-    names,      # what is to be done
-    workers=2,  # processes that share it
-) -> list:      # what each gave, in order
-    "Do one thing for every name, in several processes where there are many."
-    if workers < 2 or len(names) <= MANY: return [do(name) for name in names]
-    with ProcessPoolExecutor(workers) as pool: return list(pool.map(do, names, chunksize=4))
-
-# %% ../nbs/api/44_docs.ipynb #91a9197e
 def write_copy(
     root,      # folder with nbs/
     name: str, # of a notebook in it, such as `api/44_docs.ipynb`
@@ -692,7 +682,8 @@ def process_notebooks(
     root, hidden = Path(root), lambda part: part.startswith((".", "_"))
     shutil.rmtree(root/"build/nbs", ignore_errors=True)
     names = sorted(path.relative_to(root/"nbs").as_posix() for path in (root/"nbs").rglob("*.ipynb"))
-    shared(functools.partial(write_copy, root), [n for n in names if not any(map(hidden, Path(n).parts))], workers)
+    names = [n for n in names if not any(map(hidden, Path(n).parts))]
+    parallel(write_copy, names, root, n_workers=workers*(len(names) > MANY), chunksize=4)
     copy_cards(root, root/"build/nbs")
     with contextlib.chdir(root), contextlib.redirect_stdout(io.StringIO()):
         return root.resolve()/proc_nbs("build/nbs", n_workers=0, force=True)
@@ -789,7 +780,7 @@ def finish_pages(
     "Finish every page, each read once."
     output = Path(output)
     names = sorted(path.relative_to(output).as_posix() for path in output.rglob("*.html"))
-    done = shared(functools.partial(finish_page, output), names, workers)
+    done = parallel(finish_page, names, output, n_workers=workers*(len(names) > MANY), chunksize=4)
     for path in output.rglob("*.css"):
         path.write_text(finish_style(path.read_text(encoding="utf-8")), encoding="utf-8")
     told, entries, faults = zip(*done) if done else ((), (), ())

@@ -211,9 +211,9 @@ def racers(
         for how in ways:
             talks[how], there = context.Pipe()
             target = getattr(import_module('neural.race'), runner)
-            racer_of_its_own = context.Process(target=target, args=(how, *about, there))
-            racer_of_its_own.start()
-            runners.append(racer_of_its_own)
+            process = context.Process(target=target, args=(how, *about, there))
+            process.start()
+            runners.append(process)
             there.close()                                               # so that the end of a racer is heard
         for how in ways: hear(how)
         yield go

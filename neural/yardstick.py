@@ -245,6 +245,15 @@ def read_tables(
         raise NeuralError(f"{Path(path).name}: no tables of `neural bench`; make it again")
     return {k: about[k] for k in ("command", "machine")}, {n: pd.DataFrame(**t) for n, t in about["tables"].items()}
 
+# %% ../nbs/api/35_yardstick.ipynb #growth01
+def split_growth(
+    growth,  # table with the columns `studies` and `bytes a study`, the smallest store first
+) -> tuple[float, float]:  # bytes that each further study adds, bytes that a store has once
+    "What grows with a store and what does not, from its smallest and its largest size."
+    studies, whole = growth["studies"].to_numpy(), (growth["studies"] * growth["bytes a study"]).to_numpy()
+    each = (whole[-1] - whole[0]) / (studies[-1] - studies[0])
+    return float(each), float(whole[0] - each * studies[0])
+
 # %% ../nbs/api/35_yardstick.ipynb #9b260db4
 def is_tables(
     path: Path,     # any file

@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import commands
-from commands import neural
-
 FIXTURES = Path(__file__).parent / "fixtures"
 COMMAND = [sys.executable, "-c", "from neural.cli import main; main()"]
 
@@ -22,7 +19,19 @@ def alone(*words, cwd, **env) -> subprocess.CompletedProcess:
         [*COMMAND, *map(str, words)], cwd=cwd, capture_output=True, text=True, env={**os.environ, **env})
 
 
-if not commands.FORKS: neural = alone
+@pytest.fixture(scope="module")
+def neural():
+    "The command in a process of its own, forked from one that has imported (Linux); elsewhere from nothing."
+    if sys.platform != "linux":
+        yield alone
+        return
+    from hazards import Nursery
+    nursery = Nursery()
+    def run(*words, cwd):
+        said = nursery.run(*words, cwd=cwd, seconds=600)
+        return subprocess.CompletedProcess(["neural", *words], said["status"], said["out"], said["err"])
+    yield run
+    nursery.close()
 
 
 def test_help_names_every_command(tmp_path):
@@ -149,7 +158,7 @@ def test_a_full_disk_behind_the_output_is_one_line(tmp_path):
      ["phantom", "out", "--studies", "0"], ["index", "dicomdir", "."], ["index", "folder", "not-here"],
      ["run", "-p", "nothing"], ["verify", "not-here"], ["inspect", "."]],
 )
-def test_a_wrong_call_is_status_2_and_one_line(tmp_path, words):
+def test_a_wrong_call_is_status_2_and_one_line(neural, tmp_path, words):
     said = neural(*words, cwd=tmp_path)
     assert (said.returncode == 2 and said.stdout == "" and len(said.stderr.strip().splitlines()) == 1
             and "--help" in said.stderr), said
@@ -161,7 +170,7 @@ def test_a_wrong_call_is_status_2_and_one_line(tmp_path, words):
     (["run", "-p", "cuont=3"], "did you mean count?"), (["run", "--manifest", "gone.csv"], "no manifest at gone.csv"),
     (["run", "--run", "taken"], "not a run folder"), (["verify", "taken"], "not an asset store"),
     (["inspect", "taken", "s1"], "not an asset store"), (["index", "mimic-cxr", "taken"], "")])
-def test_a_refusal_is_status_1_and_one_line(tmp_path, words, why):
+def test_a_refusal_is_status_1_and_one_line(neural, tmp_path, words, why):
     shutil.copytree(FIXTURES / "stages", tmp_path / "nbs/paper")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/film.png").write_bytes(b"x")
@@ -182,7 +191,7 @@ def test_an_unforeseen_error_is_one_line_unless_asked_for_more(tmp_path):
     assert long.returncode == 1 and "Traceback" in long.stderr
 
 
-def test_in_a_pipe_a_run_is_one_line_per_stage(tmp_path):
+def test_in_a_pipe_a_run_is_one_line_per_stage(neural, tmp_path):
     words = ["run", "--stages", FIXTURES / "stages", "--preset", "small", "--run", "runs/a"]
     first = neural(*words, cwd=tmp_path)
     assert first.returncode == 0 and first.stderr == "", first.stderr
@@ -195,7 +204,7 @@ def test_in_a_pipe_a_run_is_one_line_per_stage(tmp_path):
             and "stopped in cell 4: ValueError" in failing.stderr)
 
 
-def test_phantom_to_manifest(tmp_path):
+def test_phantom_to_manifest(neural, tmp_path):
     made = neural("phantom", "cohort", "--studies", 12, "--size", 96, "--seed", 1, cwd=tmp_path)
     assert made.returncode == 0 and made.stderr == "", made.stderr
     assert neural("phantom", "cohort", cwd=tmp_path).returncode == 2                     # never over an existing cohort
@@ -207,7 +216,7 @@ def test_phantom_to_manifest(tmp_path):
     assert str(tmp_path) not in said.stdout
 
 
-def test_a_store_is_checked_and_shown(tmp_path):
+def test_a_store_is_checked_and_shown(neural, tmp_path):
     from neural.asset import AssetStore, StudyAsset
     store = AssetStore.create(tmp_path / "store", ["<script>alert(1)</script>", "lung"], dim=3, grid=(4, 4))
     store.append(
@@ -226,7 +235,7 @@ def test_a_store_is_checked_and_shown(tmp_path):
     assert said.returncode == 1 and "damaged" in said.stderr
 
 
-def test_build_then_predict(tmp_path, phantom_cohort):
+def test_build_then_predict(neural, tmp_path, phantom_cohort):
     "A network and a classifier, saved, read a cohort they have never seen: build, kill-free rebuild, verify, predict."
     import numpy as np
     import torch
@@ -270,7 +279,7 @@ def test_build_then_predict(tmp_path, phantom_cohort):
      ("build", ["growth", "roofline", "ways"]), ("boxes", ["boxes", "students"]),
      ("imitate", ["imitate"])],
 )
-def test_what_the_bench_measures_is_kept(tmp_path, what, names):
+def test_what_the_bench_measures_is_kept(neural, tmp_path, what, names):
     from neural.yardstick import machine, read_tables
     said = neural("bench", what, "--small", "--out", "found.json", cwd=tmp_path)
     assert said.returncode == 0 and said.stdout.endswith(machine() + "\n"), said.stderr
@@ -285,7 +294,7 @@ def test_what_the_bench_measures_is_kept(tmp_path, what, names):
     assert [p.name for p in tmp_path.iterdir()] == ["found.json"]
 
 
-def test_the_bench_of_a_gpu_is_tried_on_a_cpu(tmp_path):
+def test_the_bench_of_a_gpu_is_tried_on_a_cpu(neural, tmp_path):
     from neural.yardstick import machine, read_tables
     said = neural(
         "bench", "gpu", "--small", "--device", "cpu", "--minutes", 30, "--out", "found/gpu.json", cwd=tmp_path)
@@ -297,7 +306,7 @@ def test_the_bench_of_a_gpu_is_tried_on_a_cpu(tmp_path):
         p.name for p in tmp_path.iterdir()] == ["found"]
 
 
-def test_a_bench_of_a_gpu_without_one_is_refused_in_a_line(tmp_path):
+def test_a_bench_of_a_gpu_without_one_is_refused_in_a_line(neural, tmp_path):
     from torch import cuda
     if cuda.is_available(): pytest.skip("a GPU is here")
     said = neural("bench", "gpu", "--out", "found/gpu.json", cwd=tmp_path)
@@ -306,7 +315,7 @@ def test_a_bench_of_a_gpu_without_one_is_refused_in_a_line(tmp_path):
 
 
 @pytest.mark.parametrize("option", [("--device", "cpu"), ("--minutes", 3)])
-def test_what_belongs_to_the_bench_of_a_gpu_is_refused_elsewhere(tmp_path, option):
+def test_what_belongs_to_the_bench_of_a_gpu_is_refused_elsewhere(neural, tmp_path, option):
     said = neural("bench", "read", "--small", *option, "--out", "found/read.json", cwd=tmp_path)
     assert said.returncode == 2 and "are of `neural bench gpu`" in said.stderr and list(tmp_path.iterdir()) == []
 
@@ -356,12 +365,12 @@ def test_seeds_that_are_no_numbers_are_refused(tmp_path, typed):
             and list(tmp_path.iterdir()) == [])
 
 
-def test_a_bench_that_fails_writes_nothing(tmp_path):
+def test_a_bench_that_fails_writes_nothing(neural, tmp_path):
     said = neural("bench", "finetune", "--studies", 9, "--out", "found.json", cwd=tmp_path)
     assert said.returncode == 2 and list(tmp_path.iterdir()) == []
 
 
-def test_a_moved_data_set_is_told_to_a_run_by_an_option(tmp_path, monkeypatch):
+def test_a_moved_data_set_is_told_to_a_run_by_an_option(neural, tmp_path, monkeypatch):
     from typer.testing import CliRunner
     from neural import pipeline
     from neural.cli import app

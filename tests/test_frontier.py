@@ -201,6 +201,17 @@ def test_published_fronts_are_those_of_the_published_table():
         assert set(zip(kept.bytes, kept.value)) == wanted
 
 
+def test_what_was_done_to_a_network_is_said_in_its_name():
+    points = pd.read_csv(ROOT / "figures/tables/90_frontier_points.csv", keep_default_na=False)
+    nets = points[points.stage.isin(["70_mxa", "80_slim"])]
+    said = {"recovery": "taught again", "teacher": "taught by a teacher", "random, ": "pruned at random",
+            "one threshold by mean": "one threshold by mean for all layers"}
+    for condition, name in said.items():
+        asked = nets.condition.str.contains(condition)
+        assert asked.any() and (nets["name"].str.contains(name) == asked).all(), condition
+    assert not nets["name"].str.contains("recovery|statistics|MACs removed").any()
+
+
 def test_every_point_has_a_command_and_what_is_not_measured_is_blank(made):
     run, _ = made
     points = pd.read_csv(run / "tables/90_frontier_points.csv")
