@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
 import pandas as pd
@@ -351,6 +353,80 @@ def ask(
                  {name: torch.zeros_like(t) if r is None else r for (name, t), r in zip(asked, back)},
                  [] if rule is None else at.ledger)
 
+# %% ../nbs/api/34_attribute.ipynb #attrpas1
+@dataclass(eq=False)
+class Passage:
+    "What the modules of a network were given and said while it read some studies, and when (this companion's choice)."
+    given: dict = field(default_factory=dict)  # module -> the tensor it read first of its arguments
+    said: dict = field(default_factory=dict)  # module -> its output
+    began: dict = field(default_factory=dict)  # module -> a number that rises with time
+    ended: dict = field(default_factory=dict)  # the same, when it was done
+    times: Counter = field(default_factory=Counter)  # module -> how often it ran
+
+    def before(self, place: str) -> list:  # names of modules that ran once and were done when a place was reached
+        return [n for n, end in self.ended.items() if self.times[n] == 1 and end < self.began[place]]
+
+# %% ../nbs/api/34_attribute.ipynb #attrpas2
+def passage_of(
+    model: nn.Module,  # of `prepared`
+    x,  # what the network reads, B of it
+    say: Callable | None = None,  # (model, x) -> (B, L) logits; None: calling the model
+) -> Passage:  # of all modules that ran
+    "Reads some studies once, and keeps what each module did (this companion's choice)."
+    found, clock = Passage(), count()
+    def starts(name):
+        def hook(module, args):
+            if args and torch.is_tensor(args[0]): found.given[name] = args[0]
+            found.began.setdefault(name, next(clock))
+        return hook
+    def ends(name):
+        def hook(module, args, output):
+            found.said[name], found.ended[name] = output, next(clock)
+            found.times[name] += 1
+        return hook
+    hooks = [h for name, m in model.named_modules() if name
+             for h in (m.register_forward_pre_hook(starts(name)), m.register_forward_hook(ends(name)))]
+    try:
+        with torch.no_grad(): (say or (lambda m, v: m(v)))(model, x)
+    finally:
+        for hook in hooks: hook.remove()
+    return found
+
+# %% ../nbs/api/34_attribute.ipynb #attrpas4
+@contextmanager
+def repeating(
+    model: nn.Module,  # of `prepared`
+    passage: Passage,  # of the same network
+    place: str,  # a module
+):  # gives the names of the modules that are not computed
+    "Modules that are done before a place say what they said."
+    again = passage.before(place)
+    for name in again: model.get_submodule(name).forward = lambda *_, said=passage.said[name], **__: said
+    try: yield again
+    finally:
+        for name in again: del model.get_submodule(name).forward
+
+# %% ../nbs/api/34_attribute.ipynb #attrpas5
+def gradient_at(
+    model: nn.Module,  # of `prepared`
+    x,  # what the network reads, B of it
+    label: torch.Tensor,  # int (B,), the output asked about
+    place: str,  # module whose input is replaced
+    here: torch.Tensor,  # (B, ...), what it is replaced with
+    say: Callable | None = None,  # (model, x) -> (B, L) logits; None: calling the model
+) -> torch.Tensor:  # (B, ...); 0 where the output does not hang on it
+    "The gradient of one output of each study where the input of a module is another one."
+    leaves = []
+    def moved(module, args):
+        leaves.append(here.clone().requires_grad_())
+        return (leaves[-1], *args[1:])
+    hook = model.get_submodule(place).register_forward_pre_hook(moved)
+    try:
+        with torch.enable_grad(): said = _logits_of((say or (lambda m, v: m(v)))(model, x), label)
+    finally: hook.remove()
+    found = torch.autograd.grad(said.sum(), leaves[-1], allow_unused=True)[0]
+    return torch.zeros_like(here) if found is None else found
+
 # %% ../nbs/api/34_attribute.ipynb #attr0063
 def layer_gradients(
     model: nn.Module,  # of `prepared`
@@ -359,20 +435,18 @@ def layer_gradients(
     place: str,  # module whose input is moved
     steps: int = 16,  # places on the way, of Gauss and Legendre
     say: Callable | None = None,  # (model, x) -> (B, L) logits; None: calling the model
-    whole: torch.Tensor | None = None,  # the activation there, where it is known
+    passage: Passage | None = None,  # of x, where it is known
     baseline=None,  # what the network reads where the way begins; None: an activation of zero
 ) -> torch.Tensor:  # (B, ...) in the shape of the activation
     "Integrated Gradients of an activation (Sundararajan et al. 2017; captum's `LayerIntegratedGradients`)."
     at_least(1, steps=steps)
-    stands = lambda v: ask(model, v, label, (place,), None, say).activations[place]
+    passage = passage or passage_of(model, x, say)
+    begin = 0.0 if baseline is None else passage_of(model, baseline, say).given[place]
+    end, total = passage.given[place], 0
     nodes, weights = np.polynomial.legendre.leggauss(steps)
-    begin, end, total = 0.0 if baseline is None else stands(baseline), stands(x) if whole is None else whole, 0
-    for part, weight in zip((nodes + 1) / 2, weights / 2):
-        here = begin + part * (end - begin)
-        moved = lambda module, args: (here.clone().requires_grad_(), *args[1:])
-        move = model.get_submodule(place).register_forward_pre_hook(moved)
-        try: total = total + weight * ask(model, x, label, (place,), None, say).found[place]
-        finally: move.remove()
+    with repeating(model, passage, place):
+        for part, weight in zip((nodes + 1) / 2, weights / 2):
+            total = total + weight * gradient_at(model, x, label, place, begin + part * (end - begin), say)
     return (end - begin) * total
 
 # %% ../nbs/api/34_attribute.ipynb #attr0066

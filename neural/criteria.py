@@ -16,7 +16,7 @@ import torch
 from scipy.stats import rankdata
 from torch import nn
 
-from .attribute import RULES, Rule, ask, conductance, layer_gradients, prepared
+from .attribute import RULES, Rule, ask, conductance, layer_gradients, passage_of, prepared
 from .evaluate import hit_rate, precision
 from .prune import Budget, Scores, aggregate, keep, keep_count, top_k
 from .results import count_macs
@@ -105,8 +105,8 @@ def _weight_scores(model, layer, criterion):
 def _asked(model, x, label, places, criterion, say, steps, addition):
     "What an attribution finds at each place."
     if criterion == "ig":
-        there = ask(model, x, label, places, None, say).activations         # a network need not run all its parts
-        return {p: layer_gradients(model, x, label, p, steps, say, there[p]) for p in places if p in there}
+        told = passage_of(model, x, say)                                    # a network need not run all its parts
+        return {p: layer_gradients(model, x, label, p, steps, say, told) for p in places if p in told.given}
     if criterion == "conductance": return conductance(model, x, label, places, steps, say)
     rule = Rule(criterion, addition=addition) if criterion in RULES else None
     trace = ask(model, x, label, places, rule, say, "one")
@@ -144,7 +144,7 @@ def score_units(
     if criterion in ("weight", "norm", "random"): return _without_films(model, layers, criterion, seed)
     if calibration is None or not len(calibration):
         raise NeuralError(f"{criterion!r} scores on films: give a calibration set")
-    ready, found = prepared(model), {l.name: [] for l in layers}
+    ready, found = prepared(model).to(memory_format=torch.channels_last), {l.name: [] for l in layers}
     size = 1 if any(p.whole for l in layers for p in l.read) else batch_size
     places = list(dict.fromkeys(p.name for l in layers for p in l.read))
     for i in range(0, len(calibration), size):
