@@ -409,13 +409,19 @@ class _Gaps:
         i, j = a.span.end, b.span.start
         return self.verb[j] == self.verb[i] or self.where[j] > self.where[i]
 
+# %% ../nbs/api/04_report.ipynb #rshare01
+@functools.cache
+def _pipeline() -> Language:
+    "The pipeline of the lexicon, made once: all readers of a process share it."
+    return build_pipeline(load_lexicon())
+
 # %% ../nbs/api/04_report.ipynb #697ffd9a
 class ReportReader:
     """Finds mentions with assertion and relations by rules: spaCy's entity ruler, negspacy twice, and the lexicon's
     readings."""
     def __init__(self):
         self.lexicon = load_lexicon()
-        self.nlp = build_pipeline(self.lexicon)
+        self.nlp = _pipeline()
         self.glue, self.copulas = set(self.lexicon["glue"]), set(self.lexicon["copulas"])
         self.readings = {
             (place, word): rule for rule in self.lexicon["readings"] for place in rule["of"] for word in rule["says"]}
