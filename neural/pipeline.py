@@ -6,7 +6,7 @@
 __all__ = ['LEFT_OUT', 'Stage', 'find_stages', 'read_notebook', 'code_hash', 'run_files', 'run_pipeline']
 
 # %% ../nbs/api/40_pipeline.ipynb #edba623f
-import ast, contextlib, ctypes, difflib, hashlib, json, os, re, select, shlex, struct, sys, threading, time
+import ast, contextlib, ctypes, difflib, functools, hashlib, json, os, re, select, shlex, struct, sys, threading, time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -344,9 +344,11 @@ def code_hash(
     return hashlib.sha256("\x00".join(code).encode()).hexdigest()[:16]
 
 # %% ../nbs/api/40_pipeline.ipynb #3d601e43
+# a module is asked about for every stage that reaches it
+@functools.lru_cache(256)
 def imported_modules(
-    source: str,  # Python code; notebook lines that begin with % or ! are passed over
-) -> set[str]:    # modules of this library it imports, at the top or inside a function
+    source: str,     # Python code; notebook lines that begin with % or ! are passed over
+) -> frozenset[str]: # modules of this library it imports, at the top or inside a function
     "Which modules of the library a piece of code imports."
     names = set()
     for node in ast.walk(ast.parse(re.sub(r"(?m)^\s*[%!].*$", "", source))):
@@ -354,7 +356,7 @@ def imported_modules(
         if isinstance(node, ast.ImportFrom):
             stem = {0: node.module, 1: f"neural.{node.module}" if node.module else "neural"}.get(node.level)
             names |= {f"neural.{a.name}" for a in node.names} if stem == "neural" else {stem or ""}
-    return {n.split(".")[1] for n in names if n.startswith("neural.")}
+    return frozenset(n.split(".")[1] for n in names if n.startswith("neural."))
 
 # %% ../nbs/api/40_pipeline.ipynb #fdbb8d52
 def module_files(

@@ -9,7 +9,7 @@ __all__ = ['SCHEMA', 'RUN_HEAD', 'PACKAGE', 'METRICS_MIME', 'Parameter', 'fits',
            'earlier_records', 'run_command', 'record', 'checkout', 'hand_run', 'published', 'begin']
 
 # %% ../nbs/api/39_record.ipynb #recd0003
-import contextlib, hashlib, json, math, os, re, shlex, subprocess, sys, time
+import contextlib, functools, hashlib, json, math, os, re, shlex, subprocess, sys, time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -216,13 +216,16 @@ PACKAGES = ("numpy", "scipy", "pandas", "scikit-learn", "torch", "transformers",
             "spacy", "pydicom", "pyarrow", "matplotlib", "seaborn", "papermill")
 
 # %% ../nbs/api/39_record.ipynb #06e91bb4
+# looked up once: what a process has imported stays what it is
+_version = functools.cache(metadata.version)
+
 def versions(
     packages=PACKAGES,  # names as pip knows them
 ) -> dict[str, str]:    # package -> version, with python first
     "Which versions are installed; a package that is not here is left out."
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError): found[name] = metadata.version(name)
+        with contextlib.suppress(metadata.PackageNotFoundError): found[name] = _version(name)
     return found
 
 # %% ../nbs/api/39_record.ipynb #20aac48c
