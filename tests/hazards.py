@@ -173,6 +173,7 @@ def serve():
     "Takes one job a line on stdin, answers one line each; the library is imported once."
     import importlib
     for name in MODULES: importlib.import_module(name)
+    prepare()
     # what importing leaves to be done at the end
     for farewell in list(weakref.finalize._registry): farewell.atexit = False
     gc.collect()
@@ -185,6 +186,19 @@ def serve():
         try: answer = apart(job) if job.get("mounts") else keep(job)
         except BaseException: answer = {"broken": traceback.format_exc()}
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def prepare():
+    "What a process works out once (what reports are read by, where findings lie, typer's commands), for every fork."
+    import typer
+    from neural.cli import app
+    from neural.report import ReportReader, split_sections
+    from neural.scores import anatomy
+    from neural.study import LABELS
+    ReportReader()(split_sections("FINDINGS: Small effusion.")["findings"])
+    anatomy(LABELS)
+    commands = typer.main.get_command(app)
+    typer.main.get_command = lambda _: commands
 
 
 def apart(job) -> dict:
