@@ -1,6 +1,7 @@
 "Fine-tuning with more than the two losses: what the chapter's small example cannot show."
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -184,10 +185,19 @@ def script(tmp_path_factory):
     return path
 
 
-def test_two_processes_learn_what_one_learns(script, tmp_path):
+@pytest.fixture
+def here(script, monkeypatch):
+    "The script in this process, which has imported all that it needs."
+    def run(*words):
+        monkeypatch.setattr("sys.argv", [str(script), *map(str, words)])
+        runpy.run_path(str(script), run_name="__main__")
+    return run
+
+
+def test_two_processes_learn_what_one_learns(script, here, tmp_path):
     "accelerate, two CPU processes by gloo: batches of four each are the batches of eight of one process."
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, script, tmp_path / "one", "8"], check=True, env=env, capture_output=True)
+    here(tmp_path / "one", 8)
     subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
          "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", script,
@@ -204,14 +214,14 @@ def test_two_processes_learn_what_one_learns(script, tmp_path):
         json.loads(next((tmp_path / "two").glob("run/checkpoint-*/trainer_state.json")).read_text())["max_steps"] == 6)
 
 
-def test_an_interrupt_leaves_a_checkpoint_of_the_step(script, tmp_path):
+def test_an_interrupt_leaves_a_checkpoint_of_the_step(script, here, tmp_path):
     "Ctrl-C in the middle of an epoch: the step ends, the state is written, and the same call goes on from there."
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     stopped = subprocess.run([sys.executable, script, tmp_path, "2", "slow"], env=env, capture_output=True, text=True)
     assert stopped.returncode and "KeyboardInterrupt" in stopped.stderr
     step = int(last_checkpoint(tmp_path / "run").rpartition("-")[2])
     assert step % 8 and not (tmp_path / "losses.json").exists()  # eight steps an epoch
-    subprocess.run([sys.executable, script, tmp_path, "2", "slow"], check=True, env=env, capture_output=True)
+    here(tmp_path, 2, "slow")
     assert [e for e, _ in losses(tmp_path)] == [1, 2, 3]
     assert json.loads((Path(last_checkpoint(tmp_path / "run")) / "trainer_state.json").read_text())["global_step"] == 24
 
