@@ -37,47 +37,63 @@ def leaves(tree):
     return [tree] if isinstance(tree, float) else []
 
 
-def record_of(name):
-    "The numbers of a stage's published record."
-    return json.loads((ROOT / f"figures/records/{STAGES[name]}.json").read_text())["metrics"]
+def record_file(name, data):
+    "Where the record of a companion's stage is published, for phantoms or another data set."
+    return ROOT / "figures" / data / f"records/{STAGES[name]}.json"
+
+
+def record_of(name, data):
+    "The numbers of a companion's stage."
+    return json.loads(record_file(name, data).read_text())["metrics"]
 
 
 @pytest.fixture(scope="module")
 def rows():
-    "The lines of the home page's table of companions, by paper."
+    "What the home page's table of companions says, by paper and data."
     cells = [c.source for c in nbformat.read(ROOT / "nbs/index.ipynb", 4).cells]
     table = next(c for c in cells if c.startswith("## The three papers around it"))
-    return {name: next(line for line in table.splitlines() if line.startswith(f"| {name} (")) for name in STAGES}
+    found = {}
+    for name in STAGES:
+        line = next(line for line in table.splitlines() if line.startswith(f"| {name} ("))
+        assert f"(paper/{STAGES[name]}.ipynb)" in line, "the row leads to its stage"
+        found[name, ""], _, found[name, "open-i"] = line.partition("On Open-i")
+    return found
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_numbers_on_home_are_those_of_the_record(rows, name):
-    held, said = dict(intervals(record_of(name))), re.findall(TRIPLE, rows[name])
+MEASURED = [(name, data) for name in STAGES for data in ("", "open-i") if record_file(name, data).exists()]
+
+
+def test_home_tells_of_open_i_where_something_was_measured_there(rows):
+    assert {key for key, text in rows.items() if text} == {*MEASURED} >= {(name, "") for name in STAGES}
+
+
+@pytest.mark.parametrize("name, data", MEASURED)
+def test_numbers_on_home_are_those_of_the_record(rows, name, data):
+    held, said = dict(intervals(record_of(name, data))), re.findall(TRIPLE, rows[name, data])
     assert said and set(said) <= set(held), set(said) - set(held)
-    assert f"(paper/{STAGES[name]}.ipynb)" in rows[name], "the row leads to its stage"
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_what_home_calls_shown_has_an_interval_off_zero(rows, name):
+@pytest.mark.parametrize("name, data", MEASURED)
+def test_what_home_calls_shown_has_an_interval_off_zero(rows, name, data):
     "Each difference is followed by what the record says of it: `shown` only where the interval leaves zero out."
-    held = dict(intervals(record_of(name)))
-    said = re.findall(rf"({TRIPLE}) \((shown|not shown)\)", rows[name])
-    assert len(said) == len(re.findall(TRIPLE, rows[name]))
+    held = dict(intervals(record_of(name, data)))
+    said = re.findall(rf"({TRIPLE}) \((shown|not shown)\)", rows[name, data])
+    assert len(said) == len(re.findall(TRIPLE, rows[name, data]))
     for value, word in said:
         assert (word == "shown") == (held[value][1] > 0 or held[value][2] < 0), value
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_other_differences_on_home_are_numbers_of_the_record(rows, name):
-    alone = re.findall(r"[+−]\d\.\d{3}", re.sub(TRIPLE, "", rows[name]))
-    assert set(alone) <= {sign(v) for v in leaves(record_of(name))}, alone
+@pytest.mark.parametrize("name, data", MEASURED)
+def test_other_differences_on_home_are_numbers_of_the_record(rows, name, data):
+    alone = re.findall(r"[+−]\d\.\d{3}", re.sub(TRIPLE, "", rows[name, data]))
+    assert set(alone) <= {sign(v) for v in leaves(record_of(name, data))}, alone
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_areas_on_home_are_those_of_the_record(rows, name):
-    held = {area(values) for _, values in intervals(record_of(name))}
-    said = re.findall(r"(?<![+−\d.])\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", rows[name])
-    assert len(said) == 2 * (name == "IMITATE") and set(said) <= held, said
+@pytest.mark.parametrize("name, data", MEASURED)
+def test_areas_on_home_are_those_of_the_record(rows, name, data):
+    held = {area(values) for _, values in intervals(record_of(name, data))}
+    said = re.findall(r"(?<![+−\d.])\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", rows[name, data])
+    assert len(said) == 2 * (name == "IMITATE" and not data) and set(said) <= held, said
 
 
 # what came out, at the top of the page
