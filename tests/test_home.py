@@ -37,14 +37,14 @@ def leaves(tree):
     return [tree] if isinstance(tree, float) else []
 
 
-def record_file(name, data):
-    "Where the record of a companion's stage is published, for phantoms or another data set."
-    return ROOT / "figures" / data / f"records/{STAGES[name]}.json"
+def record_file(stage, data=""):
+    "Where the record of a stage is published, for phantoms or another data set."
+    return ROOT / "figures" / data / f"records/{stage}.json"
 
 
-def record_of(name, data):
-    "The numbers of a companion's stage."
-    return json.loads(record_file(name, data).read_text())["metrics"]
+def metrics_of(stage, data=""):
+    "The numbers of a published stage, on phantoms or of another data set."
+    return json.loads(record_file(stage, data).read_text())["metrics"]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def rows():
     return found
 
 
-MEASURED = [(name, data) for name in STAGES for data in ("", "open-i") if record_file(name, data).exists()]
+MEASURED = [(name, data) for name in STAGES for data in ("", "open-i") if record_file(STAGES[name], data).exists()]
 
 
 def test_home_tells_of_open_i_where_something_was_measured_there(rows):
@@ -69,14 +69,14 @@ def test_home_tells_of_open_i_where_something_was_measured_there(rows):
 
 @pytest.mark.parametrize("name, data", MEASURED)
 def test_numbers_on_home_are_those_of_the_record(rows, name, data):
-    held, said = dict(intervals(record_of(name, data))), re.findall(TRIPLE, rows[name, data])
+    held, said = dict(intervals(metrics_of(STAGES[name], data))), re.findall(TRIPLE, rows[name, data])
     assert said and set(said) <= set(held), set(said) - set(held)
 
 
 @pytest.mark.parametrize("name, data", MEASURED)
 def test_what_home_calls_shown_has_an_interval_off_zero(rows, name, data):
     "Each difference is followed by what the record says of it: `shown` only where the interval leaves zero out."
-    held = dict(intervals(record_of(name, data)))
+    held = dict(intervals(metrics_of(STAGES[name], data)))
     said = re.findall(rf"({TRIPLE}) \((shown|not shown)\)", rows[name, data])
     assert len(said) == len(re.findall(TRIPLE, rows[name, data]))
     for value, word in said:
@@ -86,22 +86,17 @@ def test_what_home_calls_shown_has_an_interval_off_zero(rows, name, data):
 @pytest.mark.parametrize("name, data", MEASURED)
 def test_other_differences_on_home_are_numbers_of_the_record(rows, name, data):
     alone = re.findall(r"[+−]\d\.\d{3}", re.sub(TRIPLE, "", rows[name, data]))
-    assert set(alone) <= {sign(v) for v in leaves(record_of(name, data))}, alone
+    assert set(alone) <= {sign(v) for v in leaves(metrics_of(STAGES[name], data))}, alone
 
 
 @pytest.mark.parametrize("name, data", MEASURED)
 def test_areas_on_home_are_those_of_the_record(rows, name, data):
-    held = {area(values) for _, values in intervals(record_of(name, data))}
+    held = {area(values) for _, values in intervals(metrics_of(STAGES[name], data))}
     said = re.findall(r"(?<![+−\d.])\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", rows[name, data])
     assert len(said) == 2 * (name == "IMITATE" and not data) and set(said) <= held, said
 
 
 # what came out, at the top of the page
-
-def metrics_of(stage, data=""):
-    "The numbers of a published stage, on phantoms or of another data set."
-    return json.loads((ROOT / "figures" / data / f"records/{stage}.json").read_text())["metrics"]
-
 
 def area(values):
     "An AUC with its interval, as the home page writes it."
