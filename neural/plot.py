@@ -151,7 +151,9 @@ def draw_forest(
     t = _intervals(table, row, group, mark)
     t["at"] = _lanes(t, row, group, mark)
     rows = list(dict.fromkeys(t[row]))
-    ax = _axes(ax, 6.4, .8 + max(.28 * len(rows), .13 * len(t)))
+    told = [max(map(len, map(str, t[n]))) for n in (group, mark) if n]
+    width = 3.2 + .075 * (max(map(len, map(str, rows))) + max(told, default=0))  # intervals between words
+    ax = _axes(ax, max(6.4, width), .8 + max(.28 * len(rows), .13 * len(t)))
     for i in range(1, len(rows), 2):
         ax.axhspan(i - .5, i + .5, color=_ink(), alpha=.05, lw=0)
     if band:

@@ -194,6 +194,15 @@ def test_forest_takes_records_numbers_as_names_and_missing_ends():
     assert sorted(np.asarray(ax.collections[1].get_offsets())[:, 0]) == [0.7, 0.8]
 
 
+def test_long_names_leave_the_intervals_their_room():
+    table = FOREST.assign(finding=FOREST.finding.map(lambda f: f"{f}, two sections, CICL less uniform smoothing"),
+                          data=FOREST.data.map(lambda d: f"{d}, 100 % of patients labelled"))
+    fig = draw_forest(table, group="data").figure
+    fig.canvas.draw()
+    assert fig.axes[0].get_window_extent().width > 0.3 * fig.bbox.width
+    assert fig.axes[0].get_window_extent().width / fig.dpi > 3
+
+
 def test_forest_draws_into_given_axes():
     fig, axes = plt.subplots(1, 2)
     assert draw_forest(FOREST, ax=axes[1]) is axes[1] and not axes[0].collections and len(plt.get_fignums()) == 1
