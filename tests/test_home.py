@@ -96,6 +96,15 @@ def test_areas_on_home_are_those_of_the_record(rows, name, data):
     assert len(said) == 2 * (name == "IMITATE" and not data) and set(said) <= held, said
 
 
+@pytest.mark.parametrize("data", [data for name, data in MEASURED if STAGES[name] == "80_slim"])
+def test_eight_bits_on_home_are_those_of_the_record(rows, data):
+    held = {(written(v["less dense, on test"]), f"{v['bytes over dense float32']:.2f}", f"{v['times as fast']:.2f}")
+            for v in metrics_of("80_slim", data)["eight bits"].values()}
+    row = rows["Interpretability-aware pruning", data]
+    said = re.findall(rf"({TRIPLE}) \([\w ]+\) at (\d\.\d\d) of the bytes, (\d\.\d\d) times as fast", row)
+    assert len(said) == 2 and set(said) <= held
+
+
 # what came out, at the top of the page
 
 def area(values):
