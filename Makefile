@@ -94,13 +94,13 @@ fine: install
 elsewhere: install
 	$(call draw,400,$(SIZE),$$(($(SEED) + 1000)))
 
-# Each part says how long it took. The small run seldom needs both cores, so it goes beside the chapters. The pages are built, opened and read by tests/test_docs.py, with the command that `make docs` calls.
+# Each part says how long it took. The small run seldom needs both cores, so it goes beside the chapters and then beside the tests, and is looked at when they have ended. The pages are built, opened and read by tests/test_docs.py, with the command that `make docs` calls.
 test: install
 	@$(MAKE) --no-print-directory drift
 	@mkdir -p build; $(MAKE) --no-print-directory smoke >build/smoke.log 2>&1 & smoke=$$!; trap 'kill '$$smoke' 2>/dev/null || true' EXIT; \
 	OMP_NUM_THREADS=1 "$(BIN)/nbdev_test" --path nbs/api --n_workers 2; echo "chapters: $$SECONDS s"; \
-	ended=0; wait $$smoke || ended=$$?; cat build/smoke.log; echo "smoke run, begun beside the chapters: $$SECONDS s"; exit $$ended
-	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 12; echo "tests: $$SECONDS s"
+	before=$$SECONDS tests=0; OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 12 || tests=$$?; echo "tests: $$((SECONDS - before)) s"; \
+	ended=0; wait $$smoke || ended=$$?; cat build/smoke.log; exit $$((tests ? tests : ended))
 
 # A fresh export and clean must change nothing. Told only from a clean checkout; elsewhere tests/test_house.py compares modules with notebooks.
 drift:
@@ -111,10 +111,11 @@ drift:
 
 # Every stage notebook, small, by papermill.
 smoke: install
-	@rm -rf build/smoke; mkdir -p build
+	@rm -rf build/smoke; mkdir -p build/smoke; date +%s >build/smoke/begun
 	@"$(BIN)/neural" phantom build/smoke/cohort --studies 160 --size 192 --seed 3
 	@"$(BIN)/neural" index mimic-cxr build/smoke/cohort -o build/smoke/manifest.csv --labels build/smoke/cohort/truth/labels.csv
 	@"$(BIN)/neural" run --preset smoke --manifest build/smoke/manifest.csv --run build/smoke/run $(if $(filter Linux,$(shell uname)),--strict)
+	@echo "smoke run: $$(( $$(date +%s) - $$(cat build/smoke/begun) )) s"
 
 docs: install
 	@"$(BIN)/python" -m neural.docs
