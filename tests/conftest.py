@@ -41,10 +41,12 @@ def one_main():
     sys.modules["__main__"] = main
 
 
-FIRST = ["test_fuzz.py", "test_by_hand.py", "test_cluster.py", "test_docs.py", "test_page.py"]
+FIRST = ["test_fuzz.py", "test_by_hand.py", "test_matrix.py", "test_cli.py", "test_docs.py", "test_pipeline.py",
+         "test_warmstart.py", "test_contribute.py", "test_cluster.py", "test_page.py"]
 
 
 def pytest_collection_modifyitems(items):
     """The mutants come first: how much memory a reader takes is told best before other tests have left theirs about.
-    Then the longest files, so that no worker is left alone with one of them at the end."""
+    Then the longest files, longest first, so that no worker is left alone with one of them at the end; but Ray, which
+    gives up after half a minute, starts when the small run of `make test` has left the cores to the tests."""
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
