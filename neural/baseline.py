@@ -5,6 +5,7 @@
 # %% ../nbs/api/26_baseline.ipynb #0a61fcec
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -239,6 +240,30 @@ def read_graphs(
         return torch.cat([model(graphs.batch(rows[i : i + batch_size])).reshape(-1, model.last.out_features)
                           for i in range(0, len(graphs), batch_size)]).numpy()
 
+# %% ../nbs/api/26_baseline.ipynb #teachgr1
+def teach_graphs(
+    train,  # graphs of n studies, or their columns
+    y,  # (n, L), 1, 0 or NaN; or (n, L, ...), whatever `loss` reads of a study
+    judge: Callable,  # model -> name: number, on validate
+    training: Training,  # epochs, which of these numbers choose one, patience, seed
+    parts: tuple = ("visual",),  # which graphs are read
+    vocabulary_size: int = 0,  # concepts in the vocabulary, where the knowledge graph is read
+    lr: float = 3e-3,  # of AdamW
+    hidden: int = 64,  # width
+    batch_size: int = 64,  # graphs per step
+    loss: Callable = _findings_loss,  # (model, (graphs, their rows of y)) -> name: tensor
+) -> tuple[GraphClassifier, list[dict]]:  # the best on validate, in eval mode; one row an epoch
+    "The typed classifier of chapter 22 for all findings at once, taught by any loss (this companion's choice)."
+    train, y = as_columns(train), torch.as_tensor(np.asarray(y, np.float32))
+    model = _finder(train, y.shape[1], parts, vocabulary_size, hidden, training.seed)
+    rng = np.random.default_rng(training.seed)
+    packs = np.array_split(rng.permutation(len(train)), -(-len(train) // batch_size))
+    orders = [rng.permutation(len(packs)) for _ in range(training.epochs)]
+    batches = lambda epoch, _: ((train.batch(packs[i]), y[packs[i]]) for i in orders[epoch])
+    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4, fused=True)
+    with one_thread(): history = fit(model, batches, loss, optimiser, training, validate=judge)
+    return model, history
+
 # %% ../nbs/api/26_baseline.ipynb #eba153d6
 def train_graphs(
     train,  # graphs of `to_data` or `visual_data`, n of them, or their columns
@@ -260,17 +285,10 @@ def train_graphs(
     above(0, lr=lr)
     if not len(train) or not len(validate):
         raise NeuralError(f"graphs are needed in train and validate, got {len(train)} and {len(validate)}")
-    train, validate, y = as_columns(train), as_columns(validate), torch.as_tensor(np.asarray(y_train, np.float32))
-    model, rng = _finder(train, y.shape[1], parts, vocabulary_size, hidden, seed), np.random.default_rng(seed)
-    packs = np.array_split(rng.permutation(len(train)), -(-len(train) // batch_size))
-    orders = [rng.permutation(len(packs)) for _ in range(epochs)]
-    batches = lambda epoch, _: ((train.batch(packs[i]), y[packs[i]]) for i in orders[epoch])
-    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4, fused=True)
-    truth = torch.as_tensor(np.asarray(y_validate, np.float32))
+    validate, truth = as_columns(validate), torch.as_tensor(np.asarray(y_validate, np.float32))
     judge = lambda model: dict(eval_loss=label_loss(torch.as_tensor(read_graphs(model, validate)), truth))
     training = Training(epochs, "-eval_loss", patience, seed, name="graphs", progress=False)
-    with one_thread(): fit(model, batches, _findings_loss, optimiser, training, validate=judge)
-    return model
+    return teach_graphs(train, y_train, judge, training, parts, vocabulary_size, lr, hidden, batch_size)[0]
 
 # %% ../nbs/api/26_baseline.ipynb #a6036e94
 def pool_cells(
