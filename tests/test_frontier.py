@@ -205,7 +205,8 @@ def test_what_was_done_to_a_network_is_said_in_its_name():
     points = pd.read_csv(ROOT / "figures/tables/90_frontier_points.csv", keep_default_na=False)
     nets = points[points.stage.isin(["70_mxa", "80_slim"])]
     said = {"recovery": "taught again", "teacher": "taught by a teacher", "random, ": "pruned at random",
-            "one threshold by mean": "one threshold by mean for all layers"}
+            "one threshold by mean": "one threshold by mean for all layers",
+            "int8 weights in onnxruntime": "int8 weights in onnxruntime"}
     for condition, name in said.items():
         asked = nets.condition.str.contains(condition)
         assert asked.any() and (nets["name"].str.contains(name) == asked).all(), condition
@@ -224,9 +225,9 @@ def test_every_point_has_a_command_and_what_is_not_measured_is_blank(made):
 
 
 def test_a_stage_that_has_not_run_is_named_and_left_out(made, tmp_path, monkeypatch, capsys):
-    assert made[1]["left_out"] == ["40_classify", "58_codecs", "80_slim"]
+    assert made[1]["left_out"] == ["40_classify", "58_codecs", "72_graph_student", "80_slim"]
     names = page(folder(tmp_path / "few", ("53_controls", "57_rate")), monkeypatch)
-    assert names["left_out"] == ["40_classify", "58_codecs", "70_mxa", "80_slim", "60_imitate"]
+    assert names["left_out"] == ["40_classify", "58_codecs", "70_mxa", "72_graph_student", "80_slim", "60_imitate"]
     assert names["nets"].empty and names["labelled"].empty
     assert "70_mxa" in capsys.readouterr().out and len(names["answers"]) == 3
     bare = folder(tmp_path / "bare", ("53_controls",))
