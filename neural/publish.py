@@ -54,13 +54,14 @@ def machine_paths(
     return sorted(set(found))
 
 # %% ../nbs/api/43_publish.ipynb #slimoutput
-LARGE_PICTURE = 60_000  # bytes: a page of a code host holds a few
+LARGE_PICTURE = 50_000  # bytes: a page of a code host holds a few
 LONG_RECORD = 20_000    # characters: its words stay, its numbers lie in figures/records alone
+LONG_TABLE = 1_500      # characters: a table that is longer is there once, as a table
 
 def slim_output(
     out,  # one output of a cell
 ):        # the same, fit for a page
-    "Pictures with a palette of 256 colours where that is smaller, of 64 where they are large; long records cut."
+    "Pictures with a palette of 256 colours where that is smaller, of fewer where they are large; long texts cut."
     from base64 import b64decode, b64encode
     from io import BytesIO
     from PIL import Image
@@ -70,11 +71,12 @@ def slim_output(
         if len(json.dumps(data[METRICS_MIME])) > LONG_RECORD: del data[METRICS_MIME]
     if "image/png" in data:
         picture = Image.open(BytesIO(b64decode(data["image/png"]))).convert("RGB")
-        for colours in (256, 64):
+        for colours in (256, 128, 64):
             small = BytesIO()
             picture.quantize(colours, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
             if small.tell() <= LARGE_PICTURE: break
         data["image/png"] = min(data["image/png"], b64encode(small.getvalue()).decode(), key=len)
+    if "text/html" in data and len(data.get("text/plain", "")) > LONG_TABLE: del data["text/plain"]
     return {**out, "data": data} if data else out
 
 # %% ../nbs/api/43_publish.ipynb #05062679
